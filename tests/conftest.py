@@ -1,0 +1,156 @@
+"""What the tests run on: real servers, started for the run or named by the environment.
+
+TEST_DATABASE_URL names a PostgreSQL where the tests may create databases of their own, REDIS_URL a
+Redis in which they take one empty database. Without them embedded servers are used (PG_BIN and
+REDIS_SERVER choose their binaries). A server that is missing fails the tests: nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import redis
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import DBAPIError
+
+from chronos.demo.binaries import find_postgres
+from chronos.demo.embedded import EmbeddedPostgres, EmbeddedRedis, ServerSettings, create_database
+
+# Read before `environment` below hides them from the tests.
+_TEST_DATABASE_URL = os.environ.get("TEST_DATABASE_URL")
+_REDIS_URL = os.environ.get("REDIS_URL")
+
+SERVER_SETTINGS: ServerSettings = {
+    "fsync": "off",
+    "max_connections": 100,
+    "wal_level": "logical",
+    "max_prepared_transactions": 5,
+}
+
+# The environment wins over a developer's .env, so these keep every test off a real database.
+ENVIRONMENT = {
+    "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+    "TEST_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+    "REDIS_URL": "redis://127.0.0.1:1/0",
+    "TESTING": "false",
+    "LOGFIRE_SEND_TO_LOGFIRE": "false",
+    "WEBHOOK_LOG_RETENTION_DAYS": "15",
+    "WEBHOOK_LOG_DAYS_AHEAD": "30",
+    "BEAT_TIMEZONE": "UTC",
+}
+
+
+class MakeDatabase(Protocol):
+    """Create an empty database and return its URL."""
+
+    def __call__(self, timezone: str | None = None) -> str: ...
+
+
+class OwnPostgres(Protocol):
+    """Start a server that the test alone uses and may stop."""
+
+    def __call__(self, settings: ServerSettings | None = None) -> EmbeddedPostgres: ...
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def pg_bin() -> Path:
+    """The folder with psql and pg_dump."""
+    return find_postgres()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL on which databases may be created."""
+    if not _TEST_DATABASE_URL:
+        with EmbeddedPostgres(SERVER_SETTINGS) as server:
+            yield server.url
+        return
+    url = make_url(_TEST_DATABASE_URL).set(drivername="postgresql+psycopg2")
+    server_url = url.render_as_string(hide_password=False)
+    try:
+        _engine(server_url).connect().close()
+    except DBAPIError as error:
+        raise _no_answer("TEST_DATABASE_URL", error.orig) from None
+    yield server_url
+
+
+@pytest.fixture
+def make_database(postgres: str) -> Iterator[MakeDatabase]:
+    """A factory of empty databases; they are dropped after the test, whoever is still connected."""
+    with _engine(postgres).connect() as server, ExitStack() as drops:
+
+        def make(timezone: str | None = None) -> str:
+            name = f"chronos_test_{uuid.uuid4().hex}"
+            create_database(postgres, name)
+            drops.callback(server.exec_driver_sql, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            if timezone:
+                server.exec_driver_sql(f"ALTER DATABASE {name} SET timezone = '{timezone}'")
+            return make_url(postgres).set(database=name).render_as_string(hide_password=False)
+
+        yield make
+
+
+@pytest.fixture
+def database(make_database: MakeDatabase) -> str:
+    """The URL of an empty database of the test's own."""
+    return make_database()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[OwnPostgres]:
+    """A factory of servers for tests that stop theirs: embedded ones, whatever the environment."""
+    with ExitStack() as servers:
+
+        def start(settings: ServerSettings | None = None) -> EmbeddedPostgres:
+            return servers.enter_context(EmbeddedPostgres({**SERVER_SETTINGS, **(settings or {})}))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The URL of a Redis database that nobody else uses."""
+    if not _REDIS_URL:
+        with EmbeddedRedis() as server:
+            yield server.url
+        return
+    for number in range(15, 0, -1):
+        url = make_url(_REDIS_URL).set(database=str(number)).render_as_string(hide_password=False)
+        with redis.Redis.from_url(url) as client:
+            # The claim comes first, so that two runs at a time never take the same database.
+            try:
+                claimed = client.set("chronos:tests", "claimed", nx=True)
+            except redis.RedisError as error:
+                raise _no_answer("REDIS_URL", error) from None
+            if claimed and client.dbsize() == 1:
+                yield url
+                client.flushdb()
+                return
+            if claimed:
+                client.delete("chronos:tests")
+    pytest.fail("the Redis of REDIS_URL has no empty database among 1 to 15", pytrace=False)
+
+
+def _engine(url: str) -> Engine:
+    return create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+
+def _no_answer(variable: str, error: object) -> BaseException:
+    return pytest.fail.Exception(
+        f"{variable} names no server that answers ({' '.join(str(error).split())}): start it, "
+        f"or run `env -u {variable} make test` to have one started",
+        pytrace=False,
+    )
