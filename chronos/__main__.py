@@ -1,0 +1,5 @@
+"""``python -m chronos VERB``."""
+
+from chronos.cli import main
+
+main()

@@ -1,0 +1,188 @@
+"""The command line: verbs, and the one place that turns an error into a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from sqlalchemy.exc import DBAPIError
+
+from chronos import telemetry
+from chronos.db import connect_engine, one_line
+from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos.migration.output import Output
+from chronos.migration.preflight import Survey
+from chronos.migration.run import Options, undo
+from chronos.migration.run import migrate as run_migration
+from chronos.migration.state import DESCRIPTIONS, State
+from chronos.partitions import OLD_TABLE, TABLE
+from chronos.settings import get_settings
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    """Every error becomes one line on stderr and its exit code; a traceback helps nobody at 2 AM."""
+    try:
+        yield
+    except ChronosError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except DBAPIError as error:
+        click.echo(
+            f"Error: {one_line(error)}; nothing was changed. Check the server and the database URL",
+            err=True,
+        )
+        sys.exit(ExitCode.FAILED)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; the second one sets it again and does nothing worse."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if not stop.is_set():
+            click.echo("Stopping at the next batch...", err=True)
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask(word: str) -> None:
+    """Have the word typed, exactly. Raises RefusedError otherwise, end of input included."""
+    click.echo(f"Type {word} to go on: ", nl=False)
+    answer = sys.stdin.readline()
+    if answer.rstrip("\r\n") != word:
+        raise RefusedError(f"{word} was not typed; nothing was changed")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Daily partitions for webhook_log: migrate, look, go back, tidy up."""
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
+@click.option("--resume", is_flag=True, help="Carry on an interrupted migration.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 1_000_000),
+    default=1_000,
+    show_default=True,
+    help="Rows in a transaction of the copy.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 16),
+    default=2,
+    show_default=True,
+    help="Days copied at the same time.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["full", "counts"]),
+    default="full",
+    show_default=True,
+    help="Compare contents as well, or the counts of rows alone.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Write what was done and measured to this file.",
+)
+def migrate(yes: bool, resume: bool, batch_size: int, workers: int, verify: str, report: Path | None) -> None:
+    """Turn webhook_log into daily partitions while the application writes on.
+
+    The table is renamed to webhook_log_old, a partitioned webhook_log takes its place, the rows of
+    the last 15 days are copied, compared, and two functions for its upkeep installed. Asks for the
+    word MIGRATE first. On failure all is put back as it was.
+    """
+    with _errors_as_lines(), _stop_on_signals() as stop:
+        settings = get_settings()
+        url = settings.database
+        telemetry.configure(settings)
+
+        def confirm(found: Survey) -> None:
+            click.echo(
+                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
+                f"Table: {found.schema}.{TABLE}   Rows (estimate): {found.rows_estimate:,}"
+                f"   Size: {_bytes(found.bytes)}\n"
+                f"It will be renamed to {OLD_TABLE}; the rows since"
+                f" {found.cutoff:%Y-%m-%d %H:%M} UTC are copied into daily partitions."
+            )
+            if not yes:
+                _ask("MIGRATE")
+
+        run_migration(
+            connect_engine(url, application_name="chronos migrate"),
+            Options(
+                resume=resume,
+                batch_size=batch_size,
+                workers=workers,
+                content=verify == "full",
+                report=report,
+            ),
+            Output(Console(highlight=False, soft_wrap=True)),
+            confirm,
+            stop,
+        )
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Do not ask for the word ROLLBACK.")
+@click.option("--force", is_flag=True, help="Give up rows that retention has already dropped.")
+def rollback(yes: bool, force: bool) -> None:
+    """Go back to the plain table; the rows written since the swap come along.
+
+    Works from every phase of a migration, cut off or complete, until finalize. Asks for the word
+    ROLLBACK first. Cut off, it goes on where it was when it is called again.
+    """
+    with _errors_as_lines(), _stop_on_signals() as stop:
+        settings = get_settings()
+        url = settings.database
+        telemetry.configure(settings)
+
+        def confirm(found: State) -> None:
+            click.echo(
+                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
+                f"{DESCRIPTIONS[found.phase]}\n"
+                f"{TABLE} will be the plain table again, with the rows written since the swap."
+            )
+            if not yes:
+                _ask("ROLLBACK")
+
+        undo(
+            connect_engine(url, application_name="chronos rollback"),
+            Options(),
+            Output(Console(highlight=False, soft_wrap=True)),
+            confirm,
+            stop,
+            force=force,
+        )
+
+
+def main(arguments: list[str] | None = None, **extra: Any) -> None:
+    """Run the command line; returns only by SystemExit."""
+    cli.main(args=arguments, prog_name="python -m chronos", **extra)

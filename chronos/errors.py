@@ -1,0 +1,50 @@
+"""What can go wrong, each with the exit code that the command line returns for it.
+
+A message is one line: what happened, what state the tables are in, what to type next.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a verb returns to the shell."""
+
+    DONE = 0
+    FAILED = 1
+    REFUSED = 2
+    INTERRUPTED = 3
+    NEEDS_A_PERSON = 4
+
+
+class ChronosError(Exception):
+    """Something failed, and the database is as it was before."""
+
+    exit_code = ExitCode.FAILED
+
+
+class RefusedError(ChronosError):
+    """Not confirmed, bad arguments or a blocker: nothing was changed."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class InterruptedRunError(ChronosError):
+    """Cut off half-way: nothing is lost, and the message says how to resume and how to undo."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class NeedsPersonError(ChronosError):
+    """The automatic rollback could not finish: the message says in which state the tables are."""
+
+    exit_code = ExitCode.NEEDS_A_PERSON
+
+
+class LockUnavailableError(ChronosError):
+    """A lock could not be had within the patience given; the message names who holds it."""
+
+
+class SupersededError(ChronosError):
+    """Another run has taken this migration over; this one must not write another row."""

@@ -1,0 +1,483 @@
+"""Copy the rows of the last days, newest day first, in small batches, while the application writes on.
+
+A day of the past is filled into a partition that is not yet attached, without indexes and foreign
+keys; it gets those, is compared with its origin, and only then takes its place: readers see a day
+whole or not at all. Its progress needs no bookkeeping, for it can be read off the partition itself.
+Today's rows go straight into the partition that the application writes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from psycopg2 import sql
+from sqlalchemy.engine import Connection
+
+from chronos.db import ShortTransactions, execute, name, statement, transaction
+from chronos.errors import ChronosError, SupersededError
+from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
+from chronos.migration.swap import (
+    COPYING_FLAG,
+    DEFAULT_PARTITION,
+    bound_check,
+    bounds,
+    foreign_key_statements,
+    index_statement,
+    lock_table,
+    secondary_indexes,
+)
+from chronos.migration.table_shape import TableShape
+from chronos.migration.verify import compare_history_day, compare_live_day, matches
+from chronos.partitions import OLD_TABLE, TABLE, midnight, partition_name
+
+_LOWEST_ID = -(2**63)
+
+
+class StopRequestedError(Exception):
+    """Somebody asked to stop; raised at a batch boundary."""
+
+
+class VerificationError(ChronosError):
+    """A day's copy differs from its origin."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the copy goes about it. ``before_batch`` may wait, and raises to stop."""
+
+    batch_size: int = 1_000
+    content: bool = True
+    before_batch: Callable[[], None] = lambda: None
+    after_batch: Callable[[date, int], None] = lambda day, rows: None
+
+
+def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date, int]:
+    """How many rows each day of the window has in the old table, oldest first.
+
+    Raises ChronosError when rows lie outside every partition: NULL, infinite, or too far ahead.
+    """
+    end = shape.instant(midnight(state.last_day + timedelta(days=1)))
+    old = name(shape.schema, OLD_TABLE)
+    stray = execute(
+        conn,
+        statement(
+            'SELECT count(*), min(id), min("timestamp")::text FROM {old}'
+            ' WHERE "timestamp" >= {end} OR "timestamp" IS NULL',
+            old=old,
+            end=end,
+        ),
+    ).one()
+    if stray[0]:
+        raise ChronosError(
+            f"{stray[0]:,} rows have a timestamp that no partition takes"
+            f" (id {stray[1]}: {stray[2] or 'NULL'}); correct them and migrate again"
+        )
+    rows = execute(
+        conn,
+        statement(
+            'SELECT ("timestamp"{zone})::date AS day, count(*) FROM {old}'
+            ' WHERE "timestamp" >= {cutoff} AND id <= {fence} GROUP BY 1 ORDER BY 1',
+            zone=sql.SQL(" AT TIME ZONE 'UTC'" if shape.time_zoned else ""),
+            old=old,
+            cutoff=shape.instant(state.cutoff),
+            fence=state.fence,
+        ),
+    ).all()
+    return dict(rows)
+
+
+_BATCH = """
+WITH mine AS MATERIALIZED (
+    SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true){quiet}
+    FROM {state} WHERE run_id = {run_id}::uuid FOR SHARE
+), batch AS (
+    SELECT {columns} FROM {old}
+    WHERE EXISTS (SELECT FROM mine)
+      AND "timestamp" >= {after} AND ("timestamp", id) > ({after}, {after_id})
+      AND "timestamp" < {upper} AND id <= {fence}
+    ORDER BY "timestamp", id
+    LIMIT {batch_size}
+), put AS (
+    INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM batch {on_conflict}
+)
+SELECT (SELECT count(*) FROM mine), b."timestamp", b.id, b.rows
+FROM (SELECT "timestamp", id, count(*) OVER () AS rows FROM batch
+      ORDER BY "timestamp" DESC, id DESC LIMIT 1) b
+RIGHT JOIN (SELECT) one ON true
+"""
+
+
+@dataclass
+class DayCopy:
+    """The copying of one day by one worker over its own connection."""
+
+    conn: Connection
+    shape: TableShape
+    state: State
+    day: date
+    pace: Pace
+    short: ShortTransactions
+    silent_triggers: bool = False
+
+    @property
+    def _leaf(self) -> str:
+        return partition_name(self.day)
+
+    def history(self) -> DayResult:
+        """Fill, index, compare and attach a day of the past; carries on where an earlier run stopped."""
+        with transaction(self.conn):
+            filled = self._has_primary_key()
+            found = execute(
+                self.conn, statement("SELECT count(*) FROM {leaf}", leaf=self._qualified())
+            ).scalar_one()
+        if found:
+            self.pace.after_batch(self.day, found)
+        if not filled:
+            self._fill(*self._last_key())
+            self._index()
+        self._refer()
+        with transaction(self.conn):
+            execute(self.conn, statement("ANALYZE {leaf}", leaf=self._qualified()))
+            result = compare_history_day(
+                self.conn, self.shape, self.state, self.day, content=self.pace.content
+            )
+        _require_match(self.day, result)
+        self._attach(result)
+        return result
+
+    def live(self) -> None:
+        """Copy a day that the application writes at the same time; what is there already is left alone."""
+        self._fill(max(self.state.cutoff, midnight(self.day)), _LOWEST_ID, live=True)
+
+    def _qualified(self) -> sql.Identifier:
+        return name(self.shape.schema, self._leaf)
+
+    def _has_primary_key(self) -> bool:
+        return bool(
+            execute(
+                self.conn,
+                statement(
+                    "SELECT count(*) FROM pg_index WHERE indisprimary"
+                    " AND indrelid = format('%I.%I', {schema}, {leaf})::regclass",
+                    schema=self.shape.schema,
+                    leaf=self._leaf,
+                ),
+            ).scalar_one()
+        )
+
+    def _last_key(self) -> tuple[datetime, int]:
+        """Where the filling stopped: batches are taken in the order of (timestamp, id)."""
+        with transaction(self.conn):
+            row = execute(
+                self.conn,
+                statement(
+                    'SELECT "timestamp", id FROM {leaf} ORDER BY "timestamp" DESC, id DESC LIMIT 1',
+                    leaf=self._qualified(),
+                ),
+            ).one_or_none()
+        if row is None:
+            return max(self.state.cutoff, midnight(self.day)), _LOWEST_ID
+        return _utc(row[0]), row[1]
+
+    def _fill(self, after: datetime, after_id: int, *, live: bool = False) -> None:
+        while True:
+            self.pace.before_batch()
+            mine, last, last_id, rows = self._batch(after, after_id, live=live)
+            if not mine:
+                raise SupersededError("another run has taken this migration over")
+            if not rows:
+                return
+            self.pace.after_batch(self.day, rows)
+            after, after_id = _utc(last), last_id
+
+    def _batch(self, after: datetime, after_id: int, *, live: bool) -> Any:
+        # One statement, one round trip, one transaction. It need not wait for the disk: after a
+        # crash the partition ends where its last surviving batch does, and the copy goes on there.
+        with self.conn.begin():
+            return execute(
+                self.conn,
+                statement(
+                    _BATCH,
+                    flag=COPYING_FLAG,
+                    quiet=sql.SQL(
+                        ", set_config('session_replication_role', 'replica', true)"
+                        if live and self.silent_triggers
+                        else ""
+                    ),
+                    state=name(self.shape.schema, STATE_TABLE),
+                    run_id=str(self.state.run_id),
+                    columns=sql.SQL(", ").join(self.shape.copied_columns()),
+                    old=name(self.shape.schema, OLD_TABLE),
+                    after=self.shape.instant(after),
+                    after_id=after_id,
+                    upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
+                    fence=self.state.fence,
+                    batch_size=self.pace.batch_size,
+                    leaf=self._qualified(),
+                    on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
+                ),
+            ).one()
+
+    def _index(self) -> None:
+        """Primary key and indexes, all or none: a partition that has them is filled.
+
+        ACCESS EXCLUSIVE on the partition, which nobody else knows yet. No claim on the state, which
+        would hold up the other workers: whoever comes second finds the work done.
+        """
+        with transaction(self.conn):
+            execute(self.conn, lock_table(self.shape.schema, self._leaf, "ACCESS EXCLUSIVE"))
+            if self._has_primary_key():
+                return
+            execute(
+                self.conn,
+                statement('ALTER TABLE {leaf} ADD PRIMARY KEY (id, "timestamp")', leaf=self._qualified()),
+            )
+            for index in secondary_indexes(self.shape):
+                execute(self.conn, index_statement(index, self._qualified()))
+
+    def _foreign_keys(self) -> dict[str, bool]:
+        """The names of the partition's foreign keys, and whether each has been checked."""
+        rows = execute(
+            self.conn,
+            statement(
+                "SELECT conname, convalidated FROM pg_constraint WHERE contype = 'f'"
+                " AND conrelid = format('%I.%I', {schema}, {leaf})::regclass",
+                schema=self.shape.schema,
+                leaf=self._leaf,
+            ),
+        ).all()
+        return dict(rows)
+
+    def _refer(self) -> None:
+        """The foreign keys: first unchecked, in a moment, then checked without stopping anybody.
+
+        SHARE ROW EXCLUSIVE, briefly, on the tables referred to; ROW SHARE while checking.
+        """
+        keys = self.shape.foreign_keys
+
+        def add(conn: Connection) -> None:
+            execute(conn, lock_table(self.shape.schema, self._leaf, "ACCESS EXCLUSIVE"))
+            if not self._foreign_keys():
+                for query in foreign_key_statements(self.shape, self._qualified(), not_valid=True):
+                    execute(conn, query)
+
+        if keys:
+            self.short.run(self.conn, add, tables=[(key.schema, key.table) for key in keys])
+        for key in keys:
+            with transaction(self.conn):
+                execute(
+                    self.conn,
+                    statement(
+                        "ALTER TABLE {leaf} VALIDATE CONSTRAINT {key}",
+                        leaf=self._qualified(),
+                        key=name(key.name),
+                    ),
+                )
+
+    def _attach(self, result: DayResult) -> None:
+        """Put the finished partition into its place, with what was written for its day meanwhile.
+
+        ACCESS EXCLUSIVE on webhook_log for milliseconds. ATTACH itself asks for less, but then an
+        insert that had just been routed to the default partition would fail: the server checks it
+        against the bounds as they are by the time it gets the partition's lock.
+        """
+        schema = self.shape.schema
+        default = name(schema, DEFAULT_PARTITION)
+        columns = sql.SQL(", ").join(self.shape.copied_columns())
+
+        def attach(conn: Connection) -> None:
+            claim(conn, schema, self.state.run_id)
+            execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+            execute(conn, silence(self.silent_triggers))
+            execute(
+                conn,
+                statement(
+                    "WITH moved AS (DELETE FROM {default}"
+                    ' WHERE "timestamp" >= {lower} AND "timestamp" < {upper} RETURNING *)'
+                    " INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE"
+                    " SELECT {columns} FROM moved",
+                    default=default,
+                    leaf=self._qualified(),
+                    columns=columns,
+                    lower=self.shape.instant(midnight(self.day)),
+                    upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
+                ),
+            )
+            execute(
+                conn,
+                statement(
+                    "ALTER TABLE {table} ATTACH PARTITION {leaf} {bounds};"
+                    " ALTER TABLE {leaf} DROP CONSTRAINT {check}",
+                    table=name(schema, TABLE),
+                    leaf=self._qualified(),
+                    bounds=bounds(self.shape, self.day),
+                    check=name(bound_check(self._leaf)),
+                ),
+            )
+            record_day(conn, schema, self.day, result)
+
+        self.short.run(self.conn, attach, tables=[(schema, TABLE), (schema, DEFAULT_PARTITION)])
+
+
+def verify_live_day(conn: Connection, shape: TableShape, state: State, day: date, *, content: bool) -> None:
+    """Compare a day that the application writes too, when all of it is copied, and note the result.
+
+    Raises VerificationError, with the day, when it differs.
+    """
+    with transaction(conn):
+        result = compare_live_day(conn, shape, state, day, content=content)
+        _require_match(day, result)
+        claim(conn, shape.schema, state.run_id)
+        record_day(conn, shape.schema, day, result)
+
+
+def _require_match(day: date, result: DayResult) -> None:
+    if not matches(result):
+        what = "the rows differ" if result.old_rows == result.new_rows else "rows are missing"
+        raise VerificationError(
+            f"verification failed for {day}: {what}"
+            f" ({result.old_rows:,} in {OLD_TABLE}, {result.new_rows:,} in {partition_name(day)})"
+        )
+
+
+def silence(user_triggers: bool) -> sql.Composed:
+    """For this transaction: what we write is no change of the application's, and fires no trigger of its."""
+    return statement(
+        "SELECT set_config({flag}, 'on', true){quiet}",
+        flag=COPYING_FLAG,
+        quiet=sql.SQL(", set_config('session_replication_role', 'replica', true)" if user_triggers else ""),
+    )
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def close_history(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
+    """When every day is in its place: drop the default partition, give the parent its foreign keys.
+
+    ACCESS EXCLUSIVE on webhook_log for the drop of an empty table; then SHARE ROW EXCLUSIVE on it and
+    ACCESS EXCLUSIVE on the tables referred to, while the partitions' keys are adopted unchecked.
+    """
+    schema = shape.schema
+
+    def drop_default(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+        left = execute(
+            conn,
+            statement("SELECT count(*) FROM {default}", default=name(schema, DEFAULT_PARTITION)),
+        ).scalar_one()
+        if left:
+            raise ChronosError(f"{left} rows are left in {DEFAULT_PARTITION}")
+        execute(conn, statement("DROP TABLE {default}", default=name(schema, DEFAULT_PARTITION)))
+
+    def adopt(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        # In the order in which an insert takes them, or the two would wait for each other.
+        execute(conn, lock_table(schema, TABLE, "SHARE ROW EXCLUSIVE"))
+        for key in shape.foreign_keys:
+            execute(conn, lock_table(key.schema, key.table, "ACCESS EXCLUSIVE"))
+        for query in foreign_key_statements(shape, name(schema, TABLE)):
+            execute(conn, query)
+
+    with transaction(conn):
+        default_exists, keys = execute(
+            conn,
+            statement(
+                "SELECT to_regclass(format('%I.%I', {schema}, {default})) IS NOT NULL,"
+                " (SELECT count(*) FROM pg_constraint WHERE contype = 'f'"
+                "  AND conrelid = format('%I.%I', {schema}, {table})::regclass)",
+                schema=schema,
+                default=DEFAULT_PARTITION,
+                table=TABLE,
+            ),
+        ).one()
+    if default_exists:
+        short.run(conn, drop_default, tables=[(schema, TABLE), (schema, DEFAULT_PARTITION)])
+    if shape.foreign_keys and not keys:
+        referred = [(key.schema, key.table) for key in shape.foreign_keys]
+        short.run(conn, adopt, tables=[(schema, TABLE), *referred])
+
+
+class Copy:
+    """Copies all days, newest first, ``workers`` of them at a time."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        shape: TableShape,
+        state: State,
+        pace: Pace,
+        new_short: Callable[[], ShortTransactions],
+        *,
+        silent_triggers: bool = False,
+    ) -> None:
+        self._connect = connect
+        self._shape = shape
+        self._state = state
+        self._pace = pace
+        self._new_short = new_short
+        self._silent_triggers = silent_triggers
+        self._failed = threading.Event()
+
+    def run(self, days: list[date], workers: int) -> float:
+        """Copy ``days``; returns the longest time, in seconds, that one of its locks was waited for or held.
+
+        The first failure stops every worker at its next batch, and is raised when all have stopped.
+        """
+        queue = sorted(days, reverse=True)
+        turn = threading.Lock()
+        shorts: list[ShortTransactions] = []
+
+        def work() -> None:
+            short = self._new_short()
+            shorts.append(short)
+            with self._connect() as conn:
+                while not self._failed.is_set():
+                    with turn:
+                        if not queue:
+                            return
+                        day = queue.pop(0)
+                    self._one_day(conn, day, short)
+
+        with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="copy") as pool:
+            futures = [pool.submit(self._watched, work) for _ in range(max(1, workers))]
+        # All have ended here. What one of them met first is why the others stopped.
+        errors = [error for future in futures if (error := future.exception())]
+        errors.sort(key=lambda error: isinstance(error, StopRequestedError))
+        if errors:
+            raise errors[0]
+        return max((short.longest_s for short in shorts), default=0.0)
+
+    def _watched(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _one_day(self, conn: Connection, day: date, short: ShortTransactions) -> None:
+        def before_batch() -> None:
+            if self._failed.is_set():
+                raise StopRequestedError
+            self._pace.before_batch()
+
+        copy = DayCopy(
+            conn,
+            self._shape,
+            self._state,
+            day,
+            replace(self._pace, before_batch=before_batch),
+            short,
+            self._silent_triggers,
+        )
+        if day < self._state.today:
+            copy.history()
+        else:
+            copy.live()

@@ -1,0 +1,329 @@
+"""Undo a migration, from whatever phase it is in: the plain table comes back with every row written since.
+
+What takes time is done while the application writes on: its new rows are carried into the old table,
+which nobody sees, and a trigger notes whatever changes meanwhile. Under the lock only those notes are
+replayed and the names change back; the partitions are dropped afterwards, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+
+from psycopg2 import sql
+from sqlalchemy.engine import Connection
+
+from chronos.db import ShortTransactions, Statement, execute, name, statement, transaction
+from chronos.migration.copy import silence
+from chronos.migration.state import STATE_TABLE, Phase, State, claim, update
+from chronos.migration.swap import (
+    CHANGE_TRIGGERS,
+    CHANGES_FUNCTION,
+    CHANGES_TABLE,
+    NEW_TABLE,
+    bound_check,
+    history_days,
+    lock_table,
+    note_changes,
+    rename,
+)
+from chronos.migration.table_shape import TableShape
+from chronos.partitions import OLD_TABLE, TABLE, partition_name
+
+_EVERY_ID = 2**63 - 1
+_BATCH = 5_000
+
+
+def roll_back(
+    conn: Connection,
+    shape: TableShape,
+    state: State,
+    short: ShortTransactions,
+    *,
+    silent_triggers: bool = False,
+    before_batch: Callable[[], None] = lambda: None,
+) -> int:
+    """Bring the plain table back; returns how many rows were carried into it. Safe to call again.
+
+    ``shape`` is that of the old table, ``state`` this run's own. ACCESS EXCLUSIVE on both tables for
+    the renames, on the tables that foreign keys refer to for each drop, each within the patience of
+    ``short``. Raises what the server raises; the state in the database then tells how far it came.
+    """
+    carried = 0
+    if state.phase in (Phase.COPYING, Phase.MIGRATED):
+        _note_every_change(conn, shape, state, short)
+    if state.phase in (Phase.COPYING, Phase.MIGRATED, Phase.UNDOING):
+        carried = _carry_rows(conn, shape, state, silent_triggers, before_batch)
+        _replay_most(conn, shape, state, silent_triggers, before_batch)
+        _swap_back(conn, shape, state, short, silent_triggers)
+    _clean_up(conn, shape, state, short)
+    return carried
+
+
+def _note_every_change(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
+    """From now on note the key of every row written, whatever its id.
+
+    SHARE ROW EXCLUSIVE on webhook_log waits for the writers under way: what they wrote is in the
+    table before the first note, what comes later is noted.
+    """
+    schema = shape.schema
+
+    def widen(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        execute(conn, lock_table(schema, TABLE, "SHARE ROW EXCLUSIVE"))
+        for trigger in CHANGE_TRIGGERS:
+            execute(
+                conn,
+                statement(
+                    "DROP TRIGGER IF EXISTS {trigger} ON {table}",
+                    trigger=name(trigger),
+                    table=name(schema, TABLE),
+                ),
+            )
+        execute(conn, note_changes(schema, TABLE, _EVERY_ID))
+        update(conn, schema, phase=Phase.UNDOING.value)
+
+    short.run(conn, widen, tables=[(schema, TABLE)])
+
+
+def _columns(shape: TableShape, alias: str) -> Statement:
+    return sql.SQL(", ").join(
+        statement("{a}.{c}", a=name(alias), c=column) for column in shape.copied_columns()
+    )
+
+
+def _carry_rows(
+    conn: Connection,
+    shape: TableShape,
+    state: State,
+    silent_triggers: bool,
+    before_batch: Callable[[], None],
+) -> int:
+    """Copy the rows beyond the fence into the old table, which the application does not see yet."""
+    new, old = name(shape.schema, TABLE), name(shape.schema, OLD_TABLE)
+    after: Statement = statement("({fence}, {ts})", fence=state.fence, ts=sql.SQL("'infinity'"))
+    carried: int = 0
+    while True:
+        before_batch()
+        with transaction(conn):
+            claim(conn, shape.schema, state.run_id)
+            execute(conn, silence(silent_triggers))
+            row = execute(
+                conn,
+                statement(
+                    "WITH batch AS MATERIALIZED (SELECT {columns} FROM {new} AS n"
+                    ' WHERE n.id >= {fence} AND (n.id, n."timestamp") > {after}'
+                    ' ORDER BY n.id, n."timestamp" LIMIT {limit}'
+                    "), put AS (INSERT INTO {old} ({names}) OVERRIDING SYSTEM VALUE"
+                    " SELECT {names} FROM batch AS b WHERE NOT EXISTS (SELECT FROM {old} AS o"
+                    ' WHERE o.id = b.id AND o."timestamp" = b."timestamp") RETURNING 1)'
+                    ' SELECT b.id, b."timestamp", count(*) OVER (), (SELECT count(*) FROM put)'
+                    " FROM batch AS b"
+                    ' ORDER BY b.id DESC, b."timestamp" DESC LIMIT 1',
+                    columns=_columns(shape, "n"),
+                    names=sql.SQL(", ").join(shape.copied_columns()),
+                    new=new,
+                    old=old,
+                    fence=state.fence,
+                    after=after,
+                    limit=_BATCH,
+                ),
+            ).one_or_none()
+        # What the application writes meanwhile is noted, so this need not catch up with it.
+        if row is None:
+            return carried
+        carried += int(row[3])
+        if row[2] < _BATCH:
+            return carried
+        after = statement("({id}, {ts})", id=row[0], ts=row[1])
+
+
+def _replay(conn: Connection, shape: TableShape, silent_triggers: bool) -> int:
+    """Bring up to ``_BATCH`` noted rows in the old table to what they are now, and strike the notes.
+
+    Returns how many notes there were. A change noted twice is replayed as it last stood, however
+    the notes fall into batches, for the rows are read after the notes.
+    """
+    schema = shape.schema
+    old, new = name(schema, OLD_TABLE), name(schema, TABLE)
+    notes = execute(
+        conn,
+        statement(
+            "DELETE FROM {changes} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {changes} LIMIT {limit}))"
+            ' RETURNING id, "timestamp"',
+            changes=name(schema, CHANGES_TABLE),
+            limit=_BATCH,
+        ),
+    ).all()
+    if not notes:
+        return 0
+    keys = sql.SQL(", ").join(statement("({id}, {ts})", id=key, ts=instant) for key, instant in set(notes))
+    execute(conn, silence(silent_triggers))
+    execute(
+        conn,
+        statement(
+            'DELETE FROM {old} AS o USING (VALUES {keys}) AS k (id, "timestamp")'
+            ' WHERE o.id = k.id AND o."timestamp" = k."timestamp"',
+            old=old,
+            keys=keys,
+        ),
+    )
+    execute(
+        conn,
+        statement(
+            "INSERT INTO {old} ({names}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM {new} AS n"
+            ' JOIN (VALUES {keys}) AS k (id, "timestamp")'
+            ' ON n.id = k.id AND n."timestamp" = k."timestamp"',
+            old=old,
+            new=new,
+            keys=keys,
+            names=sql.SQL(", ").join(shape.copied_columns()),
+            columns=_columns(shape, "n"),
+        ),
+    )
+    return len(notes)
+
+
+def _replay_most(
+    conn: Connection,
+    shape: TableShape,
+    state: State,
+    silent_triggers: bool,
+    before_batch: Callable[[], None],
+) -> None:
+    """Replay while there is much of it, so that little is left for the moment under the lock."""
+    notes = _BATCH
+    while notes >= _BATCH // 10:
+        before_batch()
+        with transaction(conn):
+            claim(conn, shape.schema, state.run_id)
+            notes = _replay(conn, shape, silent_triggers)
+
+
+def _swap_back(
+    conn: Connection,
+    shape: TableShape,
+    state: State,
+    short: ShortTransactions,
+    silent_triggers: bool,
+) -> None:
+    """Replay the last noted changes and give every name back, in one transaction."""
+    schema = shape.schema
+
+    def swap_back(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+        execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
+        while _replay(conn, shape, silent_triggers):
+            pass
+        execute(
+            conn,
+            sql.SQL(";\n").join([*_names_back(schema, state), *_sequences_back(schema, state)]),
+        )
+        update(conn, schema, phase=Phase.UNDONE.value)
+
+    short.run(conn, swap_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
+
+
+def _names_back(schema: str, state: State) -> list[Statement]:
+    return [
+        rename(schema, "TABLE", TABLE, NEW_TABLE),
+        *(rename(schema, kind, original, built) for kind, original, _, built in state.renames),
+        rename(schema, "TABLE", OLD_TABLE, TABLE),
+        *(rename(schema, kind, aside, original) for kind, original, aside, _ in state.renames),
+    ]
+
+
+_IDENTITY_BACK = """
+DO $do$
+DECLARE
+    ahead bigint;
+BEGIN
+    EXECUTE format('SELECT q.last_value + CASE WHEN q.is_called THEN s.seqincrement ELSE 0 END'
+                   ' FROM %s q, pg_sequence s WHERE s.seqrelid = %L::regclass',
+                   pg_get_serial_sequence(format('%I.%I', {schema}, {new}), {column}),
+                   pg_get_serial_sequence(format('%I.%I', {schema}, {new}), {column}))
+    INTO ahead;
+    EXECUTE format('ALTER TABLE %I.%I ALTER COLUMN %I RESTART WITH %s', {schema}, {table}, {column}, ahead);
+END
+$do$"""
+
+
+def _sequences_back(schema: str, state: State) -> list[Statement]:
+    """After the renames: the old table's ids go on where the new one's stopped."""
+    return [
+        statement(_IDENTITY_BACK, schema=schema, table=TABLE, new=NEW_TABLE, column=sequence.column)
+        if sequence.identity
+        else statement(
+            "ALTER SEQUENCE {sequence} OWNED BY {column}",
+            sequence=name(sequence.schema, sequence.name),
+            column=name(schema, TABLE, sequence.column),
+        )
+        for sequence in state.sequences
+    ]
+
+
+def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
+    """Drop what the migration made: each partition by itself, then the rest, the state last."""
+    schema = shape.schema
+    referred = [(key.schema, key.table) for key in shape.foreign_keys]
+
+    def lock_referred(conn: Connection) -> None:
+        for referred_schema, table in referred:
+            execute(conn, lock_table(referred_schema, table, "ACCESS EXCLUSIVE"))
+
+    for leaf in _leaves(conn, schema, state):
+
+        def drop(conn: Connection, leaf: str = leaf) -> None:
+            claim(conn, schema, state.run_id)
+            lock_referred(conn)
+            execute(conn, statement("DROP TABLE IF EXISTS {leaf}", leaf=name(schema, leaf)))
+
+        short.run(conn, drop, tables=[(schema, leaf), *referred])
+
+    def drop_rest(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        lock_referred(conn)
+        execute(
+            conn,
+            statement(
+                "DROP TABLE IF EXISTS {new};"
+                " DROP TABLE {changes}; DROP FUNCTION {noting}();"
+                " DROP FUNCTION IF EXISTS {create}(integer); DROP FUNCTION IF EXISTS {drop}(integer);"
+                " DROP TABLE {state}",
+                new=name(schema, NEW_TABLE),
+                changes=name(schema, CHANGES_TABLE),
+                noting=name(schema, CHANGES_FUNCTION),
+                create=name(schema, "create_future_webhook_log_partitions"),
+                drop=name(schema, "drop_old_webhook_log_partitions"),
+                state=name(schema, STATE_TABLE),
+            ),
+        )
+
+    short.run(conn, drop_rest, tables=[(schema, NEW_TABLE), *referred])
+
+
+def _leaves(conn: Connection, schema: str, state: State) -> list[str]:
+    """The partitions of the table that goes, and those of the past that were never attached to it."""
+    bare = history_days(state)
+    with transaction(conn):
+        rows = execute(
+            conn,
+            statement(
+                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+                " WHERE i.inhparent = to_regclass(format('%I.%I', {schema}, {new}))"
+                " UNION SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " JOIN pg_constraint k ON k.conrelid = c.oid"
+                " WHERE n.nspname = {schema} AND NOT c.relispartition"
+                " AND (c.relname::text, k.conname::text) IN ({bare}) ORDER BY 1",
+                schema=schema,
+                new=NEW_TABLE,
+                bare=sql.SQL(", ").join(_pair(day) for day in bare),
+            ),
+        ).all()
+    return [row[0] for row in rows]
+
+
+def _pair(day: date) -> Statement:
+    leaf = partition_name(day)
+    return statement("({leaf}, {check})", leaf=leaf, check=bound_check(leaf))

@@ -1,0 +1,588 @@
+"""The migration from its first look to its last line: the six steps in order, and the way back from each."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import logfire
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from chronos.db import (
+    Patience,
+    ShortTransactions,
+    execute,
+    is_disconnect,
+    joined,
+    name,
+    one_line,
+    statement,
+    transaction,
+)
+from chronos.errors import (
+    ChronosError,
+    InterruptedRunError,
+    LockUnavailableError,
+    NeedsPersonError,
+    RefusedError,
+    SupersededError,
+)
+from chronos.migration import state as migration_state
+from chronos.migration.copy import (
+    Copy,
+    Pace,
+    StopRequestedError,
+    close_history,
+    rows_per_day,
+    verify_live_day,
+)
+from chronos.migration.output import Output, RowCount
+from chronos.migration.preflight import COMMAND, Survey, locate, survey
+from chronos.migration.rollback import roll_back
+from chronos.migration.state import Phase, State
+from chronos.migration.swap import (
+    NEW_TABLE,
+    change_log_statements,
+    in_schema,
+    lock_table,
+    parent_statements,
+    partition_statements,
+    renames,
+    script,
+    swap_statements,
+)
+from chronos.migration.table_shape import TableShape
+from chronos.migration.table_shape import read as read_shape
+from chronos.partitions import (
+    DAYS_AHEAD,
+    DAYS_BACK,
+    FUNCTIONS,
+    OLD_TABLE,
+    TABLE,
+    attached,
+    days,
+    missing,
+    partition_name,
+)
+
+_STEPS = {
+    1: "Renaming existing webhook_log table",
+    2: "Creating new partitioned table",
+    3: "Creating partitions",
+    4: f"Migrating data from last {DAYS_BACK} days",
+    5: "Creating partition management functions",
+    6: "Verifying migration",
+}
+
+UNDO = "python -m chronos rollback"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only.
+
+    Before the swap a lock is waited for some minutes, after it an hour: a copied day is worth it.
+    """
+
+    resume: bool = False
+    batch_size: int = 1_000
+    workers: int = 2
+    content: bool = True
+    report: Path | None = None
+    patience: Patience = field(default_factory=Patience)
+    attempts_after_swap: int = 900
+    reconnect_s: float = 30.0
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each step, over everything that belongs to it."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Add the duration of the block to the step, and put a span around it."""
+        started = time.monotonic()
+        try:
+            with logfire.span("migration step {number}: {step}", number=number, step=_STEPS[number]):
+                yield
+        finally:
+            spent = time.monotonic() - started
+            self.seconds[number] = self.seconds.get(number, 0.0) + spent
+
+
+def migrate(
+    engine: Engine,
+    options: Options,
+    output: Output,
+    confirm: Callable[[Survey], None],
+    stop: threading.Event,
+) -> None:
+    """Turn webhook_log into daily partitions, or carry on where an earlier run was cut off.
+
+    ``confirm`` is shown what was found and raises RefusedError to call it off; ``stop``, once set,
+    ends the run at its next batch. Each error raised is a ChronosError whose message says what state
+    the tables are in.
+    """
+    with ExitStack() as stack:
+        conn = stack.enter_context(engine.connect())
+        schema = locate(conn)
+        if schema is None:
+            raise RefusedError(
+                f"there is no table {TABLE} in this database, or one in several schemas and none on"
+                " the search path; nothing was changed. Check the database and its search_path"
+            )
+        stack.enter_context(migration_state.sole_operator(engine, schema))
+        run = _Run(engine, schema, options, output, stop)
+        if options.resume:
+            run.take_over(conn)
+        else:
+            with transaction(conn):
+                execute(conn, statement("SET TRANSACTION READ ONLY"))
+                found = survey(conn, schema)
+            if found.blockers:
+                raise RefusedError("; ".join((*found.blockers, "nothing was changed")))
+            confirm(found)
+            run.prepare(found)
+        output.banner("Starting PostgreSQL Partitioning Migration")
+        run.forward(conn)
+
+
+def undo(
+    engine: Engine,
+    options: Options,
+    output: Output,
+    confirm: Callable[[State], None],
+    stop: threading.Event,
+    *,
+    force: bool = False,
+) -> None:
+    """Back to the plain table, from whatever phase the migration is in, with the rows written since.
+
+    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, unless ``force``,
+    when retention has already dropped days that were written after the swap: their rows are gone.
+    """
+    with ExitStack() as stack:
+        conn = stack.enter_context(engine.connect())
+        schema = locate(conn)
+        if schema is None:
+            raise RefusedError(f"there is no table {TABLE} in this database; nothing was changed")
+        stack.enter_context(migration_state.sole_operator(engine, schema))
+        with transaction(conn):
+            found = migration_state.read(conn, schema)
+            if found is None:
+                raise RefusedError("there is no migration to undo; nothing was changed")
+            gone = dropped_since(conn, schema, found)
+        if gone and not force:
+            raise RefusedError(
+                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
+                f" in no other table; nothing was changed. To go back without them: {UNDO} --force"
+            )
+        confirm(found)
+        with transaction(conn):
+            found = migration_state.take_over(conn, schema, found)
+            plain = found.phase in (Phase.BUILT, Phase.UNDONE)
+            shape = read_shape(conn, schema, TABLE if plain else OLD_TABLE)
+
+        def on_blocked(message: str, attempt: int) -> None:
+            output.line(f"  {message} (attempt {attempt}, trying again)")
+            check_stop()
+
+        def check_stop() -> None:
+            if stop.is_set():
+                raise StopRequestedError
+
+        short = ShortTransactions(options.patience, on_blocked)
+        try:
+            carried = roll_back(conn, shape, found, short, before_batch=check_stop)
+        except (StopRequestedError, KeyboardInterrupt) as error:
+            raise InterruptedRunError(
+                f"stopped as asked; nothing is lost. {where(engine, schema)} Go on with: {UNDO}"
+            ) from error
+        except SupersededError as error:
+            raise InterruptedRunError(f"{error}; that run goes on") from error
+        except (DBAPIError, ChronosError) as error:
+            raise InterruptedRunError(
+                f"the rollback was cut off: {one_line(error)}; nothing is lost."
+                f" {where(engine, schema)} Go on with: {UNDO}"
+            ) from error
+        output.ok(f"{TABLE} is the plain table again; {carried:,} rows written since the swap came along")
+
+
+def dropped_since(conn: Connection, schema: str, found: State) -> list[date]:
+    """The days that took rows after the swap and have no partition any more."""
+    if found.phase in (Phase.BUILT, Phase.UNDONE):
+        return []
+    now = execute(conn, statement("SELECT now()")).scalar_one().date()
+    written = days(found.today, min(now, found.last_day))
+    return missing(attached(conn, schema), written)
+
+
+def where(engine: Engine, schema: str) -> str:
+    """Which table the application is writing, as far as can still be told."""
+    try:
+        with engine.connect() as conn, transaction(conn):
+            found = migration_state.read(conn, schema)
+    except DBAPIError:
+        return "The state of the tables is unknown: the server cannot be reached."
+    if found is None:
+        return f"{TABLE} is the plain table."
+    return migration_state.DESCRIPTIONS[found.phase]
+
+
+class _Run:
+    """One run: its connection, its state in the database, and what it has to report."""
+
+    def __init__(
+        self, engine: Engine, schema: str, options: Options, output: Output, stop: threading.Event
+    ) -> None:
+        self.engine = engine
+        self.schema = schema
+        self.options = options
+        self.output = output
+        self.stop = stop
+        self.timings = Timings()
+        self.step = 1
+        self.shape: TableShape
+        self.state: State
+        self.silent_triggers = False
+        self.longest_lock_s = 0.0
+        self.wal_start: str | None = None
+        self.rows_copied = 0
+
+    def prepare(self, found: Survey) -> None:
+        """Fix the window, from the server's clock, once."""
+        assert found.shape is not None
+        self.shape = found.shape
+        self.silent_triggers = found.silent_triggers
+        self.state = State(
+            run_id=uuid.uuid4(),
+            phase=Phase.BUILT,
+            strategy="copy",
+            started_at=found.now,
+            cutoff=found.cutoff,
+            today=found.today,
+            first_day=found.today - timedelta(days=DAYS_BACK),
+            last_day=found.today + timedelta(days=DAYS_AHEAD),
+            fence=None,
+            old_oid=found.shape.oid,
+            new_oid=None,
+            renames=renames(found.shape),
+            sequences=list(found.shape.sequences),
+        )
+
+    def take_over(self, conn: Connection) -> None:
+        """Make an interrupted migration this run's own."""
+        with transaction(conn):
+            found = migration_state.read(conn, self.schema)
+            if found is None:
+                raise RefusedError(f"there is nothing to resume; nothing was changed. Start with: {COMMAND}")
+            if found.phase is Phase.MIGRATED:
+                raise RefusedError(
+                    f"{TABLE} is migrated already; nothing was changed. See python -m chronos status"
+                )
+            if found.phase in (Phase.UNDOING, Phase.UNDONE):
+                raise RefusedError(
+                    f"this migration is being undone; nothing was changed. Finish with: {UNDO}"
+                )
+            self.state = migration_state.take_over(conn, self.schema, found)
+            self.shape = read_shape(conn, self.schema, TABLE if found.phase is Phase.BUILT else OLD_TABLE)
+
+    def forward(self, conn: Connection) -> None:
+        """The six steps; on failure, the way back."""
+        try:
+            self._forward(conn)
+        except (StopRequestedError, KeyboardInterrupt) as error:
+            raise InterruptedRunError(self._cut_off("stopped as asked")) from error
+        except SupersededError as error:
+            raise InterruptedRunError(f"{error}; that run goes on") from error
+        except LockUnavailableError as error:
+            # After the swap the way back needs the same lock; what is copied is worth waiting for.
+            if self.state.phase is not Phase.BUILT:
+                raise InterruptedRunError(self._cut_off(str(error))) from error
+            self._undo(error)
+        except Exception as error:
+            conn.close()
+            self._undo(error)
+
+    def _forward(self, conn: Connection) -> None:
+        with transaction(conn):
+            self.wal_start = execute(conn, statement("SELECT pg_current_wal_lsn()::text")).scalar_one()
+        if self.state.phase is Phase.BUILT:
+            self._swap(conn)
+        else:
+            self.output.line(f"Resuming: {TABLE} was renamed before, copying goes on")
+        self._copy(conn)
+        self._install_functions(conn)
+        self._verify(conn)
+        self._finish(conn)
+
+    def _short(self) -> ShortTransactions:
+        patience = self.options.patience
+        if self.state.phase is not Phase.BUILT:
+            patience = replace(patience, attempts=self.options.attempts_after_swap)
+        return ShortTransactions(patience, self._on_blocked)
+
+    def _on_blocked(self, message: str, attempt: int) -> None:
+        self.output.line(f"  {message} (attempt {attempt}, trying again)")
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise StopRequestedError
+
+    def _swap(self, conn: Connection) -> None:
+        """Steps 1 to 3: all is built beforehand and takes effect in one transaction of renames."""
+        self._open(1)
+        schema = self.schema
+        short = self._short()
+        referred = [(key.schema, key.table) for key in self.shape.foreign_keys]
+
+        def build(conn: Connection) -> None:
+            with self._timed(2):
+                execute(conn, joined(parent_statements(self.shape, self.state), ";\n"))
+            with self._timed(3):
+                execute(conn, joined(partition_statements(self.shape, self.state), ";\n"))
+            with self._timed(1):
+                execute(conn, joined(change_log_statements(self.shape), ";\n"))
+                migration_state.create(conn, schema, self.state)
+                execute(
+                    conn,
+                    statement(
+                        "UPDATE {state} SET new_oid = format('%I.%I', {schema}, {new})::regclass",
+                        state=name(schema, migration_state.STATE_TABLE),
+                        schema=schema,
+                        new=NEW_TABLE,
+                    ),
+                )
+
+        def swap(conn: Connection) -> None:
+            migration_state.claim(conn, schema, self.state.run_id)
+            execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+            execute(conn, joined(swap_statements(self.shape, self.state), ";\n"))
+
+        with transaction(conn):
+            built = migration_state.read(conn, schema) is not None
+        if not built:
+            short.run(conn, build, tables=[(schema, TABLE), *referred])
+        self._check_stop()
+        with self._timed(1):
+            short.run(conn, swap, tables=[(schema, TABLE)])
+        self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
+        self._refresh(conn)
+
+        self.output.ok(f"Table renamed: {TABLE} -> {OLD_TABLE}")
+        self._open(2)
+        self.output.ok("Partitioned table created")
+        self._open(3)
+        for day in days(self.state.first_day, self.state.last_day):
+            self.output.line(f"Created partition: {partition_name(day)} ({day} to {day + timedelta(days=1)})")
+        self.output.ok("All partitions created")
+
+    def _copy(self, conn: Connection) -> None:
+        """Step 4."""
+        self._open(4)
+        with self._timed(4):
+            with transaction(conn):
+                rows = rows_per_day(conn, self.shape, self.state)
+            total = sum(rows.values())
+            self.output.line(f"Total rows to migrate: {total:,}")
+            history = days(self.state.first_day, self.state.today - timedelta(days=1))
+            pending = sorted({*history, *rows} - set(self.state.days))
+            done = sum(result.new_rows for result in self.state.days.values())
+            with self.output.copying(total, done) as count:
+                copy = Copy(
+                    self.engine.connect,
+                    self.shape,
+                    self.state,
+                    self._pace(count),
+                    self._short,
+                    silent_triggers=self.silent_triggers,
+                )
+                self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
+            self.rows_copied = count.rows
+            short = self._short()
+            close_history(conn, self.shape, self.state, short)
+            self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
+            self._refresh(conn)
+        self.output.ok("Data migration complete")
+
+    def _pace(self, count: RowCount) -> Pace:
+        return Pace(
+            batch_size=self.options.batch_size,
+            content=self.options.content,
+            before_batch=self._check_stop,
+            after_batch=lambda day, rows: count.add(rows),
+        )
+
+    def _install_functions(self, conn: Connection) -> None:
+        """Step 5."""
+        self._open(5)
+        with self._timed(5), transaction(conn):
+            migration_state.claim(conn, self.schema, self.state.run_id)
+            execute(conn, in_schema(self.schema, script("partition_functions.sql")))
+            for function in FUNCTIONS:
+                execute(
+                    conn,
+                    statement(
+                        "ALTER FUNCTION {function}(integer) OWNER TO {owner}",
+                        function=name(self.schema, function),
+                        owner=name(self.shape.owner),
+                    ),
+                )
+        self.output.ok("Management functions created")
+
+    def _verify(self, conn: Connection) -> None:
+        """Step 6. The days of the past were compared before they took their place; today is compared now."""
+        self._open(6)
+        with self._timed(6):
+            with transaction(conn):
+                rows = rows_per_day(conn, self.shape, self.state)
+            for day in sorted(rows):
+                if day >= self.state.today and day not in self.state.days:
+                    verify_live_day(conn, self.shape, self.state, day, content=self.options.content)
+            self._refresh(conn)
+            old = sum(rows.values())
+            new = sum(result.new_rows for result in self.state.days.values())
+            self.output.line(f"Old table (last {DAYS_BACK} days): {old:,} rows")
+            self.output.line(f"New table: {new:,} rows")
+            for day, count in rows.items():
+                if day not in self.state.days or self.state.days[day].old_rows != count:
+                    raise ChronosError(
+                        f"verification failed for {day}: {OLD_TABLE} has {count:,} rows of that day"
+                        " that were not compared"
+                    )
+            with transaction(conn):
+                migration_state.claim(conn, self.schema, self.state.run_id)
+                migration_state.update(conn, self.schema, phase=Phase.MIGRATED.value, window_rows=old)
+            self._refresh(conn)
+        what = "row counts and contents match" if self.options.content else "row counts match"
+        self.output.ok(f"Verification passed: {what}")
+
+    def _finish(self, conn: Connection) -> None:
+        """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
+        try:
+            with self.engine.connect() as analyzing:
+                analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
+                execute(analyzing, statement("ANALYZE {table}", table=name(self.schema, TABLE)))
+        except DBAPIError as error:
+            self.output.line(f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {TABLE};")
+        if self.options.report:
+            self._write_report(conn, self.options.report)
+        self.output.line()
+        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
+
+    def _write_report(self, conn: Connection, path: Path) -> None:
+        with transaction(conn):
+            wal_bytes = execute(
+                conn,
+                statement(
+                    "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), {start}::pg_lsn)::bigint",
+                    start=self.wal_start,
+                ),
+            ).scalar_one()
+        report: dict[str, Any] = {
+            "strategy": self.state.strategy,
+            "cutoff": self.state.cutoff.isoformat(),
+            "fence": self.state.fence,
+            "steps": [
+                {
+                    "step": number,
+                    "name": step,
+                    "seconds": round(self.timings.seconds.get(number, 0.0), 3),
+                }
+                for number, step in _STEPS.items()
+            ],
+            "rows_copied": self.rows_copied,
+            "wal_bytes": wal_bytes,
+            "longest_lock_wait_seconds": round(self.longest_lock_s, 4),
+            "days": [
+                {"day": day.isoformat(), **asdict(result)} for day, result in sorted(self.state.days.items())
+            ],
+        }
+        try:
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            self.output.line(f"The report could not be written to {path}: {error.strerror}")
+
+    def _refresh(self, conn: Connection) -> None:
+        with transaction(conn):
+            found = migration_state.read(conn, self.schema)
+        if found is None or found.run_id != self.state.run_id:
+            raise SupersededError("another run has taken this migration over")
+        self.state = found
+
+    def _open(self, number: int) -> None:
+        self.step = number
+        self.output.step(number, _STEPS[number])
+
+    @contextmanager
+    def _timed(self, number: int) -> Iterator[None]:
+        self.step = number
+        with self.timings.step(number):
+            yield
+
+    def _cut_off(self, why: str) -> str:
+        return (
+            f"{why} in step {self.step}; nothing is lost, and the application can go on writing."
+            f" Carry on with: {COMMAND} --resume; or undo it with: {UNDO}"
+        )
+
+    def _undo(self, error: Exception) -> None:
+        """Bring everything back after a failure, over a new connection; always raises."""
+        what = f"step {self.step} ({_STEPS[self.step]}) failed: {one_line(error)}"
+        self.output.line()
+        self.output.line(f"{what}.")
+        try:
+            conn = self._reconnect()
+        except DBAPIError as gone:
+            raise InterruptedRunError(
+                self._cut_off(f"{what}, and the server cannot be reached ({one_line(gone)})")
+            ) from error
+        try:
+            with (
+                conn,
+                migration_state.rollback_permit(conn, self.schema, self.state.run_id) as found,
+            ):
+                if found is not None:
+                    self.output.line("Rolling back...")
+                    short = ShortTransactions(self.options.patience, self._tell)
+                    roll_back(conn, self.shape, found, short, silent_triggers=self.silent_triggers)
+        except SupersededError as other:
+            raise InterruptedRunError(f"{what}; {other}, and that run goes on") from error
+        except Exception as second:
+            why = f"{what}, and so did the rollback: {one_line(second)}"
+            if is_disconnect(second):
+                raise InterruptedRunError(self._cut_off(why)) from error
+            raise NeedsPersonError(
+                f"{why}. {where(self.engine, self.schema)} No row is lost. Remove the cause, then"
+                f" type: {UNDO}"
+            ) from error
+        raise ChronosError(
+            f"{what}; rolled back: {TABLE} is the plain table it was, with every row. Remove the"
+            " cause and start again"
+        ) from error
+
+    def _tell(self, message: str, attempt: int) -> None:
+        self.output.line(f"  {message} (attempt {attempt}, trying again)")
+
+    def _reconnect(self) -> Connection:
+        """A new connection; a server that restarts gets ``reconnect_s`` seconds to come back."""
+        deadline = time.monotonic() + self.options.reconnect_s
+        while True:
+            try:
+                return self.engine.connect()
+            except DBAPIError:
+                if time.monotonic() >= deadline:
+                    raise
+                self.options.patience.sleep(0.5)

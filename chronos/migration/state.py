@@ -1,0 +1,268 @@
+"""The state of a migration, kept in the database: one row beside the table, gone when all is over.
+
+Each transition is written in the transaction that makes it true, and only by the run that owns the
+row: ``claim`` locks it and compares the run's token, so that a run which was taken over, its process
+dead but its last statement still going, cannot write another row.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy.engine import Connection, Engine
+
+from chronos.db import execute, name, statement, transaction
+from chronos.errors import RefusedError, SupersededError
+from chronos.migration.table_shape import OwnedSequence
+
+STATE_TABLE = "webhook_log_migration"
+
+
+class Phase(StrEnum):
+    """How far a migration has come; DECISIONS.md draws the transitions."""
+
+    BUILT = "built"
+    COPYING = "copying"
+    MIGRATED = "migrated"
+    UNDOING = "undoing"
+    UNDONE = "undone"
+
+
+DESCRIPTIONS = {
+    Phase.BUILT: "webhook_log is the plain table; webhook_log_new lies beside it, unused.",
+    Phase.COPYING: "webhook_log is partitioned and takes the writes; webhook_log_old holds what was before.",
+    Phase.MIGRATED: "webhook_log is partitioned and complete; webhook_log_old holds what was before.",
+    Phase.UNDOING: "webhook_log is partitioned and takes the writes; webhook_log_old gets its new rows.",
+    Phase.UNDONE: "webhook_log is the plain table again; what is left of webhook_log_new is to be dropped.",
+}
+
+
+@dataclass(frozen=True)
+class DayResult:
+    """What was found when a day's copy was compared with its origin."""
+
+    old_rows: int
+    new_rows: int
+    hash_equal: bool | None
+
+
+@dataclass(frozen=True)
+class State:
+    """The row. ``renames`` lists the names taken over in the swap: (kind, name, aside, built as);
+    ``sequences`` those that were the old table's own.
+    """
+
+    run_id: uuid.UUID
+    phase: Phase
+    strategy: str
+    started_at: datetime
+    cutoff: datetime
+    today: date
+    first_day: date
+    last_day: date
+    fence: int | None
+    old_oid: int
+    new_oid: int | None
+    renames: list[tuple[str, str, str, str]] = field(default_factory=list)
+    sequences: list[OwnedSequence] = field(default_factory=list)
+    days: dict[date, DayResult] = field(default_factory=dict)
+    window_rows: int | None = None
+
+
+_CREATE = """
+CREATE TABLE {table} (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    run_id uuid NOT NULL,
+    phase text NOT NULL,
+    strategy text NOT NULL,
+    started_at timestamptz NOT NULL,
+    cutoff timestamptz NOT NULL,
+    today date NOT NULL,
+    first_day date NOT NULL,
+    last_day date NOT NULL,
+    fence bigint,
+    old_oid oid NOT NULL,
+    new_oid oid,
+    renames jsonb NOT NULL,
+    sequences jsonb NOT NULL,
+    days jsonb NOT NULL DEFAULT '{{}}',
+    window_rows bigint
+);
+COMMENT ON TABLE {table} IS
+    'chronos: how far the migration of webhook_log has come; finalize and rollback remove it';
+INSERT INTO {table} (run_id, phase, strategy, started_at, cutoff, today, first_day, last_day, old_oid,
+                     new_oid, renames, sequences)
+VALUES ({run_id}, {phase}, {strategy}, {started_at}, {cutoff}, {today}, {first_day}, {last_day},
+        {old_oid}, {new_oid}, {renames}, {sequences})
+"""
+
+
+def create(conn: Connection, schema: str, state: State) -> None:
+    """Write the first state, in the transaction that makes it true."""
+    execute(
+        conn,
+        statement(
+            _CREATE,
+            table=name(schema, STATE_TABLE),
+            run_id=str(state.run_id),
+            phase=state.phase.value,
+            strategy=state.strategy,
+            started_at=state.started_at,
+            cutoff=state.cutoff,
+            today=state.today,
+            first_day=state.first_day,
+            last_day=state.last_day,
+            old_oid=state.old_oid,
+            new_oid=state.new_oid,
+            renames=json.dumps(state.renames),
+            sequences=json.dumps([asdict(sequence) for sequence in state.sequences]),
+        ),
+    )
+
+
+def read(conn: Connection, schema: str) -> State | None:
+    """The state of the migration in ``schema``, None when there is none."""
+    exists = execute(
+        conn,
+        statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=schema, t=STATE_TABLE),
+    ).scalar_one()
+    if exists is None:
+        return None
+    row = execute(
+        conn,
+        statement(
+            "SELECT run_id::text, phase, strategy, started_at, cutoff, today, first_day, last_day,"
+            " fence, old_oid::bigint, new_oid::bigint, renames, sequences, days,"
+            " window_rows FROM {table}",
+            table=name(schema, STATE_TABLE),
+        ),
+    ).one_or_none()
+    if row is None:
+        return None
+    return State(
+        run_id=uuid.UUID(row[0]),
+        phase=Phase(row[1]),
+        strategy=row[2],
+        started_at=row[3],
+        cutoff=row[4],
+        today=row[5],
+        first_day=row[6],
+        last_day=row[7],
+        fence=row[8],
+        old_oid=row[9],
+        new_oid=row[10],
+        renames=[(a, b, c, d) for a, b, c, d in row[11]],
+        sequences=[OwnedSequence(**sequence) for sequence in row[12]],
+        days={date.fromisoformat(day): DayResult(**result) for day, result in row[13].items()},
+        window_rows=row[14],
+    )
+
+
+def claim(conn: Connection, schema: str, run_id: uuid.UUID) -> None:
+    """Lock the row to the end of the transaction and make sure that it is this run's.
+
+    Raises SupersededError when another run has taken over.
+    """
+    mine = execute(
+        conn,
+        statement(
+            "SELECT FROM {table} WHERE run_id = {run_id}::uuid FOR UPDATE",
+            table=name(schema, STATE_TABLE),
+            run_id=str(run_id),
+        ),
+    )
+    if mine.one_or_none() is None:
+        raise SupersededError("another run has taken this migration over; this one wrote nothing more")
+
+
+def update(conn: Connection, schema: str, **changes: Any) -> None:
+    """Set columns of the row that ``claim`` has locked."""
+    for column, value in changes.items():
+        execute(
+            conn,
+            statement(
+                "UPDATE {table} SET {column} = {value}",
+                table=name(schema, STATE_TABLE),
+                column=name(column),
+                value=value,
+            ),
+        )
+
+
+def take_over(conn: Connection, schema: str, state: State) -> State:
+    """Make this run the owner; waits for the last statement of the one before, if any still runs."""
+    mine = replace(state, run_id=uuid.uuid4())
+    execute(
+        conn,
+        statement(
+            "UPDATE {table} SET run_id = {run_id}::uuid",
+            table=name(schema, STATE_TABLE),
+            run_id=str(mine.run_id),
+        ),
+    )
+    return mine
+
+
+def record_day(conn: Connection, schema: str, day: date, result: DayResult) -> None:
+    """Note that ``day`` is copied, compared and in its place; same transaction as the last of these."""
+    execute(
+        conn,
+        statement(
+            "UPDATE {table} SET days = days || jsonb_build_object({day}::text, {result}::jsonb)",
+            table=name(schema, STATE_TABLE),
+            day=day.isoformat(),
+            result=json.dumps(asdict(result)),
+        ),
+    )
+
+
+@contextmanager
+def rollback_permit(conn: Connection, schema: str, run_id: uuid.UUID) -> Iterator[State | None]:
+    """The state that this run has to undo, None when it has left nothing behind.
+
+    Waits, in a transaction of its own, for the last statement that another connection of this run
+    still executes. Raises SupersededError when the migration is another run's by now.
+    """
+    with transaction(conn):
+        found = read(conn, schema)
+        if found is not None:
+            claim(conn, schema, run_id)
+    yield found
+
+
+@contextmanager
+def sole_operator(engine: Engine, schema: str) -> Iterator[Connection]:
+    """Hold the operator's lock on ``schema`` while the block runs, over a connection of its own.
+
+    An advisory lock in an open transaction, not in a session, so that it also holds behind a pooler
+    that hands out server connections by the transaction. It holds no snapshot: VACUUM is not kept back.
+    Raises RefusedError with the other's pid when somebody else holds it.
+    """
+    key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.webhook_log")
+    with engine.connect() as conn, transaction(conn):
+        if not execute(conn, statement("SELECT pg_try_advisory_xact_lock({key})", key=key)).scalar_one():
+            holder = execute(
+                conn,
+                statement(
+                    "SELECT format('pid %s, %s, connected from %s since %s', a.pid,"
+                    " coalesce(a.usename, 'unknown'), coalesce(host(a.client_addr), 'a local socket'),"
+                    " to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS \"UTC\"'))"
+                    " FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+                    " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
+                    " AND l.classid::bigint = ({key} >> 32) & 4294967295"
+                    " AND l.objid::bigint = {key} & 4294967295",
+                    key=key,
+                ),
+            ).scalar()
+            raise RefusedError(
+                f"somebody else is migrating or undoing this table ({holder or 'just gone'});"
+                " nothing was changed. Wait for them to finish"
+            )
+        yield conn

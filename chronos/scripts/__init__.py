@@ -1,0 +1,1 @@
+"""Documented entry points, run with ``python -m``."""

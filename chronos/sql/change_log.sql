@@ -1,0 +1,33 @@
+-- While webhook_log_old may still be needed again, this remembers which of its rows the application
+-- has touched in the new table: the key of every row at or below the fence (the highest id of the old
+-- table) that was inserted, updated or deleted there since the swap. Rows above the fence are known by
+-- their id and cost nothing but a comparison. rollback reads it; finalize and rollback remove it.
+--
+-- Run with the table's schema first in search_path.
+
+CREATE TABLE webhook_log_migration_changes AS
+    SELECT id, "timestamp" FROM webhook_log_new WITH NO DATA;
+
+COMMENT ON TABLE webhook_log_migration_changes IS
+    'chronos: keys of migrated rows that were written again since; finalize and rollback remove it';
+
+-- SECURITY DEFINER: whoever may write webhook_log need not be allowed to write this table.
+CREATE OR REPLACE FUNCTION webhook_log_note_change()
+RETURNS trigger
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        INSERT INTO webhook_log_migration_changes VALUES (OLD.id, OLD."timestamp");
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO webhook_log_migration_changes VALUES (NEW.id, NEW."timestamp");
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Calling a trigger function takes no privilege, being able to attach it to a table of one's own does.
+REVOKE ALL ON FUNCTION webhook_log_note_change() FROM PUBLIC;

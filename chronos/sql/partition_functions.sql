@@ -1,0 +1,250 @@
+-- The two functions that keep webhook_log in daily partitions, callable by anyone who owns the table:
+--
+--     SELECT create_future_webhook_log_partitions(30);   -- today through 30 days ahead
+--     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
+--
+-- Install with the table's schema first in search_path (that path is stored with the functions, so
+-- that nobody's own setting can lead them to another table):
+--
+--     SET search_path = public, pg_temp;
+--     \i partition_functions.sql
+--
+-- What both have in common. A day is a UTC day, whatever the zone of the server. What exists is read
+-- from the catalog's bounds, never from a name. Neither waits more than 200 ms for a lock, so that
+-- nobody queues behind it for longer; then it raises lock_not_available and has changed nothing, and
+-- the remedy is to call it again. Two callers at once: the second is refused the same way.
+
+-- An older version with another result or other argument names cannot be replaced in place.
+DO $$
+DECLARE
+    older oid;
+BEGIN
+    FOR older IN
+        SELECT p.oid
+        FROM pg_proc p
+        WHERE p.pronamespace = current_schema()::regnamespace
+          AND p.proargtypes::text = 'integer'::regtype::oid::text
+          AND ((p.proname = 'create_future_webhook_log_partitions'
+                AND p.proargnames IS DISTINCT FROM ARRAY['days_ahead'])
+            OR (p.proname = 'drop_old_webhook_log_partitions'
+                AND p.proargnames IS DISTINCT FROM ARRAY['retention_days'])
+            OR (p.proname IN ('create_future_webhook_log_partitions', 'drop_old_webhook_log_partitions')
+                AND (p.prokind <> 'f' OR pg_get_function_result(p.oid) <> 'SETOF text')))
+    LOOP
+        EXECUTE format('DROP ROUTINE %s', older::regprocedure);
+    END LOOP;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION create_future_webhook_log_partitions(days_ahead integer)
+RETURNS SETOF text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET lock_timeout = '200ms'
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+AS $$
+DECLARE
+    parent    CONSTANT regclass := to_regclass('webhook_log');
+    today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
+    zoned     boolean;        -- timestamptz, as opposed to timestamp
+    suffix    text;           -- what makes the literal of a bound mean UTC
+    sibling   oid;            -- the newest partition: the new ones are made in its likeness
+    day       date;
+    leaf      text;
+    qualified text;
+    setting   text;
+    privilege record;
+BEGIN
+    IF days_ahead IS NULL OR days_ahead < 0 THEN
+        RAISE EXCEPTION 'days_ahead must be 0 or more, not %', coalesce(days_ahead::text, 'NULL')
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF days_ahead > 3650 THEN
+        RAISE EXCEPTION 'days_ahead must be 3650 or less, not %', days_ahead
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
+        RAISE EXCEPTION 'webhook_log is not a partitioned table; migrate it first'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('webhook_log partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of webhook_log; call again later'
+            USING ERRCODE = 'lock_not_available';
+    END IF;
+
+    SELECT a.atttypid = 'timestamptz'::regtype INTO zoned
+    FROM pg_partitioned_table p
+    JOIN pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = p.partattrs[0]
+    WHERE p.partrelid = parent;
+    suffix := CASE WHEN zoned THEN ' 00:00:00+00' ELSE ' 00:00:00' END;
+
+    FOR day IN
+        SELECT d::date
+        FROM generate_series(today::timestamp, today::timestamp + days_ahead * interval '1 day', '1 day') d
+        WHERE NOT EXISTS (
+            SELECT
+            FROM pg_inherits i
+            JOIN pg_class c ON c.oid = i.inhrelid
+            CROSS JOIN LATERAL regexp_match(
+                pg_get_expr(c.relpartbound, c.oid),
+                '^FOR VALUES FROM \((.+)\) TO \((.+)\)$') AS bound
+            WHERE i.inhparent = parent
+              AND NOT i.inhdetachpending
+              AND CASE bound[1] WHEN 'MINVALUE' THEN true
+                                ELSE trim('''' FROM bound[1])::timestamp <= d END
+              AND CASE bound[2] WHEN 'MAXVALUE' THEN true
+                                ELSE trim('''' FROM bound[2])::timestamp >= d + interval '1 day' END)
+        ORDER BY d
+    LOOP
+        leaf := 'webhook_log_y' || to_char(day, 'YYYY"m"MM"d"DD');
+        qualified := format('%I.%I', (SELECT relnamespace::regnamespace::name
+                                      FROM pg_class WHERE oid = parent), leaf);
+        IF to_regclass(qualified) IS NOT NULL THEN
+            IF EXISTS (SELECT FROM pg_inherits
+                       WHERE inhrelid = to_regclass(qualified) AND inhparent = parent AND inhdetachpending) THEN
+                RAISE EXCEPTION 'cannot create the partition of %: % was detached half-way; finish that first', day, leaf
+                    USING ERRCODE = 'duplicate_table',
+                          HINT = format('ALTER TABLE %s DETACH PARTITION %s FINALIZE;', parent, qualified);
+            END IF;
+            RAISE EXCEPTION 'cannot create the partition of %: the name % is taken by something that is not that partition', day, leaf
+                USING ERRCODE = 'duplicate_table',
+                      HINT = format('Rename or drop %s, then call again. No partition was created.', qualified);
+        END IF;
+
+        -- Made beside the parent and then attached: SHARE UPDATE EXCLUSIVE on the parent lets
+        -- everybody read and write on, where PARTITION OF would stop them.
+        EXECUTE format('CREATE TABLE %s (LIKE %s INCLUDING ALL EXCLUDING IDENTITY)', qualified, parent);
+        EXECUTE format('ALTER TABLE %s OWNER TO %I', qualified,
+                       (SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = parent));
+
+        SELECT i.inhrelid INTO sibling
+        FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent = parent AND c.relkind = 'r' AND NOT i.inhdetachpending
+        ORDER BY pg_get_expr(c.relpartbound, c.oid) DESC
+        LIMIT 1;
+        FOR setting IN
+            SELECT format('%I = %L', o.option_name, o.option_value)
+            FROM pg_class c, pg_options_to_table(c.reloptions) o WHERE c.oid = sibling
+            UNION ALL
+            SELECT format('toast.%I = %L', o.option_name, o.option_value)
+            FROM pg_class c JOIN pg_class t ON t.oid = c.reltoastrelid,
+                 pg_options_to_table(t.reloptions) o WHERE c.oid = sibling
+        LOOP
+            EXECUTE format('ALTER TABLE %s SET (%s)', qualified, setting);
+        END LOOP;
+        IF (SELECT relreplident FROM pg_class WHERE oid = sibling) IN ('f', 'n') THEN
+            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY %s', qualified,
+                           (SELECT CASE relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END
+                            FROM pg_class WHERE oid = sibling));
+        END IF;
+        FOR privilege IN
+            SELECT x.privilege_type, x.is_grantable,
+                   CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee
+            FROM pg_class c, aclexplode(c.relacl) x
+            WHERE c.oid = sibling AND x.grantee <> c.relowner
+        LOOP
+            EXECUTE format('GRANT %s ON %s TO %s%s', privilege.privilege_type, qualified, privilege.grantee,
+                           CASE WHEN privilege.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END);
+        END LOOP;
+
+        EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
+                       parent, qualified, day || suffix, day + 1 || suffix);
+        RETURN NEXT leaf;
+    END LOOP;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION drop_old_webhook_log_partitions(retention_days integer)
+RETURNS SETOF text
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET lock_timeout = '200ms'
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+AS $$
+DECLARE
+    -- Every lock is held to the end of the call: a month at a time keeps the wait of the others short
+    -- and the lock table of the server far from full. What is left over goes with the next call.
+    most      CONSTANT integer := 31;
+    parent    CONSTANT regclass := to_regclass('webhook_log');
+    today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
+    leaf      record;
+    doomed    text[] := '{}';
+    contended text[] := '{}';
+BEGIN
+    IF retention_days IS NULL OR retention_days < 0 THEN
+        RAISE EXCEPTION 'retention_days must be 0 or more, not %', coalesce(retention_days::text, 'NULL')
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
+        RAISE EXCEPTION 'webhook_log is not a partitioned table; migrate it first'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('webhook_log partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of webhook_log; call again later'
+            USING ERRCODE = 'lock_not_available';
+    END IF;
+
+    -- Nobody attaches, detaches or re-bounds a partition while this is held; everybody reads and writes.
+    LOCK TABLE ONLY webhook_log IN SHARE UPDATE EXCLUSIVE MODE;
+
+    -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
+    -- The partition that reaches furthest into the future stays in any case: a table without any
+    -- refuses every insert.
+    FOR leaf IN
+        SELECT p.name, p.qualified
+        FROM (SELECT c.relname::text AS name,
+                     c.oid::regclass::text AS qualified,
+                     trim('''' FROM bound[1])::timestamp AS upper_bound,
+                     row_number() OVER (ORDER BY trim('''' FROM bound[1])::timestamp DESC) AS from_newest
+              FROM pg_inherits i
+              JOIN pg_class c ON c.oid = i.inhrelid
+              CROSS JOIN LATERAL regexp_match(
+                  pg_get_expr(c.relpartbound, c.oid), ' TO \((''.+'')\)$') AS bound
+              WHERE i.inhparent = parent AND NOT i.inhdetachpending AND c.relkind = 'r') p
+        WHERE p.upper_bound <= today - retention_days AND p.from_newest > 1
+        ORDER BY p.upper_bound
+    LOOP
+        IF cardinality(doomed) = most THEN
+            RAISE NOTICE 'more partitions have expired than one call drops (%); call again', most;
+            EXIT;
+        END IF;
+        -- The partition before its parent: whoever still reads it is waited for while all the
+        -- others go on, and the lock that stops everybody comes last and is given back first.
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', leaf.qualified);
+            doomed := doomed || leaf.qualified;
+            RETURN NEXT leaf.name;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            contended := contended || leaf.name;
+        END;
+    END LOOP;
+
+    IF contended <> '{}' THEN
+        IF doomed = '{}' THEN
+            RAISE EXCEPTION 'cannot drop expired partitions, somebody is using them: %', array_to_string(contended, ', ')
+                USING ERRCODE = 'lock_not_available', HINT = 'Nothing was dropped; call again later.';
+        END IF;
+        RAISE WARNING 'somebody is using these expired partitions, they stay until the next call: %',
+            array_to_string(contended, ', ');
+    END IF;
+    IF doomed <> '{}' THEN
+        LOCK TABLE ONLY webhook_log IN ACCESS EXCLUSIVE MODE;
+        EXECUTE 'DROP TABLE ' || array_to_string(doomed, ', ');
+    END IF;
+END
+$$;
+
+REVOKE ALL ON FUNCTION create_future_webhook_log_partitions(integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION drop_old_webhook_log_partitions(integer) FROM PUBLIC;
+
+COMMENT ON FUNCTION create_future_webhook_log_partitions(integer) IS
+    'chronos 1: creates the missing daily partitions of webhook_log, today (UTC) through days_ahead '
+    'days from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on webhook_log: reads '
+    'and writes go on. Raises lock_not_available after 200 ms without a lock, having changed nothing.';
+COMMENT ON FUNCTION drop_old_webhook_log_partitions(integer) IS
+    'chronos 1: drops the partitions of webhook_log that end before the day that is retention_days old '
+    '(UTC), at most 31 in a call, never the newest; returns their names. ACCESS EXCLUSIVE on '
+    'webhook_log for milliseconds. Raises lock_not_available after 200 ms without a lock, having '
+    'changed nothing.';
