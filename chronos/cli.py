@@ -12,15 +12,17 @@ from types import FrameType
 from typing import Any
 
 import click
-from rich.console import Console
 from sqlalchemy.exc import DBAPIError
 
 from chronos import telemetry
 from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos.migration.finalize import finish
+from chronos.migration.operator import Operator
 from chronos.migration.output import Output
 from chronos.migration.preflight import Survey
-from chronos.migration.run import Options, undo
+from chronos.migration.rollback import undo
+from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
 from chronos.migration.state import DESCRIPTIONS, State
 from chronos.partitions import OLD_TABLE, TABLE
@@ -144,9 +146,8 @@ def migrate(yes: bool, resume: bool, batch_size: int, workers: int, verify: str,
                 content=verify == "full",
                 report=report,
             ),
-            Output(Console(highlight=False, soft_wrap=True)),
+            Operator(Output(), stop),
             confirm,
-            stop,
         )
 
 
@@ -173,14 +174,35 @@ def rollback(yes: bool, force: bool) -> None:
             if not yes:
                 _ask("ROLLBACK")
 
-        undo(
-            connect_engine(url, application_name="chronos rollback"),
-            Options(),
-            Output(Console(highlight=False, soft_wrap=True)),
-            confirm,
-            stop,
-            force=force,
-        )
+        engine = connect_engine(url, application_name="chronos rollback")
+        undo(engine, Operator(Output(), stop), confirm, force=force)
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
+def finalize(yes: bool) -> None:
+    """Drop webhook_log_old, once the migrated table has proven itself.
+
+    Checks first that the migration is complete, that no row within retention is in the old table
+    alone, and that nothing depends on it. Asks for the word FINALIZE. There is no way back from here.
+    """
+    with _errors_as_lines(), _stop_on_signals() as stop:
+        settings = get_settings()
+        url = settings.database
+        telemetry.configure(settings)
+
+        def confirm(found: State) -> None:
+            click.echo(
+                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
+                f"{DESCRIPTIONS[found.phase]}\n"
+                f"{OLD_TABLE} will be dropped for good, and with it all from before"
+                f" {found.cutoff:%Y-%m-%d %H:%M} UTC."
+            )
+            if not yes:
+                _ask("FINALIZE")
+
+        engine = connect_engine(url, application_name="chronos finalize")
+        finish(engine, Operator(Output(), stop), confirm, settings.webhook_log_retention_days)
 
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import ShortTransactions, execute, name, statement, transaction
 from chronos.errors import ChronosError, SupersededError
+from chronos.migration.operator import StopRequestedError
 from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
 from chronos.migration.swap import (
     COPYING_FLAG,
@@ -36,10 +37,6 @@ from chronos.migration.verify import compare_history_day, compare_live_day, matc
 from chronos.partitions import OLD_TABLE, TABLE, midnight, partition_name
 
 _LOWEST_ID = -(2**63)
-
-
-class StopRequestedError(Exception):
-    """Somebody asked to stop; raised at a batch boundary."""
 
 
 class VerificationError(ChronosError):

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from datetime import date
 
 from psycopg2 import sql
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
-from chronos.db import ShortTransactions, Statement, execute, name, statement, transaction
+from chronos.db import ShortTransactions, Statement, execute, name, one_line, statement, transaction
+from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
+from chronos.migration import state as migration_state
 from chronos.migration.copy import silence
-from chronos.migration.state import STATE_TABLE, Phase, State, claim, update
+from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
+from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over, undone_by_hand, where
 from chronos.migration.swap import (
     CHANGE_TRIGGERS,
     CHANGES_FUNCTION,
@@ -28,10 +32,99 @@ from chronos.migration.swap import (
     rename,
 )
 from chronos.migration.table_shape import TableShape
-from chronos.partitions import OLD_TABLE, TABLE, partition_name
+from chronos.migration.table_shape import read as read_shape
+from chronos.partitions import OLD_TABLE, TABLE, attached, days, missing, partition_name
+
+UNDO = "python -m chronos rollback"
 
 _EVERY_ID = 2**63 - 1
 _BATCH = 5_000
+
+
+def undo(
+    engine: Engine, operator: Operator, confirm: Callable[[State], None], *, force: bool = False
+) -> None:
+    """Back to the plain table, from whatever phase the migration is in, with the rows written since.
+
+    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, unless ``force``,
+    when retention has already dropped days that were written after the swap: their rows are gone.
+    """
+    with sole_operator(engine) as (conn, schema):
+        with transaction(conn):
+            found = migration_state.read(conn, schema)
+            if found is None:
+                raise RefusedError("there is no migration to undo; nothing was changed")
+            if found.phase is Phase.FINALIZING:
+                raise RefusedError(
+                    f"{OLD_TABLE} is being dropped, there is no way back; nothing was changed."
+                    " Finish with: python -m chronos finalize"
+                )
+            by_hand = undone_by_hand(conn, schema, found)
+            gone = [] if by_hand else dropped_since(conn, schema, found)
+        if gone and not force:
+            raise RefusedError(
+                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
+                f" in no other table; nothing was changed. To go back without them: {UNDO} --force"
+            )
+        confirm(found)
+        with transaction(conn):
+            found = take_over(conn, schema, found)
+        try:
+            if by_hand:
+                tidy_up(conn, schema, found, operator.short(AN_HOUR))
+                operator.output.ok(f"{TABLE} was put back by hand before; what was left over is gone")
+                return
+            with transaction(conn):
+                plain = found.phase in (Phase.BUILT, Phase.UNDONE)
+                shape = read_shape(conn, schema, TABLE if plain else OLD_TABLE)
+            carried = roll_back(conn, shape, found, operator.short(AN_HOUR), before_batch=operator.check_stop)
+        except SupersededError as error:
+            raise InterruptedRunError(f"{error}; that run goes on") from error
+        except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
+            why = (
+                "was stopped as asked"
+                if isinstance(error, StopRequestedError)
+                else f"was cut off: {one_line(error)}"
+            )
+            raise InterruptedRunError(
+                f"the rollback {why}; nothing is lost. {where(engine, schema)} Go on with: {UNDO}"
+            ) from error
+        operator.output.ok(
+            f"{TABLE} is the plain table again; {carried:,} rows written since the swap came along"
+        )
+
+
+def tidy_up(conn: Connection, schema: str, found: State, short: ShortTransactions) -> None:
+    """After somebody has put the plain table back by hand: give it its names and sequences, drop the rest."""
+
+    def rename_back(conn: Connection) -> None:
+        claim(conn, schema, found.run_id)
+        if (
+            execute(
+                conn, statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=schema, t=TABLE)
+            ).scalar_one()
+            is None
+        ):
+            execute(conn, rename(schema, "TABLE", OLD_TABLE, TABLE))
+        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+        queries = [rename(schema, kind, aside, original) for kind, original, aside, _ in found.renames]
+        for query in queries + _owned_again(schema, found):
+            execute(conn, query)
+        migration_state.update(conn, schema, phase=Phase.UNDONE.value)
+
+    short.run(conn, rename_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
+    with transaction(conn):
+        shape = read_shape(conn, schema, TABLE)
+    _clean_up(conn, shape, found, short)
+
+
+def dropped_since(conn: Connection, schema: str, found: State) -> list[date]:
+    """The days that took rows after the swap and have no partition any more."""
+    if found.phase in (Phase.BUILT, Phase.UNDONE):
+        return []
+    now = execute(conn, statement("SELECT now()")).scalar_one().date()
+    written = days(found.today, min(now, found.last_day))
+    return missing(attached(conn, schema), written)
 
 
 def roll_back(
@@ -81,7 +174,7 @@ def _note_every_change(conn: Connection, shape: TableShape, state: State, short:
                 ),
             )
         execute(conn, note_changes(schema, TABLE, _EVERY_ID))
-        update(conn, schema, phase=Phase.UNDOING.value)
+        migration_state.update(conn, schema, phase=Phase.UNDOING.value)
 
     short.run(conn, widen, tables=[(schema, TABLE)])
 
@@ -220,7 +313,7 @@ def _swap_back(
             conn,
             sql.SQL(";\n").join([*_names_back(schema, state), *_sequences_back(schema, state)]),
         )
-        update(conn, schema, phase=Phase.UNDONE.value)
+        migration_state.update(conn, schema, phase=Phase.UNDONE.value)
 
     short.run(conn, swap_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
 
@@ -249,17 +342,25 @@ END
 $do$"""
 
 
-def _sequences_back(schema: str, state: State) -> list[Statement]:
+def _sequences_back(schema: str, found: State) -> list[Statement]:
     """After the renames: the old table's ids go on where the new one's stopped."""
-    return [
+    identities = [
         statement(_IDENTITY_BACK, schema=schema, table=TABLE, new=NEW_TABLE, column=sequence.column)
+        for sequence in found.sequences
         if sequence.identity
-        else statement(
+    ]
+    return [*identities, *_owned_again(schema, found)]
+
+
+def _owned_again(schema: str, found: State) -> list[Statement]:
+    return [
+        statement(
             "ALTER SEQUENCE {sequence} OWNED BY {column}",
             sequence=name(sequence.schema, sequence.name),
             column=name(schema, TABLE, sequence.column),
         )
-        for sequence in state.sequences
+        for sequence in found.sequences
+        if not sequence.identity
     ]
 
 
@@ -288,7 +389,7 @@ def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTra
             conn,
             statement(
                 "DROP TABLE IF EXISTS {new};"
-                " DROP TABLE {changes}; DROP FUNCTION {noting}();"
+                " DROP TABLE IF EXISTS {changes}; DROP FUNCTION IF EXISTS {noting}();"
                 " DROP FUNCTION IF EXISTS {create}(integer); DROP FUNCTION IF EXISTS {drop}(integer);"
                 " DROP TABLE {state}",
                 new=name(schema, NEW_TABLE),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date, timedelta
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.db import (
-    Patience,
     ShortTransactions,
     execute,
     is_disconnect,
@@ -40,14 +38,14 @@ from chronos.migration import state as migration_state
 from chronos.migration.copy import (
     Copy,
     Pace,
-    StopRequestedError,
     close_history,
     rows_per_day,
     verify_live_day,
 )
-from chronos.migration.output import Output, RowCount
-from chronos.migration.preflight import COMMAND, Survey, locate, survey
-from chronos.migration.rollback import roll_back
+from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
+from chronos.migration.output import RowCount
+from chronos.migration.preflight import COMMAND, Survey, survey
+from chronos.migration.rollback import UNDO, roll_back, tidy_up
 from chronos.migration.state import Phase, State
 from chronos.migration.swap import (
     NEW_TABLE,
@@ -68,9 +66,7 @@ from chronos.partitions import (
     FUNCTIONS,
     OLD_TABLE,
     TABLE,
-    attached,
     days,
-    missing,
     partition_name,
 )
 
@@ -83,23 +79,16 @@ _STEPS = {
     6: "Verifying migration",
 }
 
-UNDO = "python -m chronos rollback"
-
 
 @dataclass(frozen=True)
 class Options:
-    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only.
-
-    Before the swap a lock is waited for some minutes, after it an hour: a copied day is worth it.
-    """
+    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only."""
 
     resume: bool = False
     batch_size: int = 1_000
     workers: int = 2
     content: bool = True
     report: Path | None = None
-    patience: Patience = field(default_factory=Patience)
-    attempts_after_swap: int = 900
     reconnect_s: float = 30.0
 
 
@@ -121,136 +110,57 @@ class Timings:
             self.seconds[number] = self.seconds.get(number, 0.0) + spent
 
 
-def migrate(
-    engine: Engine,
-    options: Options,
-    output: Output,
-    confirm: Callable[[Survey], None],
-    stop: threading.Event,
-) -> None:
+def migrate(engine: Engine, options: Options, operator: Operator, confirm: Callable[[Survey], None]) -> None:
     """Turn webhook_log into daily partitions, or carry on where an earlier run was cut off.
 
-    ``confirm`` is shown what was found and raises RefusedError to call it off; ``stop``, once set,
-    ends the run at its next batch. Each error raised is a ChronosError whose message says what state
-    the tables are in.
+    ``confirm`` is shown what was found and raises RefusedError to call it off. Each error raised is
+    a ChronosError whose message says what state the tables are in.
     """
-    with ExitStack() as stack:
-        conn = stack.enter_context(engine.connect())
-        schema = locate(conn)
-        if schema is None:
-            raise RefusedError(
-                f"there is no table {TABLE} in this database, or one in several schemas and none on"
-                " the search path; nothing was changed. Check the database and its search_path"
-            )
-        stack.enter_context(migration_state.sole_operator(engine, schema))
-        run = _Run(engine, schema, options, output, stop)
+    with sole_operator(engine) as (conn, schema):
+        run = _Run(engine, schema, options, operator)
         if options.resume:
             run.take_over(conn)
         else:
-            with transaction(conn):
-                execute(conn, statement("SET TRANSACTION READ ONLY"))
-                found = survey(conn, schema)
-            if found.blockers:
-                raise RefusedError("; ".join((*found.blockers, "nothing was changed")))
-            confirm(found)
-            run.prepare(found)
-        output.banner("Starting PostgreSQL Partitioning Migration")
+            run.prepare(_look(conn, schema, operator, confirm))
+        operator.output.banner("Starting PostgreSQL Partitioning Migration")
         run.forward(conn)
 
 
-def undo(
-    engine: Engine,
-    options: Options,
-    output: Output,
-    confirm: Callable[[State], None],
-    stop: threading.Event,
-    *,
-    force: bool = False,
-) -> None:
-    """Back to the plain table, from whatever phase the migration is in, with the rows written since.
+def _look(conn: Connection, schema: str, operator: Operator, confirm: Callable[[Survey], None]) -> Survey:
+    """Survey the table and have the operator confirm; what a manual rollback left over goes first."""
 
-    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, unless ``force``,
-    when retention has already dropped days that were written after the swap: their rows are gone.
-    """
-    with ExitStack() as stack:
-        conn = stack.enter_context(engine.connect())
-        schema = locate(conn)
-        if schema is None:
-            raise RefusedError(f"there is no table {TABLE} in this database; nothing was changed")
-        stack.enter_context(migration_state.sole_operator(engine, schema))
+    def look() -> Survey:
         with transaction(conn):
-            found = migration_state.read(conn, schema)
-            if found is None:
-                raise RefusedError("there is no migration to undo; nothing was changed")
-            gone = dropped_since(conn, schema, found)
-        if gone and not force:
-            raise RefusedError(
-                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
-                f" in no other table; nothing was changed. To go back without them: {UNDO} --force"
-            )
+            execute(conn, statement("SET TRANSACTION READ ONLY"))
+            return survey(conn, schema)
+
+    found = look()
+    with transaction(conn):
+        earlier = migration_state.read(conn, schema)
+        by_hand = earlier is not None and migration_state.undone_by_hand(conn, schema, earlier)
+    if earlier is not None and by_hand:
+        operator.output.line(f"An earlier migration of {TABLE} was undone by hand; its remains go first.")
         confirm(found)
         with transaction(conn):
-            found = migration_state.take_over(conn, schema, found)
-            plain = found.phase in (Phase.BUILT, Phase.UNDONE)
-            shape = read_shape(conn, schema, TABLE if plain else OLD_TABLE)
-
-        def on_blocked(message: str, attempt: int) -> None:
-            output.line(f"  {message} (attempt {attempt}, trying again)")
-            check_stop()
-
-        def check_stop() -> None:
-            if stop.is_set():
-                raise StopRequestedError
-
-        short = ShortTransactions(options.patience, on_blocked)
-        try:
-            carried = roll_back(conn, shape, found, short, before_batch=check_stop)
-        except (StopRequestedError, KeyboardInterrupt) as error:
-            raise InterruptedRunError(
-                f"stopped as asked; nothing is lost. {where(engine, schema)} Go on with: {UNDO}"
-            ) from error
-        except SupersededError as error:
-            raise InterruptedRunError(f"{error}; that run goes on") from error
-        except (DBAPIError, ChronosError) as error:
-            raise InterruptedRunError(
-                f"the rollback was cut off: {one_line(error)}; nothing is lost."
-                f" {where(engine, schema)} Go on with: {UNDO}"
-            ) from error
-        output.ok(f"{TABLE} is the plain table again; {carried:,} rows written since the swap came along")
-
-
-def dropped_since(conn: Connection, schema: str, found: State) -> list[date]:
-    """The days that took rows after the swap and have no partition any more."""
-    if found.phase in (Phase.BUILT, Phase.UNDONE):
-        return []
-    now = execute(conn, statement("SELECT now()")).scalar_one().date()
-    written = days(found.today, min(now, found.last_day))
-    return missing(attached(conn, schema), written)
-
-
-def where(engine: Engine, schema: str) -> str:
-    """Which table the application is writing, as far as can still be told."""
-    try:
-        with engine.connect() as conn, transaction(conn):
-            found = migration_state.read(conn, schema)
-    except DBAPIError:
-        return "The state of the tables is unknown: the server cannot be reached."
-    if found is None:
-        return f"{TABLE} is the plain table."
-    return migration_state.DESCRIPTIONS[found.phase]
+            earlier = migration_state.take_over(conn, schema, earlier)
+        tidy_up(conn, schema, earlier, operator.short())
+        found = look()
+    if found.blockers:
+        raise RefusedError("; ".join((*found.blockers, f"{TABLE} was not changed")))
+    if not by_hand:
+        confirm(found)
+    return found
 
 
 class _Run:
     """One run: its connection, its state in the database, and what it has to report."""
 
-    def __init__(
-        self, engine: Engine, schema: str, options: Options, output: Output, stop: threading.Event
-    ) -> None:
+    def __init__(self, engine: Engine, schema: str, options: Options, operator: Operator) -> None:
         self.engine = engine
         self.schema = schema
         self.options = options
-        self.output = output
-        self.stop = stop
+        self.operator = operator
+        self.output = operator.output
         self.timings = Timings()
         self.step = 1
         self.shape: TableShape
@@ -328,18 +238,7 @@ class _Run:
         self._finish(conn)
 
     def _short(self) -> ShortTransactions:
-        patience = self.options.patience
-        if self.state.phase is not Phase.BUILT:
-            patience = replace(patience, attempts=self.options.attempts_after_swap)
-        return ShortTransactions(patience, self._on_blocked)
-
-    def _on_blocked(self, message: str, attempt: int) -> None:
-        self.output.line(f"  {message} (attempt {attempt}, trying again)")
-        self._check_stop()
-
-    def _check_stop(self) -> None:
-        if self.stop.is_set():
-            raise StopRequestedError
+        return self.operator.short(None if self.state.phase is Phase.BUILT else AN_HOUR)
 
     def _swap(self, conn: Connection) -> None:
         """Steps 1 to 3: all is built beforehand and takes effect in one transaction of renames."""
@@ -375,7 +274,7 @@ class _Run:
             built = migration_state.read(conn, schema) is not None
         if not built:
             short.run(conn, build, tables=[(schema, TABLE), *referred])
-        self._check_stop()
+        self.operator.check_stop()
         with self._timed(1):
             short.run(conn, swap, tables=[(schema, TABLE)])
         self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
@@ -421,7 +320,7 @@ class _Run:
         return Pace(
             batch_size=self.options.batch_size,
             content=self.options.content,
-            before_batch=self._check_stop,
+            before_batch=self.operator.check_stop,
             after_batch=lambda day, rows: count.add(rows),
         )
 
@@ -550,13 +449,11 @@ class _Run:
                 self._cut_off(f"{what}, and the server cannot be reached ({one_line(gone)})")
             ) from error
         try:
-            with (
-                conn,
-                migration_state.rollback_permit(conn, self.schema, self.state.run_id) as found,
-            ):
+            with conn:
+                found = migration_state.own(conn, self.schema, self.state.run_id)
                 if found is not None:
                     self.output.line("Rolling back...")
-                    short = ShortTransactions(self.options.patience, self._tell)
+                    short = self.operator.short(may_stop=False)
                     roll_back(conn, self.shape, found, short, silent_triggers=self.silent_triggers)
         except SupersededError as other:
             raise InterruptedRunError(f"{what}; {other}, and that run goes on") from error
@@ -565,16 +462,13 @@ class _Run:
             if is_disconnect(second):
                 raise InterruptedRunError(self._cut_off(why)) from error
             raise NeedsPersonError(
-                f"{why}. {where(self.engine, self.schema)} No row is lost. Remove the cause, then"
-                f" type: {UNDO}"
+                f"{why}. {migration_state.where(self.engine, self.schema)} No row is lost."
+                f" Remove the cause, then type: {UNDO}"
             ) from error
         raise ChronosError(
             f"{what}; rolled back: {TABLE} is the plain table it was, with every row. Remove the"
             " cause and start again"
         ) from error
-
-    def _tell(self, message: str, attempt: int) -> None:
-        self.output.line(f"  {message} (attempt {attempt}, trying again)")
 
     def _reconnect(self) -> Connection:
         """A new connection; a server that restarts gets ``reconnect_s`` seconds to come back."""
@@ -585,4 +479,4 @@ class _Run:
             except DBAPIError:
                 if time.monotonic() >= deadline:
                     raise
-                self.options.patience.sleep(0.5)
+                self.operator.patience.sleep(0.5)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from chronos.db import execute, name, statement, transaction
-from chronos.errors import RefusedError, SupersededError
+from chronos.errors import SupersededError
 from chronos.migration.table_shape import OwnedSequence
+from chronos.partitions import OLD_TABLE, TABLE
 
 STATE_TABLE = "webhook_log_migration"
 
@@ -33,6 +33,7 @@ class Phase(StrEnum):
     MIGRATED = "migrated"
     UNDOING = "undoing"
     UNDONE = "undone"
+    FINALIZING = "finalizing"
 
 
 DESCRIPTIONS = {
@@ -41,6 +42,7 @@ DESCRIPTIONS = {
     Phase.MIGRATED: "webhook_log is partitioned and complete; webhook_log_old holds what was before.",
     Phase.UNDOING: "webhook_log is partitioned and takes the writes; webhook_log_old gets its new rows.",
     Phase.UNDONE: "webhook_log is the plain table again; what is left of webhook_log_new is to be dropped.",
+    Phase.FINALIZING: "webhook_log is partitioned and complete; webhook_log_old is being dropped.",
 }
 
 
@@ -223,46 +225,55 @@ def record_day(conn: Connection, schema: str, day: date, result: DayResult) -> N
     )
 
 
-@contextmanager
-def rollback_permit(conn: Connection, schema: str, run_id: uuid.UUID) -> Iterator[State | None]:
-    """The state that this run has to undo, None when it has left nothing behind.
+def where(engine: Engine, schema: str) -> str:
+    """Which table the application is writing, as far as can still be told."""
+    try:
+        with engine.connect() as conn, transaction(conn):
+            found = read(conn, schema)
+    except DBAPIError:
+        return "The state of the tables is unknown: the server cannot be reached."
+    if found is None:
+        return f"{TABLE} is the plain table."
+    return DESCRIPTIONS[found.phase]
 
-    Waits, in a transaction of its own, for the last statement that another connection of this run
-    still executes. Raises SupersededError when the migration is another run's by now.
+
+def own(conn: Connection, schema: str, run_id: uuid.UUID) -> State | None:
+    """The state as it is now, None when there is none, in a transaction of its own.
+
+    Waits for the last statement that another connection of this run still executes. Raises
+    SupersededError when the migration is another run's by now.
     """
     with transaction(conn):
         found = read(conn, schema)
         if found is not None:
             claim(conn, schema, run_id)
-    yield found
+            found = read(conn, schema)
+    return found
 
 
-@contextmanager
-def sole_operator(engine: Engine, schema: str) -> Iterator[Connection]:
-    """Hold the operator's lock on ``schema`` while the block runs, over a connection of its own.
+def undone_by_hand(conn: Connection, schema: str, state: State) -> bool:
+    """Whether somebody has dropped the new table and renamed the old one back, without us."""
+    oid = _oid(conn, schema, TABLE)
+    swapped = state.phase in (Phase.COPYING, Phase.MIGRATED, Phase.UNDOING)
+    return swapped and (
+        oid == state.old_oid or (oid is None and _oid(conn, schema, OLD_TABLE) == state.old_oid)
+    )
 
-    An advisory lock in an open transaction, not in a session, so that it also holds behind a pooler
-    that hands out server connections by the transaction. It holds no snapshot: VACUUM is not kept back.
-    Raises RefusedError with the other's pid when somebody else holds it.
-    """
-    key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.webhook_log")
-    with engine.connect() as conn, transaction(conn):
-        if not execute(conn, statement("SELECT pg_try_advisory_xact_lock({key})", key=key)).scalar_one():
-            holder = execute(
-                conn,
-                statement(
-                    "SELECT format('pid %s, %s, connected from %s since %s', a.pid,"
-                    " coalesce(a.usename, 'unknown'), coalesce(host(a.client_addr), 'a local socket'),"
-                    " to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS \"UTC\"'))"
-                    " FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-                    " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
-                    " AND l.classid::bigint = ({key} >> 32) & 4294967295"
-                    " AND l.objid::bigint = {key} & 4294967295",
-                    key=key,
-                ),
-            ).scalar()
-            raise RefusedError(
-                f"somebody else is migrating or undoing this table ({holder or 'just gone'});"
-                " nothing was changed. Wait for them to finish"
-            )
-        yield conn
+
+def finalized_by_hand(conn: Connection, schema: str, state: State) -> bool:
+    """Whether somebody has dropped the old table of a finished migration, without us."""
+    return (
+        state.phase in (Phase.MIGRATED, Phase.FINALIZING)
+        and _oid(conn, schema, TABLE) == state.new_oid
+        and _oid(conn, schema, OLD_TABLE) is None
+    )
+
+
+def _oid(conn: Connection, schema: str, table: str) -> int | None:
+    oid: int | None = execute(
+        conn,
+        statement(
+            "SELECT to_regclass(format('%I.%I', {schema}, {table}))::oid::bigint", schema=schema, table=table
+        ),
+    ).scalar_one()
+    return oid

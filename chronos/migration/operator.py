@@ -1,0 +1,90 @@
+"""One operator at a time: who may change the table, how they are told things, and how they call it off."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from sqlalchemy.engine import Connection, Engine
+
+from chronos.db import Patience, ShortTransactions, execute, statement, transaction
+from chronos.errors import RefusedError
+from chronos.migration.output import Output
+from chronos.migration.preflight import locate
+from chronos.partitions import TABLE
+
+# A lock that the way forward and the way back both need is worth waiting for: about an hour.
+AN_HOUR = 900
+
+
+class StopRequestedError(Exception):
+    """The operator asked to stop; raised at the next point where stopping is clean."""
+
+
+@dataclass
+class Operator:
+    """The person at the keyboard: reads ``output``, and may set ``stop`` at any moment."""
+
+    output: Output
+    stop: threading.Event = field(default_factory=threading.Event)
+    patience: Patience = field(default_factory=Patience)
+
+    def check_stop(self) -> None:
+        """Raise StopRequestedError once ``stop`` is set."""
+        if self.stop.is_set():
+            raise StopRequestedError
+
+    def short(self, attempts: int | None = None, *, may_stop: bool = True) -> ShortTransactions:
+        """Short transactions that tell the operator whom they wait for, and end when asked to."""
+
+        def on_blocked(message: str, attempt: int) -> None:
+            self.output.line(f"  {message} (attempt {attempt}, trying again)")
+            if may_stop:
+                self.check_stop()
+
+        return ShortTransactions(
+            replace(self.patience, attempts=attempts or self.patience.attempts), on_blocked
+        )
+
+
+@contextmanager
+def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
+    """A connection and the schema of webhook_log, with the operator's lock held while the block runs.
+
+    The lock is an advisory one in an open transaction of a connection of its own, not in a session,
+    so that it also holds behind a pooler that hands out server connections by the transaction. It
+    holds no snapshot: VACUUM is not kept back. Raises RefusedError when there is no such table, or
+    when somebody else holds the lock, naming them.
+    """
+    with engine.connect() as conn, engine.connect() as holding:
+        schema = locate(conn)
+        if schema is None:
+            raise RefusedError(
+                f"there is no table {TABLE} in this database, or one in several schemas and none on the"
+                " search path; nothing was changed. Check the database and its search_path"
+            )
+        key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.{TABLE}")
+        with transaction(holding):
+            if not execute(
+                holding, statement("SELECT pg_try_advisory_xact_lock({key})", key=key)
+            ).scalar_one():
+                other = execute(
+                    holding,
+                    statement(
+                        "SELECT format('pid %s, %s, connected from %s since %s', a.pid,"
+                        " coalesce(a.usename, 'unknown'), coalesce(host(a.client_addr), 'a local socket'),"
+                        " to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS \"UTC\"'))"
+                        " FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+                        " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
+                        " AND l.classid::bigint = ({key} >> 32) & 4294967295"
+                        " AND l.objid::bigint = {key} & 4294967295",
+                        key=key,
+                    ),
+                ).scalar()
+                raise RefusedError(
+                    f"somebody else is at work on {TABLE} ({other or 'just gone'});"
+                    " nothing was changed. Wait until they are done"
+                )
+            yield conn, schema
