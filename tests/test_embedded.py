@@ -67,10 +67,16 @@ class Owner:
     facts: dict[str, Any]
 
     def servers_are_gone(self) -> bool:
-        processes = (psutil.Process(pid) for pid in self.facts["pids"] if psutil.pid_exists(pid))
-        return all(process.status() == psutil.STATUS_ZOMBIE for process in processes) and not any(
+        return not any(map(is_alive, self.facts["pids"])) and not any(
             Path(directory).exists() for directory in self.facts["directories"]
         )
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_owner(mode: str = "wait", **popen: Any) -> Owner:
@@ -291,9 +297,7 @@ def test_binaries_in_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert client.ping()
 
 
-def test_a_long_temporary_path_is_no_obstacle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_temporary_path_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     with EmbeddedPostgres() as server:
@@ -301,9 +305,7 @@ def test_a_long_temporary_path_is_no_obstacle(
         assert Path(socket_folder) == server.directory
 
 
-def test_what_to_do_when_there_are_no_binaries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_to_do_when_there_are_no_binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PG_BIN", raising=False)
     monkeypatch.delenv("REDIS_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -315,9 +317,7 @@ def test_what_to_do_when_there_are_no_binaries(
         binaries.find_redis()
 
 
-def test_a_wrong_choice_of_binaries_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_choice_of_binaries_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PG_BIN", str(tmp_path))
     monkeypatch.setenv("REDIS_SERVER", str(tmp_path))
     with pytest.raises(EmbeddedServerError, match=f"PG_BIN={tmp_path}"):

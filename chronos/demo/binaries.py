@@ -55,8 +55,7 @@ def find_redis() -> Path:
     if chosen:
         raise EmbeddedServerError(f"REDIS_SERVER={chosen} is no program")
     raise EmbeddedServerError(
-        f"there is no Redis to start: {_INSTALL}, "
-        "or set REDIS_SERVER to a redis-server or a valkey-server"
+        f"there is no Redis to start: {_INSTALL}, or set REDIS_SERVER to a redis-server or a valkey-server"
     )
 
 
@@ -85,6 +84,6 @@ def _package_folder(name: str) -> Path:
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
     """Folders by the version in their name: 18 comes before 9.6."""
-    return sorted(
-        folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"\d+", p.parent.name)]
-    )[::-1]
+    return sorted(folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"\d+", p.parent.name)])[
+        ::-1
+    ]

@@ -1,0 +1,304 @@
+"""The demo: a server of its own, a busy webhook_log, its migration, and what the application noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+from chronos import telemetry
+from chronos.db import ShortTransactions, connect_engine, execute, name, statement, transaction
+from chronos.demo.embedded import EmbeddedPostgres
+from chronos.demo.rows import create_webhook_log
+from chronos.demo.writer import LiveWriter
+from chronos.errors import ChronosError, InterruptedRunError
+from chronos.migration import state as migration_state
+from chronos.migration.operator import Operator
+from chronos.migration.output import Output
+from chronos.migration.preflight import Survey
+from chronos.migration.run import Options, migrate
+from chronos.partitions import TABLE, attached
+from chronos.settings import Settings
+
+_SCHEMA = "public"
+_DAYS = 20
+_CONNECTIONS = 4
+_INSERTS_PER_SECOND = 300
+_LATE_SHARE = 0.02
+_DAYS_AHEAD = 60
+_RETENTION_DAYS = 10
+_BAR_WIDTH = 50
+
+Confirm = Callable[[URL, Survey], None]
+
+
+def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
+    """Migrate a webhook_log of ``rows`` rows on an embedded PostgreSQL while an application writes to it.
+
+    ``confirm`` is shown the server's URL and what preflight found, and raises RefusedError to call it
+    off. With ``keep`` the server stays up in the end, and the last lines say how to go on and how to
+    stop it. Otherwise, and whenever something goes wrong, no process and no file is left. Raises
+    InterruptedRunError when stopped by a signal, ChronosError when the application met an error or a
+    row is not where it should be.
+    """
+    telemetry.configure(Settings.model_construct(logfire_token=None))  # nothing here is worth sending
+    try:
+        with _signals(signal.default_int_handler), _server(keep, output) as server:
+            url = make_url(server.url)
+            engine = connect_engine(url, application_name="chronos demo")
+            _make_table(engine, rows, output)
+            with LiveWriter(
+                url, threads=_CONNECTIONS, rate=_INSERTS_PER_SECOND, past_share=_LATE_SHARE
+            ) as writer:
+                writer.catch_up()
+                output.ok(f"An application has begun to insert {_INSERTS_PER_SECOND} more a second")
+                output.line()
+                run = _migrate(engine, writer, confirm, output)
+                _summarize(engine, writer, run, output)
+                _create_partitions(engine, writer, output)
+                _drop_partitions(engine, writer, output)
+            _require_every_row(engine, writer, output)
+            if keep:
+                _say_how_to_go_on(server, output)
+    except KeyboardInterrupt:
+        if output.console.is_terminal:
+            output.line()  # the cursor stands behind a ^C
+        raise InterruptedRunError(
+            "the demo was stopped; its server is gone, and all that was in it"
+        ) from None
+
+
+@contextmanager
+def _signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM handled like this while the block runs."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextmanager
+def _server(keep: bool, output: Output) -> Iterator[EmbeddedPostgres]:
+    """An embedded PostgreSQL; it outlives the block only with ``keep``, and only if all went well."""
+    output.line("Starting a PostgreSQL in a temporary directory...")
+    with EmbeddedPostgres(keep=keep) as server:
+        output.ok(f"PostgreSQL {server.version} listens on port {server.port}")
+        try:
+            yield server
+        except BaseException:
+            if keep:
+                subprocess.run(server.stop_command, shell=True, check=False)
+            raise
+
+
+def _make_table(engine: Engine, rows: int, output: Output) -> None:
+    with Progress(
+        TextColumn("Making sample rows"),
+        BarColumn(),
+        TaskProgressColumn(),
+        console=output.console,
+        transient=True,
+        disable=not output.console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=rows)
+        create_webhook_log(
+            engine, rows, days=_DAYS, on_progress=lambda done: progress.update(task, completed=done)
+        )
+    output.ok(f"{TABLE} is a plain table with {rows:,} deliveries of the last {_DAYS} days")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A migration as the application saw it: the time it took, and the wait of each insert meanwhile."""
+
+    seconds: float
+    waits: list[float]
+
+
+def _migrate(engine: Engine, writer: LiveWriter, confirm: Confirm, output: Output) -> _Run:
+    stop = threading.Event()
+    first, started = 0, 0.0
+    with ExitStack() as stack:
+
+        def confirmed(found: Survey) -> None:
+            nonlocal first, started
+            confirm(engine.url, found)
+            # From here on a signal takes effect between two batches, not in the middle of one.
+            stack.enter_context(_signals(lambda *_: stop.set()))
+            first, started = len(writer.commits), time.monotonic()
+
+        try:
+            migrate(engine, Options(), Operator(output, stop), confirmed)
+        except InterruptedRunError:
+            if not stop.is_set():
+                raise
+    if stop.is_set():
+        raise KeyboardInterrupt
+    seconds = time.monotonic() - started
+    writer.catch_up()
+    return _Run(seconds, [commit.seconds for commit in writer.commits[first:]])
+
+
+def _summarize(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
+    with engine.connect() as conn:
+        presence = writer.check(conn)
+        partitions = list(_partitions(conn).values())
+        with transaction(conn):
+            state = migration_state.read(conn, _SCHEMA)
+    copied = (state and state.window_rows) or 0
+    waits = run.waits or [0.0]
+    output.line()
+    for label, value in (
+        ("Rows copied and compared", f"{copied:,} in {run.seconds:.1f} s"),
+        ("Rows written meanwhile", f"{len(run.waits):,}, {len(run.waits) / run.seconds:,.0f} a second"),
+        ("Errors met by the writer", f"{len(writer.errors)}"),
+        ("Longest wait of a writer", f"{_ms(max(waits))}, median {_ms(statistics.median(waits))}"),
+        ("Rows lost, rows twice", f"{len(presence.lost)}, {len(presence.twice)}"),
+        ("Partitions", f"{len(partitions)}, from {partitions[0].day} to {partitions[-1].day}"),
+    ):
+        output.line(f"{label:<28}{value}")
+    output.line()
+    output.line("Rows a day:")
+    _chart([partition for partition in partitions if partition.rows], output)
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """What is in one partition."""
+
+    day: date
+    rows: int
+    bytes: int
+
+
+def _partitions(conn: Connection) -> dict[str, _Partition]:
+    """The partitions of webhook_log by name, oldest first."""
+    with transaction(conn):
+        counts = execute(
+            conn,
+            statement(
+                "SELECT c.relname, count(*) FROM {log} AS l JOIN pg_class AS c ON c.oid = l.tableoid"
+                " GROUP BY 1",
+                log=name(_SCHEMA, TABLE),
+            ),
+        )
+        rows = {row[0]: row[1] for row in counts}
+        return {
+            partition.name: _Partition(partition.lower.date(), rows.get(partition.name, 0), partition.bytes)
+            for partition in attached(conn, _SCHEMA)
+            if partition.lower
+        }
+
+
+def _chart(partitions: list[_Partition], output: Output) -> None:
+    """A bar for each day, made of # where the terminal's encoding has no blocks."""
+    block = "█" if output.console.encoding.startswith("utf") else "#"
+    most = max(partition.rows for partition in partitions)
+    for partition in partitions:
+        bar = block * max(1, round(_BAR_WIDTH * partition.rows / most))
+        output.console.print(Text.assemble(f"{partition.day}  {partition.rows:>9,}  ", (bar, "cyan")))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of one of the SQL functions: what it returned, how long it took, and a writer meanwhile."""
+
+    names: list[str]
+    seconds: float
+    longest_wait: float
+
+
+def _call(engine: Engine, writer: LiveWriter, function: str, argument: int, output: Output) -> _Call:
+    output.line()
+    output.line(f"SELECT {function}({argument});")
+    started = 0.0
+
+    def call(conn: Connection) -> list[str]:
+        nonlocal started
+        started = time.monotonic()
+        query = statement("SELECT {function}({n})", function=name(_SCHEMA, function), n=argument)
+        return [row[0] for row in execute(conn, query)]
+
+    first = len(writer.commits)
+    with engine.connect() as conn:
+        names = ShortTransactions().run(conn, call, tables=[(_SCHEMA, TABLE)])
+    seconds = time.monotonic() - started
+    writer.catch_up()
+    for line in names if len(names) <= 3 else [names[0], "...", names[-1]]:
+        output.line(f"  {line}")
+    return _Call(names, seconds, writer.longest_wait(first))
+
+
+def _create_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
+    call = _call(engine, writer, "create_future_webhook_log_partitions", _DAYS_AHEAD, output)
+    output.ok(f"{len(call.names)} partitions created in {_ms(call.seconds)}")
+    output.line(f"  The longest wait of a writer meanwhile: {_ms(call.longest_wait)}")
+
+
+def _drop_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
+    with engine.connect() as conn:
+        before = _partitions(conn)
+    call = _call(engine, writer, "drop_old_webhook_log_partitions", _RETENTION_DAYS, output)
+    rows = sum(before[partition].rows for partition in call.names)
+    size = sum(before[partition].bytes for partition in call.names)
+    output.ok(
+        f"{len(call.names)} partitions with {rows:,} rows, {size / 1024**2:,.0f} MB,"
+        f" dropped in {_ms(call.seconds)}"
+    )
+    output.line(f"  The longest wait of a writer meanwhile: {_ms(call.longest_wait)}")
+
+
+def _require_every_row(engine: Engine, writer: LiveWriter, output: Output) -> None:
+    """Look once more for every row that the application was told is stored."""
+    with engine.connect() as conn:
+        presence = writer.check(conn)
+    problems: dict[str, list[Any]] = {
+        "errors met by the writer": writer.errors,
+        "rows lost": presence.lost,
+        "rows stored twice": presence.twice,
+        "ids given twice": presence.repeated_ids,
+    }
+    found = [f"{len(what)} {problem} (the first: {what[0]})" for problem, what in problems.items() if what]
+    if found:
+        raise ChronosError("; ".join(found))
+    output.line()
+    output.ok(f"All {len(writer.commits):,} rows that the application wrote are there, each exactly once")
+
+
+def _say_how_to_go_on(server: EmbeddedPostgres, output: Output) -> None:
+    python = os.path.relpath(sys.executable)
+    url = make_url(server.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    output.line()
+    output.line("The server stays up. To look around in it:")
+    output.line()
+    output.line(f"export DATABASE_URL={url}")
+    output.line(f"export WEBHOOK_LOG_RETENTION_DAYS={_RETENTION_DAYS}")
+    for verb, effect in (
+        ("status", "partitions, gaps, sizes"),
+        ("rollback", "back to the plain table, or:"),
+        ("finalize", "drop webhook_log_old"),
+    ):
+        output.line(f"{f'{python} -m chronos {verb}':<44}# {effect}")
+    output.line()
+    output.line("To stop it and remove everything:")
+    output.line()
+    output.line(server.stop_command)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms"
