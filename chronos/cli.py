@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 import click
+from rich.console import Console
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from chronos import telemetry
@@ -20,6 +23,7 @@ from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
 from chronos.migration.output import Output
+from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.preflight import Survey
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
@@ -79,12 +83,27 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def _confirm_migration(url: URL, found: Survey, *, ask: bool) -> None:
+    click.echo(
+        f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
+        f"Table: {found.schema}.{TABLE}   Rows (estimate): {found.rows_estimate:,}"
+        f"   Size: {_bytes(found.bytes)}\n"
+        f"It will be renamed to {OLD_TABLE}; the rows since {found.cutoff:%Y-%m-%d %H:%M} UTC\n"
+        "are copied into daily partitions."
+    )
+    if ask:
+        _ask("MIGRATE")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Daily partitions for webhook_log: migrate, look, go back, tidy up."""
 
 
 @cli.command()
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
+)
 @click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
 @click.option("--resume", is_flag=True, help="Carry on an interrupted migration.")
 @click.option(
@@ -114,7 +133,15 @@ def cli() -> None:
     metavar="FILE.json",
     help="Write what was done and measured to this file.",
 )
-def migrate(yes: bool, resume: bool, batch_size: int, workers: int, verify: str, report: Path | None) -> None:
+def migrate(
+    dry_run: bool,
+    yes: bool,
+    resume: bool,
+    batch_size: int,
+    workers: int,
+    verify: str,
+    report: Path | None,
+) -> None:
     """Turn webhook_log into daily partitions while the application writes on.
 
     The table is renamed to webhook_log_old, a partitioned webhook_log takes its place, the rows of
@@ -127,18 +154,14 @@ def migrate(yes: bool, resume: bool, batch_size: int, workers: int, verify: str,
         telemetry.configure(settings)
 
         def confirm(found: Survey) -> None:
-            click.echo(
-                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
-                f"Table: {found.schema}.{TABLE}   Rows (estimate): {found.rows_estimate:,}"
-                f"   Size: {_bytes(found.bytes)}\n"
-                f"It will be renamed to {OLD_TABLE}; the rows since"
-                f" {found.cutoff:%Y-%m-%d %H:%M} UTC are copied into daily partitions."
-            )
-            if not yes:
-                _ask("MIGRATE")
+            _confirm_migration(url, found, ask=not yes)
 
+        engine = connect_engine(url, application_name="chronos migrate")
+        if dry_run:
+            print_plan(engine, Console())
+            return
         run_migration(
-            connect_engine(url, application_name="chronos migrate"),
+            engine,
             Options(
                 resume=resume,
                 batch_size=batch_size,
@@ -203,6 +226,49 @@ def finalize(yes: bool) -> None:
 
         engine = connect_engine(url, application_name="chronos finalize")
         finish(engine, Operator(Output(), stop), confirm, settings.webhook_log_retention_days)
+
+
+@cli.command()
+@click.option(
+    "--rows",
+    type=click.IntRange(1, 100_000_000),
+    default=200_000,
+    show_default=True,
+    help="Sample rows to begin with.",
+)
+@click.option("--keep", is_flag=True, help="Leave the server up, and say how to reach and to stop it.")
+def demo(rows: int, keep: bool) -> None:
+    """Watch a migration on a PostgreSQL that is started for it and removed again.
+
+    Sample rows, an application that keeps writing, the migration, and what the application noticed.
+    Asks for the word MIGRATE when run on a terminal. Your own databases are not touched.
+    """
+    from chronos.demo.run import demo as run_demo  # here, for no other verb needs what it imports
+
+    def confirm(url: URL, found: Survey) -> None:
+        _confirm_migration(url, found, ask=sys.stdin.isatty() and sys.stdout.isatty())
+
+    with _errors_as_lines():
+        run_demo(rows, keep=keep, confirm=confirm, output=Output())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
+def status(as_json: bool) -> None:
+    """Say how the table, its partitions and the nightly jobs are; exit 1 when something is wrong.
+
+    Each problem comes with what to type about it. Changes nothing.
+    """
+    from chronos.status import collect, show  # here, for no other verb needs what it imports
+
+    with _errors_as_lines():
+        found = collect(get_settings())
+        if as_json:
+            click.echo(json.dumps(found.as_json(), indent=2))
+        else:
+            show(found)
+        if not found.healthy:
+            sys.exit(ExitCode.FAILED)
 
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:

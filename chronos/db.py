@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import psycopg2
 from psycopg2 import errorcodes, sql
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL, Connection, CursorResult, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.pool import NullPool
 
 from chronos.errors import LockUnavailableError
@@ -30,6 +30,25 @@ def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
         connect_args={"application_name": application_name, "connect_timeout": 10},
         hide_parameters=True,
     )
+
+
+@contextmanager
+def opened(engine: Engine) -> Iterator[Connection]:
+    """A connection for the block; one that the server has cut is let go without a word."""
+    conn = engine.connect()
+    try:
+        yield conn
+    finally:
+        discard(conn)
+
+
+def discard(conn: Connection) -> None:
+    """Close a connection, alive or dead; what it had not committed is undone by the server."""
+    if conn.closed:
+        return
+    with suppress(DBAPIError, PendingRollbackError):
+        conn.invalidate()
+    conn.close()
 
 
 def name(*parts: str) -> sql.Identifier:
@@ -75,18 +94,20 @@ def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Conne
     leaves them behind.
     """
     with conn.begin():
-        execute(
-            conn,
-            statement(
-                "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),"
-                " set_config('search_path', 'pg_catalog, pg_temp', true),"
-                " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
-                " set_config('idle_in_transaction_session_timeout', '0', true),"
-                " set_config('lock_timeout', {timeout}, true)",
-                timeout=str(lock_timeout_ms),
-            ),
-        )
+        execute(conn, session_settings(lock_timeout_ms))
         yield conn
+
+
+def session_settings(lock_timeout_ms: int = 0) -> Statement:
+    """What ``transaction`` begins with."""
+    return statement(
+        "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),"
+        " set_config('search_path', 'pg_catalog, pg_temp', true),"
+        " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
+        " set_config('idle_in_transaction_session_timeout', '0', true),"
+        " set_config('lock_timeout', {timeout}, true)",
+        timeout=str(lock_timeout_ms),
+    )
 
 
 @dataclass(frozen=True)

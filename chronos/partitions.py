@@ -51,6 +51,7 @@ class Partition:
     detach_pending: bool
     rows_estimate: int
     bytes: int
+    schema: str
 
     def covers(self, day: date) -> bool:
         """Whether every instant of ``day`` has its place here."""
@@ -70,9 +71,11 @@ SELECT c.relname,
        to_timestamp(extract(epoch FROM (m.bound)[2]::timestamp)) AS upper,
        i.inhdetachpending,
        greatest(c.reltuples, 0)::bigint,
-       coalesce(pg_total_relation_size(c.oid), 0)
+       coalesce(pg_total_relation_size(c.oid), 0),
+       n.nspname
 FROM pg_inherits i
 JOIN pg_class c ON c.oid = i.inhrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN LATERAL (
     SELECT regexp_match(
         pg_get_expr(c.relpartbound, c.oid),
@@ -103,3 +106,19 @@ def expired(existing: Iterable[Partition], today: date, retention_days: int) -> 
     """The partitions whose last instant lies before the day that is ``retention_days`` old."""
     cutoff = midnight(today - timedelta(days=retention_days))
     return [p for p in existing if p.upper is not None and p.upper <= cutoff]
+
+
+def droppable(existing: Iterable[Partition], today: date, retention_days: int) -> list[Partition]:
+    """The expired partitions that the drop function takes: not the newest, not one detached half-way."""
+    bounded = [p for p in existing if not p.detach_pending and (p.lower or p.upper)]
+    newest = max(bounded, key=lambda p: p.upper or datetime.max.replace(tzinfo=UTC), default=None)
+    return [p for p in expired(bounded, today, retention_days) if p is not newest]
+
+
+def runway(existing: Iterable[Partition], today: date) -> int:
+    """How many days after ``today``, one after another, have a partition; 0 when today has none."""
+    existing = list(existing)
+    ahead = 0
+    while not missing(existing, days(today, today + timedelta(days=ahead))):
+        ahead += 1
+    return max(ahead - 1, 0)

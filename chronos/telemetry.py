@@ -1,15 +1,29 @@
-"""logfire, when there is a token or an OTLP endpoint; otherwise silent, and nothing goes over the network."""
+"""logfire spans, when there is a token or an OTLP endpoint; otherwise silence and no network traffic."""
 
 from __future__ import annotations
 
-import logfire
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from chronos.settings import Settings
 
+_configured = False
+
 
 def configure(settings: Settings, service_name: str = "chronos") -> None:
-    """Set logfire up for this process; without a token nothing is sent to it."""
+    """Set logfire up for this process, if spans have anywhere to go.
+
+    That is logfire itself, with ``LOGFIRE_TOKEN``, or any OpenTelemetry backend, with the standard
+    ``OTEL_EXPORTER_OTLP_ENDPOINT``.
+    """
+    global _configured
     token = settings.logfire_token
+    if token is None and not any(name.startswith("OTEL_EXPORTER_OTLP") for name in os.environ):
+        return
+    import logfire
+
     logfire.configure(
         token=token.get_secret_value() if token else None,
         send_to_logfire="if-token-present" if token else False,
@@ -17,3 +31,16 @@ def configure(settings: Settings, service_name: str = "chronos") -> None:
         service_name=service_name,
         inspect_arguments=False,
     )
+    _configured = True
+
+
+@contextmanager
+def span(template: str, **attributes: Any) -> Iterator[None]:
+    """A span around the block, if ``configure`` found somewhere to send it; never holds a secret."""
+    if not _configured:
+        yield
+        return
+    import logfire
+
+    with logfire.span(template, **attributes):
+        yield

@@ -16,23 +16,24 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from psycopg2 import sql
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import ShortTransactions, execute, name, statement, transaction
+from chronos.db import ShortTransactions, Statement, execute, joined, name, opened, statement, transaction
 from chronos.errors import ChronosError, SupersededError
 from chronos.migration.operator import StopRequestedError
 from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
 from chronos.migration.swap import (
-    COPYING_FLAG,
     DEFAULT_PARTITION,
     bound_check,
     bounds,
     foreign_key_statements,
     index_statement,
     lock_table,
+    primary_key_statement,
     secondary_indexes,
+    triggers_as_before,
 )
-from chronos.migration.table_shape import TableShape
+from chronos.migration.table_shape import COPYING_FLAG, ForeignKey, TableShape
 from chronos.migration.verify import compare_history_day, compare_live_day, matches
 from chronos.partitions import OLD_TABLE, TABLE, midnight, partition_name
 
@@ -90,7 +91,7 @@ def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date
 
 _BATCH = """
 WITH mine AS MATERIALIZED (
-    SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true){quiet}
+    SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true)
     FROM {state} WHERE run_id = {run_id}::uuid FOR SHARE
 ), batch AS (
     SELECT {columns} FROM {old}
@@ -119,7 +120,6 @@ class DayCopy:
     day: date
     pace: Pace
     short: ShortTransactions
-    silent_triggers: bool = False
 
     @property
     def _leaf(self) -> str:
@@ -201,11 +201,6 @@ class DayCopy:
                 statement(
                     _BATCH,
                     flag=COPYING_FLAG,
-                    quiet=sql.SQL(
-                        ", set_config('session_replication_role', 'replica', true)"
-                        if live and self.silent_triggers
-                        else ""
-                    ),
                     state=name(self.shape.schema, STATE_TABLE),
                     run_id=str(self.state.run_id),
                     columns=sql.SQL(", ").join(self.shape.copied_columns()),
@@ -230,12 +225,8 @@ class DayCopy:
             execute(self.conn, lock_table(self.shape.schema, self._leaf, "ACCESS EXCLUSIVE"))
             if self._has_primary_key():
                 return
-            execute(
-                self.conn,
-                statement('ALTER TABLE {leaf} ADD PRIMARY KEY (id, "timestamp")', leaf=self._qualified()),
-            )
-            for index in secondary_indexes(self.shape):
-                execute(self.conn, index_statement(index, self._qualified()))
+            for query in index_statements(self.shape, self._qualified()):
+                execute(self.conn, query)
 
     def _foreign_keys(self) -> dict[str, bool]:
         """The names of the partition's foreign keys, and whether each has been checked."""
@@ -267,14 +258,7 @@ class DayCopy:
             self.short.run(self.conn, add, tables=[(key.schema, key.table) for key in keys])
         for key in keys:
             with transaction(self.conn):
-                execute(
-                    self.conn,
-                    statement(
-                        "ALTER TABLE {leaf} VALIDATE CONSTRAINT {key}",
-                        leaf=self._qualified(),
-                        key=name(key.name),
-                    ),
-                )
+                execute(self.conn, validate_statement(self._qualified(), key))
 
     def _attach(self, result: DayResult) -> None:
         """Put the finished partition into its place, with what was written for its day meanwhile.
@@ -284,41 +268,77 @@ class DayCopy:
         against the bounds as they are by the time it gets the partition's lock.
         """
         schema = self.shape.schema
-        default = name(schema, DEFAULT_PARTITION)
-        columns = sql.SQL(", ").join(self.shape.copied_columns())
 
         def attach(conn: Connection) -> None:
             claim(conn, schema, self.state.run_id)
             execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
-            execute(conn, silence(self.silent_triggers))
-            execute(
-                conn,
-                statement(
-                    "WITH moved AS (DELETE FROM {default}"
-                    ' WHERE "timestamp" >= {lower} AND "timestamp" < {upper} RETURNING *)'
-                    " INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE"
-                    " SELECT {columns} FROM moved",
-                    default=default,
-                    leaf=self._qualified(),
-                    columns=columns,
-                    lower=self.shape.instant(midnight(self.day)),
-                    upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
-                ),
-            )
-            execute(
-                conn,
-                statement(
-                    "ALTER TABLE {table} ATTACH PARTITION {leaf} {bounds};"
-                    " ALTER TABLE {leaf} DROP CONSTRAINT {check}",
-                    table=name(schema, TABLE),
-                    leaf=self._qualified(),
-                    bounds=bounds(self.shape, self.day),
-                    check=name(bound_check(self._leaf)),
-                ),
-            )
+            execute(conn, joined(attach_statements(self.shape, self.day), ";\n"))
             record_day(conn, schema, self.day, result)
 
         self.short.run(self.conn, attach, tables=[(schema, TABLE), (schema, DEFAULT_PARTITION)])
+
+
+def index_statements(shape: TableShape, leaf: Statement) -> list[Statement]:
+    """Primary key and indexes of a partition that is filled."""
+    return [
+        primary_key_statement(shape, leaf),
+        *(index_statement(index, leaf) for index in secondary_indexes(shape)),
+    ]
+
+
+def validate_statement(leaf: Statement, key: ForeignKey) -> Statement:
+    """Check the rows of a filled partition against a foreign key. ROW SHARE on what it refers to."""
+    return statement("ALTER TABLE {leaf} VALIDATE CONSTRAINT {key}", leaf=leaf, key=name(key.name))
+
+
+def attach_statements(shape: TableShape, day: date) -> list[Statement]:
+    """What puts the finished partition of ``day`` into its place, under the lock on webhook_log."""
+    leaf = name(shape.schema, partition_name(day))
+    return [
+        silence(),
+        statement(
+            "WITH moved AS (DELETE FROM {default}"
+            ' WHERE "timestamp" >= {lower} AND "timestamp" < {upper} RETURNING *)'
+            " INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE"
+            " SELECT {columns} FROM moved",
+            default=name(shape.schema, DEFAULT_PARTITION),
+            leaf=leaf,
+            columns=joined(shape.copied_columns()),
+            lower=shape.instant(midnight(day)),
+            upper=shape.instant(midnight(day + timedelta(days=1))),
+        ),
+        statement(
+            "ALTER TABLE {table} ATTACH PARTITION {leaf} {bounds}",
+            table=name(shape.schema, TABLE),
+            leaf=leaf,
+            bounds=bounds(shape, day),
+        ),
+        statement(
+            "ALTER TABLE {leaf} DROP CONSTRAINT {check}",
+            leaf=leaf,
+            check=name(bound_check(partition_name(day))),
+        ),
+    ]
+
+
+def drop_default_statements(shape: TableShape) -> list[Statement]:
+    """Under the lock on webhook_log: the default partition goes, the triggers are what they were."""
+    return [
+        statement("DROP TABLE {default}", default=name(shape.schema, DEFAULT_PARTITION)),
+        *triggers_as_before(shape, name(shape.schema, TABLE)),
+    ]
+
+
+def adopt_statements(shape: TableShape) -> list[Statement]:
+    """The parent's foreign keys, which adopt the partitions' own: all locks first, then the keys.
+
+    The locks are taken in the order in which an insert takes them, or the two would wait for each other.
+    """
+    return [
+        lock_table(shape.schema, TABLE, "SHARE ROW EXCLUSIVE"),
+        *(lock_table(key.schema, key.table, "ACCESS EXCLUSIVE") for key in shape.foreign_keys),
+        *foreign_key_statements(shape, name(shape.schema, TABLE)),
+    ]
 
 
 def verify_live_day(conn: Connection, shape: TableShape, state: State, day: date, *, content: bool) -> None:
@@ -342,12 +362,13 @@ def _require_match(day: date, result: DayResult) -> None:
         )
 
 
-def silence(user_triggers: bool) -> sql.Composed:
-    """For this transaction: what we write is no change of the application's, and fires no trigger of its."""
+def silence() -> sql.Composed:
+    """For this transaction: what we write is no change of the application's, and fires no trigger of its.
+
+    Foreign keys are checked at once: a check that is still to come would bar ATTACH.
+    """
     return statement(
-        "SELECT set_config({flag}, 'on', true){quiet}",
-        flag=COPYING_FLAG,
-        quiet=sql.SQL(", set_config('session_replication_role', 'replica', true)" if user_triggers else ""),
+        "SELECT set_config({flag}, 'on', true); SET CONSTRAINTS ALL IMMEDIATE", flag=COPYING_FLAG
     )
 
 
@@ -357,6 +378,8 @@ def _utc(value: datetime) -> datetime:
 
 def close_history(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
     """When every day is in its place: drop the default partition, give the parent its foreign keys.
+
+    With the default partition goes the condition that kept the application's triggers from our rows.
 
     ACCESS EXCLUSIVE on webhook_log for the drop of an empty table; then SHARE ROW EXCLUSIVE on it and
     ACCESS EXCLUSIVE on the tables referred to, while the partitions' keys are adopted unchecked.
@@ -372,16 +395,11 @@ def close_history(conn: Connection, shape: TableShape, state: State, short: Shor
         ).scalar_one()
         if left:
             raise ChronosError(f"{left} rows are left in {DEFAULT_PARTITION}")
-        execute(conn, statement("DROP TABLE {default}", default=name(schema, DEFAULT_PARTITION)))
+        execute(conn, joined(drop_default_statements(shape), ";\n"))
 
     def adopt(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
-        # In the order in which an insert takes them, or the two would wait for each other.
-        execute(conn, lock_table(schema, TABLE, "SHARE ROW EXCLUSIVE"))
-        for key in shape.foreign_keys:
-            execute(conn, lock_table(key.schema, key.table, "ACCESS EXCLUSIVE"))
-        for query in foreign_key_statements(shape, name(schema, TABLE)):
-            execute(conn, query)
+        execute(conn, joined(adopt_statements(shape), ";\n"))
 
     with transaction(conn):
         default_exists, keys = execute(
@@ -407,20 +425,17 @@ class Copy:
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
+        engine: Engine,
         shape: TableShape,
         state: State,
         pace: Pace,
         new_short: Callable[[], ShortTransactions],
-        *,
-        silent_triggers: bool = False,
     ) -> None:
-        self._connect = connect
+        self._engine = engine
         self._shape = shape
         self._state = state
         self._pace = pace
         self._new_short = new_short
-        self._silent_triggers = silent_triggers
         self._failed = threading.Event()
 
     def run(self, days: list[date], workers: int) -> float:
@@ -435,7 +450,7 @@ class Copy:
         def work() -> None:
             short = self._new_short()
             shorts.append(short)
-            with self._connect() as conn:
+            with opened(self._engine) as conn:
                 while not self._failed.is_set():
                     with turn:
                         if not queue:
@@ -472,7 +487,6 @@ class Copy:
             day,
             replace(self._pace, before_batch=before_batch),
             short,
-            self._silent_triggers,
         )
         if day < self._state.today:
             copy.history()

@@ -9,11 +9,26 @@ from dataclasses import dataclass, field, replace
 
 from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import Patience, ShortTransactions, execute, statement, transaction
+from chronos.db import Patience, ShortTransactions, execute, opened, statement
 from chronos.errors import RefusedError
 from chronos.migration.output import Output
 from chronos.migration.preflight import locate
 from chronos.partitions import TABLE
+
+_TAKE = """
+SELECT pg_try_advisory_xact_lock({key})
+FROM (SELECT set_config('idle_in_transaction_session_timeout', '0', true)) AS stays_open
+"""
+
+_HOLDER = """
+SELECT format('pid %s, %s, connected from %s since %s UTC', a.pid, coalesce(a.usename, 'unknown'),
+              coalesce(host(a.client_addr), 'a local socket'),
+              to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'))
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+  AND l.classid::bigint = ({key} >> 32) & 4294967295
+  AND l.objid::bigint = {key} & 4294967295
+"""
 
 # A lock that the way forward and the way back both need is worth waiting for: about an hour.
 AN_HOUR = 900
@@ -58,7 +73,7 @@ def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
     holds no snapshot: VACUUM is not kept back. Raises RefusedError when there is no such table, or
     when somebody else holds the lock, naming them.
     """
-    with engine.connect() as conn, engine.connect() as holding:
+    with opened(engine) as conn, opened(engine) as holding:
         schema = locate(conn)
         if schema is None:
             raise RefusedError(
@@ -66,25 +81,12 @@ def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
                 " search path; nothing was changed. Check the database and its search_path"
             )
         key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.{TABLE}")
-        with transaction(holding):
-            if not execute(
-                holding, statement("SELECT pg_try_advisory_xact_lock({key})", key=key)
-            ).scalar_one():
-                other = execute(
-                    holding,
-                    statement(
-                        "SELECT format('pid %s, %s, connected from %s since %s', a.pid,"
-                        " coalesce(a.usename, 'unknown'), coalesce(host(a.client_addr), 'a local socket'),"
-                        " to_char(a.backend_start, 'YYYY-MM-DD HH24:MI:SS \"UTC\"'))"
-                        " FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-                        " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
-                        " AND l.classid::bigint = ({key} >> 32) & 4294967295"
-                        " AND l.objid::bigint = {key} & 4294967295",
-                        key=key,
-                    ),
-                ).scalar()
-                raise RefusedError(
-                    f"somebody else is at work on {TABLE} ({other or 'just gone'});"
-                    " nothing was changed. Wait until they are done"
-                )
-            yield conn, schema
+        holding.begin()
+        mine = execute(holding, statement(_TAKE, key=key)).scalar_one()
+        if not mine:
+            other = execute(holding, statement(_HOLDER, key=key)).scalar()
+            raise RefusedError(
+                f"somebody else is at work on {TABLE} ({other or 'just gone'});"
+                " nothing was changed. Wait until they are done"
+            )
+        yield conn, schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 
@@ -10,6 +11,8 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import execute, joined, name, statement
 from chronos.migration import state as migration_state
+from chronos.migration.belongings import belongings, columns_and_keys
+from chronos.migration.state import Phase, State
 from chronos.migration.swap import CHANGES_TABLE, DEFAULT_PARTITION, NEW_TABLE, renames
 from chronos.migration.table_shape import TableShape
 from chronos.migration.table_shape import read as read_shape
@@ -39,7 +42,6 @@ class Survey:
     bytes: int
     shape: TableShape | None
     blockers: tuple[str, ...]
-    silent_triggers: bool
 
     @property
     def today(self) -> date:
@@ -50,6 +52,26 @@ class Survey:
     def cutoff(self) -> datetime:
         """The oldest instant whose rows are copied."""
         return self.now - timedelta(days=DAYS_BACK)
+
+
+def first_state(found: Survey) -> State:
+    """Where a migration of the table that was found begins: the window is fixed, once."""
+    assert found.shape is not None
+    return State(
+        run_id=uuid.uuid4(),
+        phase=Phase.BUILT,
+        strategy="copy",
+        started_at=found.now,
+        cutoff=found.cutoff,
+        today=found.today,
+        first_day=found.today - timedelta(days=DAYS_BACK),
+        last_day=found.today + timedelta(days=DAYS_AHEAD),
+        fence=None,
+        old_oid=found.shape.oid,
+        new_oid=None,
+        renames=renames(found.shape),
+        sequences=list(found.shape.sequences),
+    )
 
 
 def locate(conn: Connection) -> str | None:
@@ -113,15 +135,15 @@ def survey(conn: Connection, schema: str) -> Survey:
             f"{TABLE} is no ordinary table (unlogged, temporary, a view or part of an inheritance)"
         )
     if kind is None or kind[0] != "r":
-        return Survey(schema, now, 0, 0, None, tuple(blockers), False)
+        return Survey(schema, now, 0, 0, None, tuple(blockers))
 
     shape = read_shape(conn, schema, TABLE)
     today = now.date()
     blockers += _names_taken(conn, shape, today)
     blockers += _rights(conn, shape)
-    blockers += _columns_and_keys(conn, shape)
+    blockers += columns_and_keys(shape)
     if not blockers:
-        blockers += _dependents(conn, shape)
+        blockers += belongings(conn, shape, now - timedelta(days=DAYS_BACK))
         blockers += _rows_without_a_place(conn, shape, today)
     return Survey(
         schema=schema,
@@ -130,7 +152,6 @@ def survey(conn: Connection, schema: str) -> Survey:
         bytes=kind[5],
         shape=shape,
         blockers=tuple(blockers),
-        silent_triggers=_has_user_triggers(conn, shape),
     )
 
 
@@ -212,105 +233,6 @@ def _rights(conn: Connection, shape: TableShape) -> list[str]:
                 f" GRANT REFERENCES ON {key.schema}.{key.table} TO {user}"
             )
     return blockers
-
-
-def _columns_and_keys(conn: Connection, shape: TableShape) -> list[str]:
-    blockers = []
-    types = {column.name: column.type for column in shape.columns}
-    if types.get("id") not in ("smallint", "integer", "bigint"):
-        blockers.append(f"{TABLE} needs a column id of an integer type")
-    if not types.get("timestamp", "").startswith("timestamp"):
-        blockers.append(f"{TABLE} needs a column timestamp of type timestamp or timestamptz")
-    if blockers:
-        return blockers
-    valid = [index for index in shape.indexes if index.valid]
-    for column, why in (("timestamp", "takes the batches"), ("id", "finds the highest id")):
-        if not any(i.columns[0] == column and " WHERE " not in i.body for i in valid):
-            blockers.append(
-                f"no index begins with {column}, by which the migration {why};"
-                f' CREATE INDEX CONCURRENTLY ON {shape.schema}.{TABLE} ("{column}")'
-            )
-    for index in shape.indexes:
-        key = set(index.columns)
-        if index.primary and key not in ({"id"}, {"id", "timestamp"}):
-            blockers.append(f"the primary key {index.name} is neither (id) nor (id, timestamp)")
-        elif not index.primary and index.unique and "timestamp" not in key:
-            blockers.append(
-                f"the unique index {index.name} does not hold the timestamp,"
-                " and a partitioned table cannot keep it; drop it, or make it not unique"
-            )
-        if not index.valid:
-            blockers.append(f"index {index.name} is invalid; drop it or REINDEX it")
-        if index.constraint and index.constraint.startswith("EXCLUDE"):
-            blockers.append(f"the exclusion constraint of {index.name} cannot be partitioned")
-    blockers += [
-        f"the foreign key {key.name} is not validated;"
-        f' ALTER TABLE {shape.schema}.{TABLE} VALIDATE CONSTRAINT "{key.name}"'
-        for key in shape.foreign_keys
-        if not key.validated
-    ]
-    return blockers
-
-
-# What hangs on the table and would be left behind without a word. Each row is a sentence to print.
-_DEPENDENTS = """
-SELECT format('table %s has a foreign key (%s) to webhook_log, whose id alone will not be unique;'
-              ' drop it first', conrelid::regclass, conname)
-FROM pg_constraint WHERE confrelid = {oid} AND contype = 'f' AND conrelid <> {oid}
-UNION ALL
-SELECT format('the foreign key %s of webhook_log refers to webhook_log itself; drop it first', conname)
-FROM pg_constraint WHERE confrelid = {oid} AND contype = 'f' AND conrelid = {oid}
-UNION ALL
-SELECT DISTINCT format('%s %s reads webhook_log and would go on reading the old table; drop it,'
-              ' and create it again after the migration',
-              CASE c.relkind WHEN 'm' THEN 'materialized view' ELSE 'view' END, c.oid::regclass)
-FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
-WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
-  AND d.refobjid = {oid} AND c.oid <> {oid}
-UNION ALL
-SELECT format('rule %s on webhook_log would be left behind; drop it first', rulename)
-FROM pg_rewrite WHERE ev_class = {oid}
-UNION ALL
-SELECT format('trigger %s on webhook_log would be left behind; drop it,'
-              ' and create it again after the migration', tgname)
-FROM pg_trigger WHERE tgrelid = {oid} AND NOT tgisinternal
-UNION ALL
-SELECT format('row level security is on for webhook_log and would be left behind; disable it first')
-FROM pg_class WHERE oid = {oid} AND (relrowsecurity OR relforcerowsecurity)
-UNION ALL
-SELECT format('policy %s on webhook_log would be left behind; drop it first', polname)
-FROM pg_policy WHERE polrelid = {oid}
-UNION ALL
-SELECT format('publication %s publishes webhook_log; take the table out of it,'
-              ' and add it after the migration', pubname)
-FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = {oid}
-UNION ALL
-SELECT format('extended statistics %s on webhook_log would be left behind; drop them first', stxname)
-FROM pg_statistic_ext WHERE stxrelid = {oid}
-UNION ALL
-SELECT 'the replica identity of webhook_log is not the default and would be left behind;'
-       ' ALTER TABLE webhook_log REPLICA IDENTITY DEFAULT first'
-FROM pg_class WHERE oid = {oid} AND relreplident <> 'd'
-UNION ALL
-SELECT format('the check constraint %s is not validated;'
-              ' ALTER TABLE webhook_log VALIDATE CONSTRAINT %I', conname, conname)
-FROM pg_constraint WHERE conrelid = {oid} AND contype = 'c' AND NOT convalidated
-"""
-
-
-def _dependents(conn: Connection, shape: TableShape) -> list[str]:
-    return [row[0] for row in execute(conn, statement(_DEPENDENTS, oid=shape.oid)).all()]
-
-
-def _has_user_triggers(conn: Connection, shape: TableShape) -> bool:
-    found: bool = execute(
-        conn,
-        statement(
-            "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = {oid} AND NOT tgisinternal)",
-            oid=shape.oid,
-        ),
-    ).scalar_one()
-    return found
 
 
 def _rows_without_a_place(conn: Connection, shape: TableShape, today: date) -> list[str]:

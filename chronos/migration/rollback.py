@@ -8,16 +8,17 @@ replayed and the names change back; the partitions are dropped afterwards, one b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 
 from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.db import ShortTransactions, Statement, execute, name, one_line, statement, transaction
+from chronos.db import ShortTransactions, Statement, execute, joined, name, one_line, statement, transaction
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
 from chronos.migration import state as migration_state
-from chronos.migration.copy import silence
+from chronos.migration.followers import follow_statements, followers
 from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
 from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over, undone_by_hand, where
 from chronos.migration.swap import (
@@ -25,20 +26,25 @@ from chronos.migration.swap import (
     CHANGES_FUNCTION,
     CHANGES_TABLE,
     NEW_TABLE,
+    ShapeError,
     bound_check,
+    heard_again,
     history_days,
     lock_table,
     note_changes,
     rename,
+    require_followers,
+    unheard,
 )
-from chronos.migration.table_shape import TableShape
+from chronos.migration.table_shape import TableShape, differences
 from chronos.migration.table_shape import read as read_shape
-from chronos.partitions import OLD_TABLE, TABLE, attached, days, missing, partition_name
+from chronos.partitions import FUNCTIONS, OLD_TABLE, TABLE, attached, days, missing, partition_name
 
 UNDO = "python -m chronos rollback"
 
 _EVERY_ID = 2**63 - 1
 _BATCH = 5_000
+_NOTHING = sql.SQL("SELECT")
 
 
 def undo(
@@ -133,7 +139,6 @@ def roll_back(
     state: State,
     short: ShortTransactions,
     *,
-    silent_triggers: bool = False,
     before_batch: Callable[[], None] = lambda: None,
 ) -> int:
     """Bring the plain table back; returns how many rows were carried into it. Safe to call again.
@@ -146,9 +151,9 @@ def roll_back(
     if state.phase in (Phase.COPYING, Phase.MIGRATED):
         _note_every_change(conn, shape, state, short)
     if state.phase in (Phase.COPYING, Phase.MIGRATED, Phase.UNDOING):
-        carried = _carry_rows(conn, shape, state, silent_triggers, before_batch)
-        _replay_most(conn, shape, state, silent_triggers, before_batch)
-        _swap_back(conn, shape, state, short, silent_triggers)
+        carried = _carry_rows(conn, shape, state, before_batch)
+        _replay_most(conn, shape, state, before_batch)
+        _swap_back(conn, shape, state, short)
     _clean_up(conn, shape, state, short)
     return carried
 
@@ -189,7 +194,6 @@ def _carry_rows(
     conn: Connection,
     shape: TableShape,
     state: State,
-    silent_triggers: bool,
     before_batch: Callable[[], None],
 ) -> int:
     """Copy the rows beyond the fence into the old table, which the application does not see yet."""
@@ -200,7 +204,7 @@ def _carry_rows(
         before_batch()
         with transaction(conn):
             claim(conn, shape.schema, state.run_id)
-            execute(conn, silence(silent_triggers))
+            execute(conn, joined(unheard(shape, old), ";\n"))
             row = execute(
                 conn,
                 statement(
@@ -222,6 +226,7 @@ def _carry_rows(
                     limit=_BATCH,
                 ),
             ).one_or_none()
+            execute(conn, joined([_NOTHING, *heard_again(shape, old)], ";\n"))
         # What the application writes meanwhile is noted, so this need not catch up with it.
         if row is None:
             return carried
@@ -231,7 +236,7 @@ def _carry_rows(
         after = statement("({id}, {ts})", id=row[0], ts=row[1])
 
 
-def _replay(conn: Connection, shape: TableShape, silent_triggers: bool) -> int:
+def _replay(conn: Connection, shape: TableShape) -> int:
     """Bring up to ``_BATCH`` noted rows in the old table to what they are now, and strike the notes.
 
     Returns how many notes there were. A change noted twice is replayed as it last stood, however
@@ -251,7 +256,7 @@ def _replay(conn: Connection, shape: TableShape, silent_triggers: bool) -> int:
     if not notes:
         return 0
     keys = sql.SQL(", ").join(statement("({id}, {ts})", id=key, ts=instant) for key, instant in set(notes))
-    execute(conn, silence(silent_triggers))
+    execute(conn, joined(unheard(shape, old), ";\n"))
     execute(
         conn,
         statement(
@@ -274,6 +279,7 @@ def _replay(conn: Connection, shape: TableShape, silent_triggers: bool) -> int:
             columns=_columns(shape, "n"),
         ),
     )
+    execute(conn, joined([_NOTHING, *heard_again(shape, old)], ";\n"))
     return len(notes)
 
 
@@ -281,7 +287,6 @@ def _replay_most(
     conn: Connection,
     shape: TableShape,
     state: State,
-    silent_triggers: bool,
     before_batch: Callable[[], None],
 ) -> None:
     """Replay while there is much of it, so that little is left for the moment under the lock."""
@@ -290,7 +295,7 @@ def _replay_most(
         before_batch()
         with transaction(conn):
             claim(conn, shape.schema, state.run_id)
-            notes = _replay(conn, shape, silent_triggers)
+            notes = _replay(conn, shape)
 
 
 def _swap_back(
@@ -298,7 +303,6 @@ def _swap_back(
     shape: TableShape,
     state: State,
     short: ShortTransactions,
-    silent_triggers: bool,
 ) -> None:
     """Replay the last noted changes and give every name back, in one transaction."""
     schema = shape.schema
@@ -307,15 +311,38 @@ def _swap_back(
         claim(conn, schema, state.run_id)
         execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
         execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
-        while _replay(conn, shape, silent_triggers):
+        while _replay(conn, shape):
             pass
+        was = read_shape(conn, schema, OLD_TABLE)
+        following = followers(conn, read_shape(conn, schema, TABLE).oid)
         execute(
             conn,
-            sql.SQL(";\n").join([*_names_back(schema, state), *_sequences_back(schema, state)]),
+            joined(
+                [
+                    *_names_back(schema, state),
+                    *_sequences_back(schema, state),
+                    *follow_statements(following, name(schema, TABLE), name(schema, NEW_TABLE)),
+                ],
+                ";\n",
+            ),
         )
+        require_followers(conn, following, was.oid)
+        _require_shape(was, read_shape(conn, schema, TABLE), state)
         migration_state.update(conn, schema, phase=Phase.UNDONE.value)
 
     short.run(conn, swap_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
+
+
+def _require_shape(was: TableShape, now: TableShape, state: State) -> None:
+    """Raise ShapeError unless the plain table has its names and sequences back and is otherwise untouched."""
+    names = [(original, aside) for _, original, aside, _ in state.renames]
+    found = differences(replace(was, rules=(), sequences=()), replace(now, rules=(), sequences=()), names)
+    if set(now.sequences) != set(state.sequences):
+        found.append(f"sequences: {state.sequences} became {now.sequences}")
+    if [r.enabled for r in was.rules] != [r.enabled for r in now.rules]:
+        found.append("rules: one has changed its state")
+    if found:
+        raise ShapeError(f"{TABLE} would not be the table that it was: {'; '.join(found)}")
 
 
 def _names_back(schema: str, state: State) -> list[Statement]:
@@ -385,23 +412,48 @@ def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTra
     def drop_rest(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
         lock_referred(conn)
+        _functions_back(conn, schema, state)
         execute(
             conn,
             statement(
                 "DROP TABLE IF EXISTS {new};"
                 " DROP TABLE IF EXISTS {changes}; DROP FUNCTION IF EXISTS {noting}();"
-                " DROP FUNCTION IF EXISTS {create}(integer); DROP FUNCTION IF EXISTS {drop}(integer);"
                 " DROP TABLE {state}",
                 new=name(schema, NEW_TABLE),
                 changes=name(schema, CHANGES_TABLE),
                 noting=name(schema, CHANGES_FUNCTION),
-                create=name(schema, "create_future_webhook_log_partitions"),
-                drop=name(schema, "drop_old_webhook_log_partitions"),
                 state=name(schema, STATE_TABLE),
             ),
         )
 
     short.run(conn, drop_rest, tables=[(schema, NEW_TABLE), *referred])
+
+
+def _functions_back(conn: Connection, schema: str, state: State) -> None:
+    """Drop the two functions, unless they are still the ones that stood there before."""
+    standing = definitions(conn, schema)
+    for signature, definition in standing.items():
+        if definition not in state.functions:
+            execute(conn, statement("DROP FUNCTION {function}", function=sql.SQL(signature)))
+    for definition in state.functions:
+        if definition not in standing.values():
+            execute(conn, sql.SQL(definition))
+
+
+def definitions(conn: Connection, schema: str) -> dict[str, str]:
+    """The functions under the names of ours: signature -> definition."""
+    rows = execute(
+        conn,
+        statement(
+            "SELECT p.oid::regprocedure::text, pg_get_functiondef(p.oid) FROM pg_proc p"
+            " JOIN pg_namespace n ON n.oid = p.pronamespace"
+            " WHERE n.nspname = {schema} AND p.proname IN ({names}) AND p.prokind = 'f'"
+            " AND p.proargtypes::text = 'integer'::regtype::oid::text ORDER BY 1",
+            schema=schema,
+            names=joined([sql.Literal(function) for function in FUNCTIONS]),
+        ),
+    ).all()
+    return dict(rows)
 
 
 def _leaves(conn: Connection, schema: str, state: State) -> list[str]:

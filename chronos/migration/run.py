@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import logfire
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.db import (
     ShortTransactions,
+    discard,
     execute,
     is_disconnect,
     joined,
     name,
     one_line,
+    opened,
     statement,
     transaction,
 )
@@ -44,31 +44,27 @@ from chronos.migration.copy import (
 )
 from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
 from chronos.migration.output import RowCount
-from chronos.migration.preflight import COMMAND, Survey, survey
-from chronos.migration.rollback import UNDO, roll_back, tidy_up
+from chronos.migration.preflight import COMMAND, Survey, first_state, survey
+from chronos.migration.rollback import UNDO, definitions, roll_back, tidy_up
 from chronos.migration.state import Phase, State
 from chronos.migration.swap import (
-    NEW_TABLE,
     change_log_statements,
-    in_schema,
-    lock_table,
+    function_statements,
     parent_statements,
     partition_statements,
-    renames,
-    script,
-    swap_statements,
+    state_statements,
+    swap_tables,
 )
 from chronos.migration.table_shape import TableShape
 from chronos.migration.table_shape import read as read_shape
 from chronos.partitions import (
-    DAYS_AHEAD,
     DAYS_BACK,
-    FUNCTIONS,
     OLD_TABLE,
     TABLE,
     days,
     partition_name,
 )
+from chronos.telemetry import span
 
 _STEPS = {
     1: "Renaming existing webhook_log table",
@@ -103,7 +99,7 @@ class Timings:
         """Add the duration of the block to the step, and put a span around it."""
         started = time.monotonic()
         try:
-            with logfire.span("migration step {number}: {step}", number=number, step=_STEPS[number]):
+            with span("migration step {number}: {step}", number=number, step=_STEPS[number]):
                 yield
         finally:
             spent = time.monotonic() - started
@@ -165,7 +161,6 @@ class _Run:
         self.step = 1
         self.shape: TableShape
         self.state: State
-        self.silent_triggers = False
         self.longest_lock_s = 0.0
         self.wal_start: str | None = None
         self.rows_copied = 0
@@ -174,22 +169,7 @@ class _Run:
         """Fix the window, from the server's clock, once."""
         assert found.shape is not None
         self.shape = found.shape
-        self.silent_triggers = found.silent_triggers
-        self.state = State(
-            run_id=uuid.uuid4(),
-            phase=Phase.BUILT,
-            strategy="copy",
-            started_at=found.now,
-            cutoff=found.cutoff,
-            today=found.today,
-            first_day=found.today - timedelta(days=DAYS_BACK),
-            last_day=found.today + timedelta(days=DAYS_AHEAD),
-            fence=None,
-            old_oid=found.shape.oid,
-            new_oid=None,
-            renames=renames(found.shape),
-            sequences=list(found.shape.sequences),
-        )
+        self.state = first_state(found)
 
     def take_over(self, conn: Connection) -> None:
         """Make an interrupted migration this run's own."""
@@ -220,9 +200,10 @@ class _Run:
             # After the swap the way back needs the same lock; what is copied is worth waiting for.
             if self.state.phase is not Phase.BUILT:
                 raise InterruptedRunError(self._cut_off(str(error))) from error
+            discard(conn)
             self._undo(error)
         except Exception as error:
-            conn.close()
+            discard(conn)
             self._undo(error)
 
     def _forward(self, conn: Connection) -> None:
@@ -254,21 +235,13 @@ class _Run:
                 execute(conn, joined(partition_statements(self.shape, self.state), ";\n"))
             with self._timed(1):
                 execute(conn, joined(change_log_statements(self.shape), ";\n"))
-                migration_state.create(conn, schema, self.state)
-                execute(
-                    conn,
-                    statement(
-                        "UPDATE {state} SET new_oid = format('%I.%I', {schema}, {new})::regclass",
-                        state=name(schema, migration_state.STATE_TABLE),
-                        schema=schema,
-                        new=NEW_TABLE,
-                    ),
-                )
+                before = list(definitions(conn, schema).values())
+                first = replace(self.state, functions=before)
+                execute(conn, joined(state_statements(self.shape, first), ";\n"))
 
         def swap(conn: Connection) -> None:
             migration_state.claim(conn, schema, self.state.run_id)
-            execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
-            execute(conn, joined(swap_statements(self.shape, self.state), ";\n"))
+            swap_tables(conn, self.shape, self.state)
 
         with transaction(conn):
             built = migration_state.read(conn, schema) is not None
@@ -301,12 +274,11 @@ class _Run:
             done = sum(result.new_rows for result in self.state.days.values())
             with self.output.copying(total, done) as count:
                 copy = Copy(
-                    self.engine.connect,
+                    self.engine,
                     self.shape,
                     self.state,
                     self._pace(count),
                     self._short,
-                    silent_triggers=self.silent_triggers,
                 )
                 self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
             self.rows_copied = count.rows
@@ -329,16 +301,7 @@ class _Run:
         self._open(5)
         with self._timed(5), transaction(conn):
             migration_state.claim(conn, self.schema, self.state.run_id)
-            execute(conn, in_schema(self.schema, script("partition_functions.sql")))
-            for function in FUNCTIONS:
-                execute(
-                    conn,
-                    statement(
-                        "ALTER FUNCTION {function}(integer) OWNER TO {owner}",
-                        function=name(self.schema, function),
-                        owner=name(self.shape.owner),
-                    ),
-                )
+            execute(conn, joined(function_statements(self.shape), ";\n"))
         self.output.ok("Management functions created")
 
     def _verify(self, conn: Connection) -> None:
@@ -371,7 +334,7 @@ class _Run:
     def _finish(self, conn: Connection) -> None:
         """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
         try:
-            with self.engine.connect() as analyzing:
+            with opened(self.engine) as analyzing:
                 analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
                 execute(analyzing, statement("ANALYZE {table}", table=name(self.schema, TABLE)))
         except DBAPIError as error:
@@ -449,12 +412,14 @@ class _Run:
                 self._cut_off(f"{what}, and the server cannot be reached ({one_line(gone)})")
             ) from error
         try:
-            with conn:
+            try:
                 found = migration_state.own(conn, self.schema, self.state.run_id)
                 if found is not None:
                     self.output.line("Rolling back...")
                     short = self.operator.short(may_stop=False)
-                    roll_back(conn, self.shape, found, short, silent_triggers=self.silent_triggers)
+                    roll_back(conn, self.shape, found, short)
+            finally:
+                discard(conn)
         except SupersededError as other:
             raise InterruptedRunError(f"{what}; {other}, and that run goes on") from error
         except Exception as second:

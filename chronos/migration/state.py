@@ -14,10 +14,11 @@ from datetime import date, datetime
 from enum import StrEnum
 from typing import Any
 
+from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.db import execute, name, statement, transaction
+from chronos.db import Statement, execute, name, opened, statement, transaction
 from chronos.errors import SupersededError
 from chronos.migration.table_shape import OwnedSequence
 from chronos.partitions import OLD_TABLE, TABLE
@@ -58,7 +59,8 @@ class DayResult:
 @dataclass(frozen=True)
 class State:
     """The row. ``renames`` lists the names taken over in the swap: (kind, name, aside, built as);
-    ``sequences`` those that were the old table's own.
+    ``sequences`` those that were the old table's own; ``functions`` the definitions of functions that
+    stood under the names of ours.
     """
 
     run_id: uuid.UUID
@@ -74,6 +76,7 @@ class State:
     new_oid: int | None
     renames: list[tuple[str, str, str, str]] = field(default_factory=list)
     sequences: list[OwnedSequence] = field(default_factory=list)
+    functions: list[str] = field(default_factory=list)
     days: dict[date, DayResult] = field(default_factory=dict)
     window_rows: int | None = None
 
@@ -94,38 +97,37 @@ CREATE TABLE {table} (
     new_oid oid,
     renames jsonb NOT NULL,
     sequences jsonb NOT NULL,
+    functions jsonb NOT NULL,
     days jsonb NOT NULL DEFAULT '{{}}',
     window_rows bigint
 );
 COMMENT ON TABLE {table} IS
     'chronos: how far the migration of webhook_log has come; finalize and rollback remove it';
 INSERT INTO {table} (run_id, phase, strategy, started_at, cutoff, today, first_day, last_day, old_oid,
-                     new_oid, renames, sequences)
+                     new_oid, renames, sequences, functions)
 VALUES ({run_id}, {phase}, {strategy}, {started_at}, {cutoff}, {today}, {first_day}, {last_day},
-        {old_oid}, {new_oid}, {renames}, {sequences})
+        {old_oid}, {new_oid}, {renames}, {sequences}, {functions})
 """
 
 
-def create(conn: Connection, schema: str, state: State) -> None:
-    """Write the first state, in the transaction that makes it true."""
-    execute(
-        conn,
-        statement(
-            _CREATE,
-            table=name(schema, STATE_TABLE),
-            run_id=str(state.run_id),
-            phase=state.phase.value,
-            strategy=state.strategy,
-            started_at=state.started_at,
-            cutoff=state.cutoff,
-            today=state.today,
-            first_day=state.first_day,
-            last_day=state.last_day,
-            old_oid=state.old_oid,
-            new_oid=state.new_oid,
-            renames=json.dumps(state.renames),
-            sequences=json.dumps([asdict(sequence) for sequence in state.sequences]),
-        ),
+def create_statement(schema: str, state: State) -> Statement:
+    """The state's table and its row as it is first, for the transaction that makes it true."""
+    return statement(
+        _CREATE,
+        table=name(schema, STATE_TABLE),
+        run_id=str(state.run_id),
+        phase=state.phase.value,
+        strategy=state.strategy,
+        started_at=state.started_at,
+        cutoff=state.cutoff,
+        today=state.today,
+        first_day=state.first_day,
+        last_day=state.last_day,
+        old_oid=state.old_oid,
+        new_oid=state.new_oid,
+        renames=json.dumps(state.renames),
+        sequences=json.dumps([asdict(sequence) for sequence in state.sequences]),
+        functions=json.dumps(state.functions),
     )
 
 
@@ -141,7 +143,7 @@ def read(conn: Connection, schema: str) -> State | None:
         conn,
         statement(
             "SELECT run_id::text, phase, strategy, started_at, cutoff, today, first_day, last_day,"
-            " fence, old_oid::bigint, new_oid::bigint, renames, sequences, days,"
+            " fence, old_oid::bigint, new_oid::bigint, renames, sequences, functions, days,"
             " window_rows FROM {table}",
             table=name(schema, STATE_TABLE),
         ),
@@ -162,8 +164,9 @@ def read(conn: Connection, schema: str) -> State | None:
         new_oid=row[10],
         renames=[(a, b, c, d) for a, b, c, d in row[11]],
         sequences=[OwnedSequence(**sequence) for sequence in row[12]],
-        days={date.fromisoformat(day): DayResult(**result) for day, result in row[13].items()},
-        window_rows=row[14],
+        functions=row[13],
+        days={date.fromisoformat(day): DayResult(**result) for day, result in row[14].items()},
+        window_rows=row[15],
     )
 
 
@@ -214,21 +217,23 @@ def take_over(conn: Connection, schema: str, state: State) -> State:
 
 def record_day(conn: Connection, schema: str, day: date, result: DayResult) -> None:
     """Note that ``day`` is copied, compared and in its place; same transaction as the last of these."""
-    execute(
-        conn,
-        statement(
-            "UPDATE {table} SET days = days || jsonb_build_object({day}::text, {result}::jsonb)",
-            table=name(schema, STATE_TABLE),
-            day=day.isoformat(),
-            result=json.dumps(asdict(result)),
-        ),
+    execute(conn, record_statement(schema, day, sql.Literal(json.dumps(asdict(result)))))
+
+
+def record_statement(schema: str, day: date, result: Statement) -> Statement:
+    """Note for ``day`` the ``result``, which is a DayResult in JSON."""
+    return statement(
+        "UPDATE {table} SET days = days || jsonb_build_object({day}::text, {result}::jsonb)",
+        table=name(schema, STATE_TABLE),
+        day=day.isoformat(),
+        result=result,
     )
 
 
 def where(engine: Engine, schema: str) -> str:
     """Which table the application is writing, as far as can still be told."""
     try:
-        with engine.connect() as conn, transaction(conn):
+        with opened(engine) as conn, transaction(conn):
             found = read(conn, schema)
     except DBAPIError:
         return "The state of the tables is unknown: the server cannot be reached."

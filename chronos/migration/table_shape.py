@@ -1,9 +1,11 @@
-"""What PostgreSQL knows of the plain table, and the statements that give the same to the partitioned one."""
+"""What PostgreSQL knows of a table, read from the catalogs, and how two tables differ in it."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +15,12 @@ from sqlalchemy.engine import Connection
 from chronos.db import Statement, execute, joined, name, statement
 
 _NAME_BYTES = 63
+
+# Set to 'on' in the transactions that move rows without the application's doing.
+COPYING_FLAG = "chronos.copying"
+NOT_COPYING = f"current_setting('{COPYING_FLAG}', true) IS DISTINCT FROM 'on'"
+# The same as the server prints it.
+_NOT_COPYING_PRINTED = f"(current_setting('{COPYING_FLAG}'::text, true) IS DISTINCT FROM 'on'::text)"
 
 
 def derived_name(base: str, suffix: str) -> str:
@@ -27,7 +35,11 @@ def derived_name(base: str, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A live column; ``hashable`` tells whether its type can be compared by hash as it is."""
+    """A live column; ``hashable`` tells whether its type can be compared by hash as it is.
+
+    ``statistics`` is the statistics target, None for the server's default; ``options`` are n_distinct
+    and its like, as written between the brackets of SET.
+    """
 
     name: str
     type: str
@@ -35,11 +47,22 @@ class Column:
     identity: str
     generated: str
     hashable: bool
+    default: str | None
+    collation: str | None
+    storage: str
+    compression: str
+    statistics: int | None
+    options: str | None
+    comment: str | None
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index: ``body`` is its definition from USING on, ``constraint`` that of the constraint it backs."""
+    """An index: ``body`` is its definition from USING on, ``constraint`` that of the constraint it backs.
+
+    Both tell the tablespace, where it is not the database's own. ``statistics`` lists the statistics
+    targets of its expressions as (position, target).
+    """
 
     name: str
     body: str
@@ -49,6 +72,10 @@ class Index:
     valid: bool
     columns: list[str]
     comment: str | None
+    constraint_comment: str | None
+    deferrable: bool
+    clustered: bool
+    statistics: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,19 @@ class ForeignKey:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A CHECK, or (from PostgreSQL 18 on) a NOT NULL by name; ``definition`` is without NOT VALID."""
+
+    name: str
+    kind: str
+    definition: str
+    expression: str | None
+    validated: bool
+    inherited: bool
+    comment: str | None
+
+
+@dataclass(frozen=True)
 class OwnedSequence:
     """A sequence that lives and dies with a column: serial, or identity."""
 
@@ -76,17 +116,92 @@ class OwnedSequence:
 
 @dataclass(frozen=True)
 class Grant:
-    """One privilege on the table, or on one column of it."""
+    """Privileges on a table, a sequence, or one column, given by one role to another (None: PUBLIC)."""
 
-    privilege: str
+    privileges: list[str]
     column: str | None
     grantee: str | None
     grantable: bool
+    grantor: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The sequence behind an identity column; ``options`` is what follows SEQUENCE NAME name."""
+
+    grants: tuple[Grant, ...]
+    name: str
+    column: str
+    always: bool
+    options: str
+    comment: str | None
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A trigger of the user's, cut up so that it can be made on another table.
+
+    ``CREATE TRIGGER name events ON table scope WHEN (condition) call``. ``enabled`` is the letter of the
+    catalog: O, D, R (replica) or A (always).
+    """
+
+    name: str
+    constraint: bool
+    events: str
+    scope: str
+    condition: str | None
+    call: str
+    enabled: str
+    comment: str | None
+    by_row: bool
+    on_copy: bool
+    transition_tables: bool
+
+    @property
+    def fires_on_copy(self) -> bool:
+        """Whether moving a row from table to table would fire it: INSERT and DELETE by row do."""
+        return self.by_row and self.on_copy
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A row security policy: ``definition`` is what follows CREATE POLICY name ON table."""
+
+    name: str
+    definition: str
+    comment: str | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the table itself, as one statement that names the table as it is called now."""
+
+    name: str
+    definition: str
+    enabled: str
+    comment: str | None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Extended statistics: ``kinds`` between brackets or nothing, then ON ``columns``."""
+
+    name: str
+    schema: str
+    kinds: str
+    columns: str
+    owner: str
+    target: int | None
+    comment: str | None
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """The plain table as it stands, read from the catalogs in one transaction."""
+    """A table as it stands, read from the catalogs in one transaction.
+
+    ``leaked`` are the roles to which the default privileges of the current user would give something
+    on each new table ("r"), sequence ("S") or function ("f"); None among them is PUBLIC.
+    """
 
     oid: int
     schema: str
@@ -96,10 +211,21 @@ class TableShape:
     columns: tuple[Column, ...]
     indexes: tuple[Index, ...]
     foreign_keys: tuple[ForeignKey, ...]
+    checks: tuple[Check, ...]
     sequences: tuple[OwnedSequence, ...]
+    identities: tuple[Identity, ...]
     grants: tuple[Grant, ...]
+    triggers: tuple[Trigger, ...]
+    policies: tuple[Policy, ...]
+    rules: tuple[Rule, ...]
+    statistics: tuple[Statistics, ...]
     comment: str | None
     options: tuple[str, ...]
+    row_security: bool
+    force_row_security: bool
+    replica_identity: str
+    tablespace: str | None
+    leaked: Mapping[str, tuple[str | None, ...]]
 
     def copied_columns(self) -> list[Statement]:
         """The columns that an INSERT may name: all but the generated ones."""
@@ -121,15 +247,23 @@ class TableShape:
         )
 
 
-_COLUMNS = """
+# Among the options a server may keep notes of its own about the column (15.20 does): n_distinct only.
+_COLUMNS = r"""
 SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
        EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod
                JOIN pg_amproc p ON p.amprocfamily = o.opcfamily
                                AND p.amproclefttype = o.opcintype AND p.amprocnum = 2
                WHERE m.amname = 'hash' AND o.opcdefault
-                 AND o.opcintype IN (b.base, CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype END))
+                 AND o.opcintype IN (b.base, CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype END)),
+       pg_get_expr(d.adbin, d.adrelid),
+       CASE WHEN a.attcollation <> t.typcollation THEN a.attcollation::regcollation::text END,
+       a.attstorage::text, a.attcompression::text, NULLIF(a.attstattarget, -1),
+       (SELECT string_agg(format('%I = %L', option_name, option_value), ', ' ORDER BY option_name)
+        FROM pg_options_to_table(a.attoptions) WHERE option_name LIKE 'n\_distinct%'),
+       col_description(a.attrelid, a.attnum)
 FROM pg_attribute a
 JOIN pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 CROSS JOIN LATERAL (SELECT CASE WHEN t.typtype = 'd' THEN t.typbasetype
                                 WHEN a.atttypid = 'varchar'::regtype THEN 'text'::regtype
                                 ELSE a.atttypid END AS base) b
@@ -137,21 +271,37 @@ WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum
 """
 
+# The tablespace has its place before WHERE in an index, before DEFERRABLE in a constraint.
 _INDEXES = """
 SELECT c.relname,
-       substr(pg_get_indexdef(c.oid), 2 + length(format('CREATE %sINDEX %I ON %s%I.%I',
-           CASE WHEN i.indisunique THEN 'UNIQUE ' END, c.relname,
-           CASE WHEN t.relkind = 'p' THEN 'ONLY ' END, n.nspname, t.relname))),
-       i.indisprimary, i.indisunique, pg_get_constraintdef(k.oid), i.indisvalid,
+       d.head || coalesce(' TABLESPACE ' || quote_ident(s.spcname), '') || d.predicate,
+       i.indisprimary, i.indisunique,
+       regexp_replace(d.constraint, '( DEFERRABLE)?( INITIALLY DEFERRED)?$', '')
+           || coalesce(' WITH (' || array_to_string(c.reloptions, ', ') || ')', '')
+           || coalesce(' USING INDEX TABLESPACE ' || quote_ident(s.spcname), '')
+           || substring(d.constraint FROM '(?: DEFERRABLE)?(?: INITIALLY DEFERRED)?$'),
+       i.indisvalid,
        ARRAY(SELECT coalesce(a.attname, '') FROM unnest(i.indkey::int2[]) WITH ORDINALITY u(attnum, n)
              LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.attnum
              WHERE u.n <= i.indnkeyatts ORDER BY u.n)::text[],
-       obj_description(c.oid, 'pg_class')
+       obj_description(c.oid, 'pg_class'), obj_description(k.oid, 'pg_constraint'),
+       coalesce(k.condeferrable, false), i.indisclustered,
+       (SELECT coalesce(jsonb_agg(jsonb_build_array(attnum, attstattarget) ORDER BY attnum), '[]')
+        FROM pg_attribute WHERE attrelid = c.oid AND attstattarget >= 0)
 FROM pg_index i
 JOIN pg_class c ON c.oid = i.indexrelid
 JOIN pg_class t ON t.oid = i.indrelid
 JOIN pg_namespace n ON n.oid = t.relnamespace
+LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
 LEFT JOIN pg_constraint k ON k.conindid = c.oid AND k.conrelid = i.indrelid AND k.contype IN ('p', 'u', 'x')
+CROSS JOIN LATERAL (
+    SELECT substr(pg_get_indexdef(c.oid), 2 + length(format('CREATE %sINDEX %I ON %s%I.%I',
+               CASE WHEN i.indisunique THEN 'UNIQUE ' END, c.relname,
+               CASE WHEN t.relkind = 'p' THEN 'ONLY ' END, n.nspname, t.relname))) AS whole,
+           coalesce(' WHERE ' || pg_get_expr(i.indpred, i.indrelid), '') AS predicate,
+           pg_get_constraintdef(k.oid) AS constraint) w
+CROSS JOIN LATERAL (
+    SELECT left(w.whole, length(w.whole) - length(w.predicate)) AS head, w.predicate, w.constraint) d
 WHERE i.indrelid = {oid}
 ORDER BY NOT i.indisprimary, c.relname
 """
@@ -178,39 +328,130 @@ WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
 ORDER BY c.relname
 """
 
+_CHECKS = """
+SELECT k.conname, k.contype::text, regexp_replace(pg_get_constraintdef(k.oid), ' NOT VALID$', ''),
+       pg_get_expr(k.conbin, k.conrelid), k.convalidated, NOT k.connoinherit,
+       obj_description(k.oid, 'pg_constraint')
+FROM pg_constraint k
+WHERE k.conrelid = {oid} AND k.contype IN ('c', 'n')
+ORDER BY k.conname
+"""
+
+_IDENTITIES = """
+SELECT c.oid::bigint, c.relname, a.attname, a.attidentity = 'a',
+       format('START WITH %s INCREMENT BY %s MINVALUE %s MAXVALUE %s CACHE %s%s', q.seqstart,
+              q.seqincrement, q.seqmin, q.seqmax, q.seqcache, CASE WHEN q.seqcycle THEN ' CYCLE' END),
+       obj_description(c.oid, 'pg_class')
+FROM pg_depend d
+JOIN pg_class c ON c.oid = d.objid
+JOIN pg_sequence q ON q.seqrelid = c.oid
+JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+  AND d.refobjid = {oid} AND d.deptype = 'i'
+ORDER BY a.attnum
+"""
+
+# In the order in which they were given: who passes a privilege on has got it before.
 _GRANTS = """
-SELECT x.privilege_type, g.column_name,
-       CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END, x.is_grantable
-FROM (SELECT NULL::text AS column_name, coalesce(relacl, acldefault('r', relowner)) AS acl
+SELECT array_agg(x.privilege_type ORDER BY x.n), g.column_name,
+       CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END, x.is_grantable,
+       pg_get_userbyid(x.grantor)
+FROM (SELECT 0, NULL::text,
+             coalesce(relacl, acldefault((CASE relkind WHEN 'S' THEN 's' ELSE 'r' END)::"char", relowner))
       FROM pg_class WHERE oid = {oid}
       UNION ALL
-      SELECT attname::text, attacl FROM pg_attribute
-      WHERE attrelid = {oid} AND attnum > 0 AND NOT attisdropped AND attacl IS NOT NULL) g
-CROSS JOIN LATERAL aclexplode(g.acl) x
-ORDER BY g.column_name NULLS FIRST, x.grantee, x.privilege_type
+      SELECT attnum, attname::text, attacl FROM pg_attribute
+      WHERE attrelid = {oid} AND attnum > 0 AND NOT attisdropped AND attacl IS NOT NULL
+     ) g (attnum, column_name, acl)
+CROSS JOIN LATERAL aclexplode(g.acl) WITH ORDINALITY x (grantor, grantee, privilege_type, is_grantable, n)
+GROUP BY g.attnum, g.column_name, x.grantee, x.is_grantable, x.grantor
+ORDER BY g.attnum, min(x.n)
+"""
+
+_TRIGGERS = """
+SELECT t.tgname, t.tgconstraint <> 0,
+       substr(pg_get_triggerdef(t.oid), 2 + length(format('CREATE %sTRIGGER %I',
+           CASE WHEN t.tgconstraint <> 0 THEN 'CONSTRAINT ' END, t.tgname))),
+       format(' ON %I.%I ', n.nspname, c.relname), t.tgqual IS NOT NULL, t.tgenabled::text,
+       obj_description(t.oid, 'pg_trigger'), t.tgtype & 1 <> 0, t.tgtype & 12 <> 0,
+       t.tgoldtable IS NOT NULL OR t.tgnewtable IS NOT NULL
+FROM pg_trigger t
+JOIN pg_class c ON c.oid = t.tgrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE t.tgrelid = {oid} AND NOT t.tgisinternal
+ORDER BY t.tgname
+"""
+
+_POLICIES = """
+SELECT p.polname,
+       format('AS %s FOR %s TO %s%s%s',
+              CASE WHEN p.polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
+              CASE p.polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE'
+                            WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
+              (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(r)) END, ', '
+                                 ORDER BY n) FROM unnest(p.polroles) WITH ORDINALITY u (r, n)),
+              ' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')',
+              ' WITH CHECK (' || pg_get_expr(p.polwithcheck, p.polrelid) || ')'),
+       obj_description(p.oid, 'pg_policy')
+FROM pg_policy p
+WHERE p.polrelid = {oid}
+ORDER BY p.polname
+"""
+
+_RULES = """
+SELECT rulename, pg_get_ruledef(oid), ev_enabled::text, obj_description(oid, 'pg_rewrite')
+FROM pg_rewrite
+WHERE ev_class = {oid}
+ORDER BY rulename
+"""
+
+_STATISTICS = r"""
+SELECT s.stxname, n.nspname,
+       coalesce(substring(substr(pg_get_statisticsobjdef(s.oid), 1 + length(format(
+           'CREATE STATISTICS %I.%I ', n.nspname, s.stxname))) FROM '^\([a-z, ]+\) '), ''),
+       pg_get_statisticsobjdef_columns(s.oid), pg_get_userbyid(s.stxowner),
+       NULLIF(s.stxstattarget, -1), obj_description(s.oid, 'pg_statistic_ext')
+FROM pg_statistic_ext s
+JOIN pg_namespace n ON n.oid = s.stxnamespace
+WHERE s.stxrelid = {oid}
+ORDER BY s.stxname
+"""
+
+_LEAKED = """
+SELECT a.defaclobjtype::text,
+       array_agg(DISTINCT CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END)
+FROM pg_default_acl a CROSS JOIN LATERAL aclexplode(a.defaclacl) x
+WHERE a.defaclrole = current_user::regrole AND a.defaclobjtype IN ('r', 'S', 'f')
+  AND (a.defaclnamespace = 0 OR a.defaclnamespace = quote_ident({schema})::regnamespace)
+GROUP BY 1
+"""
+
+_TABLE = """
+SELECT c.oid::bigint, pg_get_userbyid(c.relowner), obj_description(c.oid, 'pg_class'),
+       ARRAY(SELECT format('%I = %L', option_name, option_value)
+             FROM pg_options_to_table(c.reloptions)
+             UNION ALL
+             SELECT format('toast.%I = %L', o.option_name, o.option_value)
+             FROM pg_class t, pg_options_to_table(t.reloptions) o WHERE t.oid = c.reltoastrelid),
+       c.relrowsecurity, c.relforcerowsecurity, c.relreplident::text, s.spcname
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
+WHERE n.nspname = {schema} AND c.relname = {table}
 """
 
 
 def read(conn: Connection, schema: str, table: str) -> TableShape:
     """The shape of ``schema.table``, a table that exists; no lock beyond the catalog's own."""
-    oid, owner, comment, options = execute(
-        conn,
-        statement(
-            "SELECT c.oid, pg_get_userbyid(c.relowner), obj_description(c.oid, 'pg_class'),"
-            " ARRAY(SELECT format('%I = %L', option_name, option_value)"
-            "       FROM pg_options_to_table(c.reloptions)"
-            "       UNION ALL"
-            "       SELECT format('toast.%I = %L', o.option_name, o.option_value)"
-            "       FROM pg_class t, pg_options_to_table(t.reloptions) o WHERE t.oid = c.reltoastrelid)"
-            " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = {schema} AND c.relname = {table}",
-            schema=schema,
-            table=table,
-        ),
+    oid, owner, comment, options, row_security, forced, replica_identity, tablespace = execute(
+        conn, statement(_TABLE, schema=schema, table=table)
     ).one()
 
-    def rows(query: str) -> list[Any]:
-        return list(execute(conn, statement(query, oid=oid)).all())
+    def rows(query: str, of: int = oid) -> list[Any]:
+        return list(execute(conn, statement(query, oid=of)).all())
+
+    def grants(of: int) -> tuple[Grant, ...]:
+        return tuple(Grant(*row) for row in rows(_GRANTS, of))
 
     columns = tuple(Column(*row) for row in rows(_COLUMNS))
     return TableShape(
@@ -222,8 +463,137 @@ def read(conn: Connection, schema: str, table: str) -> TableShape:
         columns=columns,
         indexes=tuple(Index(*row) for row in rows(_INDEXES)),
         foreign_keys=tuple(ForeignKey(*row) for row in rows(_FOREIGN_KEYS)),
+        checks=tuple(Check(*row) for row in rows(_CHECKS)),
         sequences=tuple(OwnedSequence(*row) for row in rows(_SEQUENCES)),
-        grants=tuple(Grant(*row) for row in rows(_GRANTS)),
+        identities=tuple(Identity(grants(row[0]), *row[1:]) for row in rows(_IDENTITIES)),
+        grants=grants(oid),
+        triggers=tuple(_trigger(*row) for row in rows(_TRIGGERS)),
+        policies=tuple(Policy(*row) for row in rows(_POLICIES)),
+        rules=tuple(Rule(*row) for row in rows(_RULES)),
+        statistics=tuple(Statistics(*row) for row in rows(_STATISTICS)),
         comment=comment,
         options=tuple(options),
+        row_security=row_security,
+        force_row_security=forced,
+        replica_identity=replica_identity,
+        tablespace=tablespace,
+        leaked={kind: tuple(roles) for kind, roles in execute(conn, statement(_LEAKED, schema=schema)).all()},
     )
+
+
+def _trigger(
+    trigger: str,
+    constraint: bool,
+    definition: str,
+    on_table: str,
+    conditional: bool,
+    enabled: str,
+    comment: str | None,
+    by_row: bool,
+    on_copy: bool,
+    transition_tables: bool,
+) -> Trigger:
+    """A trigger from the server's definition of it; the condition that is ours is taken out again."""
+    events, _, rest = definition.partition(on_table)
+    condition: str | None = None
+    if conditional:
+        parts = re.fullmatch(
+            r"(.*?FOR EACH (?:ROW|STATEMENT)) WHEN \((.*)\) (EXECUTE FUNCTION .*)", rest, re.DOTALL
+        )
+        assert parts is not None
+        scope, condition, call = parts.groups()
+        if condition == _NOT_COPYING_PRINTED:
+            condition = None
+        else:
+            condition = condition.removeprefix(f"({_NOT_COPYING_PRINTED} AND ")
+            if len(condition) < len(parts[2]):
+                condition = condition[:-1]
+    else:
+        scope, _, call = rest.partition(" EXECUTE FUNCTION ")
+        call = f"EXECUTE FUNCTION {call}"
+    return Trigger(
+        name=trigger,
+        constraint=constraint,
+        events=events,
+        scope=scope,
+        condition=condition,
+        call=call,
+        enabled=enabled,
+        comment=comment,
+        by_row=by_row,
+        on_copy=on_copy,
+        transition_tables=transition_tables,
+    )
+
+
+def differences(
+    was: TableShape, now: TableShape, names: Iterable[tuple[str, str]] = (), *, announced: bool = False
+) -> list[str]:
+    """What distinguishes ``now`` from ``was``, a line each; none when they are the same but for the oid.
+
+    ``names`` are pairs (as ``now`` has it, as ``was`` has it): names that are to change yet. With
+    ``announced`` what a partitioned table differs in by its nature, and the plan tells, is left out:
+    the timestamp in the primary key and NOT NULL, no storage parameters of its own, checks that are
+    validated, foreign keys to come when all is copied, no sequence of its own but an identity's.
+    """
+    renamed = dict(names)
+    found: list[str] = []
+    for field in fields(TableShape):
+        what = field.name.replace("_", " ")
+        if field.name in ("oid", "schema", "name", "leaked"):
+            continue
+        if announced and field.name in ("options", "foreign_keys", "sequences"):
+            continue
+        one, other = getattr(was, field.name), getattr(now, field.name)
+        if not isinstance(one, tuple) or field.name in ("options", "grants"):
+            if one != other:
+                found.append(f"{what}: {_shown(one)} became {_shown(other)}")
+            continue
+        befores = {part.name: _comparable(part, announced) for part in one}
+        afters = {
+            renamed.get(part.name, part.name): replace(
+                _comparable(part, announced), name=renamed.get(part.name, part.name)
+            )
+            for part in other
+        }
+        found += [f"{what}: {key} is missing" for key in befores.keys() - afters.keys()]
+        found += [
+            f"{what}: {key} is new"
+            for key in afters.keys() - befores.keys()
+            if not (announced and _belongs_to_the_key(afters[key]))
+        ]
+        for key in befores.keys() & afters.keys():
+            found += [
+                f"{what}: {part.name} of {key}: {_shown(before)} became {_shown(after)}"
+                for part in fields(befores[key])
+                if (before := getattr(befores[key], part.name)) != (after := getattr(afters[key], part.name))
+            ]
+        if list(befores) != list(afters) and field.name == "columns":
+            found.append("the columns stand in another order")
+    return sorted(found)
+
+
+def _comparable(part: Any, announced: bool) -> Any:
+    """``part`` without what it may differ in by announcement."""
+    if not announced:
+        return part
+    if isinstance(part, Column) and part.name == "timestamp":
+        return replace(part, not_null=True)
+    if isinstance(part, Check):
+        return replace(part, validated=True)
+    if isinstance(part, Index):
+        part = replace(part, clustered=False, statistics=[])
+        if part.primary:
+            return replace(part, body="", constraint="", columns=[])
+    return part
+
+
+def _belongs_to_the_key(part: Any) -> bool:
+    """Whether the primary key over (id, timestamp) has brought it along."""
+    return (isinstance(part, Index) and part.primary) or (
+        isinstance(part, Check) and part.kind == "n" and part.definition.strip() == 'NOT NULL "timestamp"'
+    )
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None or value in ((), "", []) else str(value)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import date, timedelta
+from typing import Any
 
 from psycopg2 import sql
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, CursorResult
 
 from chronos.db import Statement, execute, name, statement
-from chronos.migration.state import DayResult, State
+from chronos.migration.state import STATE_TABLE, DayResult, State
 from chronos.migration.swap import CHANGES_TABLE
 from chronos.migration.table_shape import TableShape
 from chronos.partitions import OLD_TABLE, midnight, partition_name
@@ -27,8 +27,15 @@ def old_rows(shape: TableShape, state: State, day: date, alias: str) -> Statemen
         a=name(alias),
         lower=shape.instant(lower),
         upper=shape.instant(midnight(day + timedelta(days=1))),
-        fence=state.fence,
+        fence=fence(shape, state),
     )
+
+
+def fence(shape: TableShape, state: State) -> Statement:
+    """The highest id that the old table had at the swap; before that, where it will be found."""
+    if state.fence is None:
+        return statement("(SELECT fence FROM {state})", state=name(shape.schema, STATE_TABLE))
+    return sql.Literal(state.fence)
 
 
 def compare_history_day(
@@ -38,19 +45,18 @@ def compare_history_day(
 
     ``content`` false counts only. One statement, so one snapshot; ACCESS SHARE on both tables.
     """
-    return _result(
-        execute(
-            conn,
-            statement(
-                "SELECT * FROM (SELECT count(*), {old_hash} {old_rows}) o,"
-                " (SELECT count(*), {new_hash} FROM {leaf} AS n) n",
-                old_hash=shape.content_hash("o") if content else _NO_HASH,
-                new_hash=shape.content_hash("n") if content else _NO_HASH,
-                old_rows=old_rows(shape, state, day, "o"),
-                leaf=name(shape.schema, partition_name(day)),
-            ),
-        ).one(),
-        content=content,
+    return _result(execute(conn, history_comparison(shape, state, day, content=content)), content=content)
+
+
+def history_comparison(shape: TableShape, state: State, day: date, *, content: bool) -> Statement:
+    """Rows and hash of ``day`` in the old table, then in its partition, which is not attached yet."""
+    return statement(
+        "SELECT * FROM (SELECT count(*), {old_hash} {old_rows}) AS o (old_rows, old_hash),\n"
+        " (SELECT count(*), {new_hash} FROM {leaf} AS n) AS n (new_rows, new_hash)",
+        old_hash=shape.content_hash("o") if content else _NO_HASH,
+        new_hash=shape.content_hash("n") if content else _NO_HASH,
+        old_rows=old_rows(shape, state, day, "o"),
+        leaf=name(shape.schema, partition_name(day)),
     )
 
 
@@ -62,34 +68,33 @@ def compare_live_day(
     Rows that the application itself has written, changed or deleted since the swap are its own
     business and left out on both sides: new ones have no counterpart, the keys of others are noted.
     """
+    return _result(execute(conn, live_comparison(shape, state, day, content=content)), content=content)
+
+
+def live_comparison(shape: TableShape, state: State, day: date, *, content: bool) -> Statement:
+    """The same for a day whose partition the application writes."""
     untouched = (
         ' AND NOT EXISTS (SELECT FROM {changes} AS c WHERE c.id = {a}.id AND c."timestamp" = {a}."timestamp")'
     )
     changes = name(shape.schema, CHANGES_TABLE)
     leaf = name(shape.schema, partition_name(day))
-    return _result(
-        execute(
-            conn,
-            statement(
-                "SELECT * FROM (SELECT count(*), {old_hash} {old_rows}{old_untouched}) o,"
-                " (SELECT count(*), {new_hash} FROM {leaf} AS n WHERE n.id <= {fence}"
-                '  AND EXISTS (SELECT {old_rows} AND o.id = n.id AND o."timestamp" = n."timestamp")'
-                "  {new_untouched}) n",
-                old_hash=shape.content_hash("o") if content else _NO_HASH,
-                new_hash=shape.content_hash("n") if content else _NO_HASH,
-                old_rows=old_rows(shape, state, day, "o"),
-                old_untouched=statement(untouched, changes=changes, a=name("o")),
-                new_untouched=statement(untouched, changes=changes, a=name("n")),
-                leaf=leaf,
-                fence=state.fence,
-            ),
-        ).one(),
-        content=content,
+    return statement(
+        "SELECT * FROM (SELECT count(*), {old_hash} {old_rows}{old_untouched}) AS o (old_rows, old_hash),\n"
+        " (SELECT count(*), {new_hash} FROM {leaf} AS n WHERE n.id <= {fence}"
+        ' AND EXISTS (SELECT {old_rows} AND o.id = n.id AND o."timestamp" = n."timestamp")'
+        "{new_untouched}) AS n (new_rows, new_hash)",
+        old_hash=shape.content_hash("o") if content else _NO_HASH,
+        new_hash=shape.content_hash("n") if content else _NO_HASH,
+        old_rows=old_rows(shape, state, day, "o"),
+        old_untouched=statement(untouched, changes=changes, a=name("o")),
+        new_untouched=statement(untouched, changes=changes, a=name("n")),
+        leaf=leaf,
+        fence=fence(shape, state),
     )
 
 
-def _result(row: Sequence[int], *, content: bool) -> DayResult:
-    old_count, old_hash, new_count, new_hash = row
+def _result(rows: CursorResult[*tuple[Any, ...]], *, content: bool) -> DayResult:
+    old_count, old_hash, new_count, new_hash = rows.one()
     return DayResult(
         old_rows=old_count,
         new_rows=new_count,

@@ -11,6 +11,9 @@ CREATE TABLE webhook_log_migration_changes AS
 COMMENT ON TABLE webhook_log_migration_changes IS
     'chronos: keys of migrated rows that were written again since; finalize and rollback remove it';
 
+-- A publication of all tables has this one in it; without a key it could not be emptied then.
+ALTER TABLE webhook_log_migration_changes REPLICA IDENTITY FULL;
+
 -- SECURITY DEFINER: whoever may write webhook_log need not be allowed to write this table.
 CREATE OR REPLACE FUNCTION webhook_log_note_change()
 RETURNS trigger

@@ -1,0 +1,1 @@
+"""Die at any point, come back, and count the rows."""

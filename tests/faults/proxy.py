@@ -1,0 +1,124 @@
+"""A TCP proxy that reads PostgreSQL's protocol well enough to act on a chosen statement before it is sent."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy.engine import make_url
+
+# What differs from day to day and from run to run, so that equal statements look equal.
+_VARIABLE = re.compile(
+    r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d( \d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d+\b"
+)
+
+
+class Proxy:
+    """Forwards connections to the server of ``url``, and records every statement, over all connections.
+
+    Before statement number ``at`` (from 1) is forwarded, ``act`` is called with the proxy, once.
+    """
+
+    def __init__(self, url: str, at: int = 0, act: Callable[[Proxy], None] = lambda proxy: None) -> None:
+        self._server = make_url(url)
+        self._at = at
+        self._act = act
+        self._turn = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.statements: list[str] = []
+        self.acted = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """The URL that leads through the proxy; without TLS, which it could not read."""
+        port = self._listener.getsockname()[1]
+        url = self._server.set(host="127.0.0.1", port=port).update_query_dict({"sslmode": "disable"})
+        return url.render_as_string(hide_password=False)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Close every connection, as a failing network would."""
+        for end in self._sockets:
+            _hang_up(end)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(
+                    (self._server.host or "127.0.0.1", self._server.port or 5432)
+                )
+            except OSError:
+                client.close()
+                continue
+            self._sockets += [client, server]
+            threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
+            threading.Thread(target=_pump, args=(server, client), daemon=True).start()
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        try:
+            (length,) = struct.unpack("!I", head := _exactly(client, 4))
+            server.sendall(head + _exactly(client, length - 4))
+            while True:
+                head = _exactly(client, 5)
+                (length,) = struct.unpack("!I", head[1:])
+                body = _exactly(client, length - 4)
+                if head[:1] == b"Q":
+                    self._on_statement(body.rstrip(b"\0").decode())
+                server.sendall(head + body)
+        except OSError:
+            _hang_up(client)
+            _hang_up(server)
+
+    def _on_statement(self, text: str) -> None:
+        with self._turn:
+            self.statements.append(_VARIABLE.sub("?", text))
+            if len(self.statements) == self._at:
+                self._act(self)
+                self.acted.set()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            sink.sendall(data)
+    except OSError:
+        pass
+    _hang_up(source)
+    _hang_up(sink)
+
+
+def _hang_up(end: socket.socket) -> None:
+    # Closing alone does not wake a thread that waits for data on it, and the peer hears nothing.
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+def _exactly(source: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = source.recv(size - len(data))
+        if not part:
+            raise OSError("closed")
+        data += part
+    return data

@@ -1,0 +1,439 @@
+"""The migration through its command line: what it prints, what it leaves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+from sqlmodel import Session, select
+
+from chronos.demo.rows import KeyType, TimestampType, create_webhook_log
+from chronos.demo.writer import LiveWriter
+from chronos.sql_models import WebhookEndpoint, WebhookLog
+from tests.command import chronos, started
+from tests.conftest import MakeDatabase
+from tests.tables import connected, digest, exists, holding, query, relations, value, waiting_pid
+from tests.waiting import wait_until
+
+ROWS = 4_000
+
+
+def fill(
+    url: str, rows: int = ROWS, timestamp_type: TimestampType = "timestamptz", key_type: KeyType = "serial"
+) -> None:
+    engine = create_engine(url, poolclass=NullPool)
+    create_webhook_log(engine, rows, timestamp_type=timestamp_type, key_type=key_type)
+
+
+def window(url: str) -> str:
+    """The condition that the rows of the window meet, from the persisted cutoff."""
+    cutoff = value(url, "SELECT cutoff AT TIME ZONE 'UTC' FROM webhook_log_migration")
+    return f"extract(epoch FROM timestamp) >= extract(epoch FROM timestamp '{cutoff}')"
+
+
+AWKWARD_ROWS = """
+INSERT INTO webhook_log (status, timestamp, webhook_endpoint_id, request_body)
+SELECT status, {utc_as_column}, 1, body
+FROM (SELECT now() AT TIME ZONE 'UTC' AS now, date_trunc('day', now() AT TIME ZONE 'UTC') AS today) AS clock
+CROSS JOIN LATERAL (
+    SELECT 'tie' AS status, today - interval '3 days' + interval '5 hours' AS utc, to_jsonb(n) AS body
+    FROM generate_series(5000, 1, -1) n
+    UNION ALL SELECT 'midnight', today - n * interval '1 day', 'null' FROM generate_series(0, 15) n
+    UNION ALL SELECT 'end', today - n * interval '1 day' - interval '1 us', NULL FROM generate_series(0, 13) n
+    UNION ALL SELECT 'large', now - interval '2 days', to_jsonb(string_agg(md5(n::text), ''))
+    FROM generate_series(1, 163840) n
+    UNION ALL SELECT 'ahead', now + interval '29 days', NULL
+) AS awkward
+"""
+
+
+def add_awkward_rows(url: str, timestamp_type: TimestampType) -> None:
+    """5,000 rows on one instant, rows on each midnight and just before it, 5 MB of JSON, a day far ahead."""
+    utc = "utc" if timestamp_type == "timestamp" else "utc AT TIME ZONE 'UTC'"
+    query(url, AWKWARD_ROWS.format(utc_as_column=utc))
+
+
+@pytest.mark.parametrize(
+    ("timestamp_type", "timezone"),
+    [("timestamptz", "Asia/Kolkata"), ("timestamp", "America/New_York"), ("timestamptz", None)],
+)
+def test_live_table_with_awkward_rows(
+    make_database: MakeDatabase, tmp_path: Path, timestamp_type: TimestampType, timezone: str | None
+) -> None:
+    url = make_database(timezone)
+    fill(url, timestamp_type=timestamp_type)
+    add_awkward_rows(url, timestamp_type)
+    report_file = tmp_path / "report.json"
+
+    with LiveWriter(url, threads=4, rate=300, past_share=0.2) as writer:
+        wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
+        result = chronos(url, "migrate", "--report", str(report_file), answer="MIGRATE\n")
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_nothing_lost(url, writer)
+    fence = value(url, "SELECT fence FROM webhook_log_migration")
+    assert fence == value(url, "SELECT max(id) FROM webhook_log_old")
+    old = digest(url, "webhook_log_old", window(url))
+    assert old == digest(url, "webhook_log", f"id <= {fence}")
+    assert value(url, "SELECT count(*) FROM pg_tables WHERE tablename LIKE 'webhook_log_y%'") == 46
+    report = json.loads(report_file.read_text())
+    assert report["fence"] == fence
+    assert report["rows_copied"] == old[0] == sum(day["new_rows"] for day in report["days"])
+    assert all(day["hash_equal"] and day["old_rows"] == day["new_rows"] for day in report["days"])
+    assert [step["step"] for step in report["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert report["wal_bytes"] > 0
+    # Each bound is a UTC midnight, whatever the server's zone.
+    with connected(url) as conn, conn.cursor() as cursor:
+        cursor.execute("SET timezone = 'UTC'")
+        cursor.execute(
+            "SELECT c.relname, pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits JOIN pg_class c"
+            " ON c.oid = inhrelid WHERE inhparent = 'webhook_log'::regclass"
+        )
+        for name, bound in cursor.fetchall():
+            year, month, day = re.findall(r"\d+", name)
+            assert f"FROM ('{year}-{month}-{day} 00:00:00" in bound
+
+
+def test_prints_what_the_guide_shows(database: str) -> None:
+    fill(database)
+
+    result = chronos(database, "migrate", "--yes")
+
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    rows = digest(database, "webhook_log_old", window(database))[0]
+    days = query(database, "SELECT first_day, today, last_day FROM webhook_log_migration")[0]
+    lines = result.stdout.splitlines()
+    expected = [
+        "=" * 80,
+        "Starting PostgreSQL Partitioning Migration",
+        "=" * 80,
+        "",
+        "[Step 1/6] Renaming existing webhook_log table...",
+        "✓ Table renamed: webhook_log -> webhook_log_old",
+        "",
+        "[Step 2/6] Creating new partitioned table...",
+        "✓ Partitioned table created",
+        "",
+        "[Step 3/6] Creating partitions...",
+        f"Created partition: webhook_log_y{days[0]:%Ym%md%d}".replace("Y", "y", 1),
+        "✓ All partitions created",
+        "",
+        "[Step 4/6] Migrating data from last 15 days...",
+        f"Total rows to migrate: {rows:,}",
+        f"Migrated {rows:,} / {rows:,} rows (100.0%)",
+        "✓ Data migration complete",
+        "",
+        "[Step 5/6] Creating partition management functions...",
+        "✓ Management functions created",
+        "",
+        "[Step 6/6] Verifying migration...",
+        f"Old table (last 15 days): {rows:,} rows",
+        f"New table: {rows:,} rows",
+        "✓ Verification passed: row counts and contents match",
+        "",
+        "=" * 80,
+        "MIGRATION COMPLETED SUCCESSFULLY!",
+        "=" * 80,
+    ]
+    position = 0
+    for line in expected:
+        position = next(n for n in range(position, len(lines)) if lines[n].startswith(line)) + 1
+    assert sum(line.startswith("Created partition: ") for line in lines) == 46
+    assert (days[2] - days[1]).days == 30
+    assert (days[1] - days[0]).days == 15
+
+
+def test_keeps_names_constraints_and_sequence(database: str) -> None:
+    fill(database)
+    shape = (
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,"
+        " pg_get_expr(d.adbin, d.adrelid) FROM pg_attribute a"
+        " LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum"
+        " WHERE attrelid = 'webhook_log'::regclass AND attnum > 0 ORDER BY attnum"
+    )
+    indexes = (
+        "SELECT indexname, replace(indexdef, ' ONLY ', ' ') FROM pg_indexes WHERE tablename = 'webhook_log'"
+    )
+    keys = (
+        "SELECT conname, contype::text, pg_get_constraintdef(oid), convalidated FROM pg_constraint"
+        " WHERE conrelid = 'webhook_log'::regclass AND contype IN ('f', 'c')"
+    )
+    before = query(database, shape), sorted(query(database, indexes)), query(database, keys)
+
+    assert chronos(database, "migrate", "--yes").returncode == 0
+
+    after = query(database, shape), sorted(query(database, indexes)), query(database, keys)
+    assert after[0] == before[0]
+    assert after[2] == before[2]
+    assert [name for name, _ in after[1]] == [name for name, _ in before[1]]
+    assert dict(after[1])["webhook_log_pkey"].endswith('(id, "timestamp")')
+    assert dict(after[1])["ix_webhook_log_timestamp"] == dict(before[1])["ix_webhook_log_timestamp"]
+    assert value(
+        database, "SELECT bool_and(indisvalid) FROM pg_index WHERE indrelid = 'webhook_log'::regclass"
+    )
+    # The parent's foreign key has adopted each partition's; none is left that stands alone.
+    assert (
+        value(
+            database,
+            "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND conparentid = 0"
+            " AND conrelid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'webhook_log'::regclass)",
+        )
+        == 0
+    )
+    highest = value(database, "SELECT max(id) FROM webhook_log_old")
+    assert (
+        value(database, "INSERT INTO webhook_log (status, timestamp) VALUES ('new', now()) RETURNING id")
+        > highest
+    )
+
+
+@pytest.mark.parametrize("rows_are", ["none", "all too old"])
+def test_nothing_to_copy(database: str, rows_are: str) -> None:
+    fill(database, 0)
+    if rows_are == "all too old":
+        query(
+            database, "INSERT INTO webhook_log (status, timestamp) SELECT 'old', now() - interval '16 days'"
+        )
+
+    result = chronos(database, "migrate", "--yes")
+
+    assert result.returncode == 0, result.stderr
+    assert "Total rows to migrate: 0" in result.stdout
+    assert digest(database)[0] == 0
+    assert value(database, "INSERT INTO webhook_log (status, timestamp) VALUES ('x', now()) RETURNING id") > 0
+
+
+@pytest.mark.parametrize("answer", ["", "migrate\n", "MIGRATE please\n", " MIGRATE\n", "yes\n", "\n"])
+def test_only_the_exact_word_confirms(database: str, answer: str) -> None:
+    fill(database, 10)
+    before = relations(database)
+
+    result = chronos(database, "migrate", answer=answer)
+
+    assert result.returncode == 2
+    assert "nothing was changed" in result.stderr
+    assert relations(database) == before
+
+
+def test_prompt_shows_where_without_the_password(database: str) -> None:
+    fill(database, 10)
+    password = "Pa55-in-the-URL"
+    role = f"chronos_prompt_{value(database, 'SELECT pg_backend_pid()')}"
+    query(database, f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{password}'")
+    try:
+        engine = create_engine(database)
+        url = engine.url.set(username=role, password=password).render_as_string(hide_password=False)
+
+        result = chronos(url, "migrate", answer="no\n")
+    finally:
+        query(database, f"DROP ROLE {role}")
+
+    shown = result.stdout + result.stderr
+    assert f"Host: {engine.url.host}" in shown
+    assert f"Database: {engine.url.database}" in shown
+    assert "public.webhook_log" in shown
+    assert re.search(r"Rows \(estimate\): 10\b", shown)
+    assert "Type MIGRATE" in shown
+    assert password not in shown
+
+
+# How to make each step fail, for real.
+@pytest.mark.parametrize(
+    ("step", "conflict"),
+    [
+        (2, "CREATE DOMAIN webhook_log_new AS text"),
+        (
+            3,
+            "DO $$ BEGIN EXECUTE format('CREATE DOMAIN webhook_log_y%s AS text',"
+            " to_char(now() AT TIME ZONE 'UTC' + interval '3 days', 'YYYY\"m\"MM\"d\"DD')); END $$",
+        ),
+        (
+            4,
+            "CREATE TABLE broken (id bigint); CREATE FUNCTION sound(bigint) RETURNS boolean LANGUAGE sql"
+            " AS 'SELECT NOT EXISTS (SELECT FROM public.broken WHERE id = $1)';"
+            " ALTER TABLE webhook_log ADD CONSTRAINT sound CHECK (sound(id));"
+            " INSERT INTO broken SELECT max(id) - 50 FROM webhook_log",
+        ),
+        (
+            5,
+            "CREATE FUNCTION drop_old_webhook_log_partitions(days int) RETURNS int LANGUAGE sql AS 'SELECT 1';"
+            " CREATE VIEW depends AS SELECT drop_old_webhook_log_partitions(1)",
+        ),
+    ],
+)
+def test_a_failing_step_puts_everything_back(database: str, step: int, conflict: str) -> None:
+    fill(database)
+    query(database, conflict)
+    before = relations(database)
+
+    with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
+        wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
+        result = chronos(database, "migrate", "--yes")
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"step {step} " in result.stderr
+    assert "rolled back: webhook_log is the plain table it was" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert_plain_again(database, before, writer)
+
+
+@pytest.mark.parametrize(("step", "blocked"), [(4, "leaf"), (6, "webhook_log_migration_changes")])
+def test_a_killed_backend_puts_everything_back(database: str, step: int, blocked: str) -> None:
+    fill(database)
+    before = relations(database)
+
+    with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
+        with blocked_after_the_swap(database, blocked) as migration:
+            query(database, "SELECT pg_terminate_backend(%s)", waiting_pid(database, migration.table))
+            migration.release()
+            output, errors = migration.process.communicate(timeout=60)
+
+    assert migration.process.returncode == 1, output + errors
+    assert f"step {step} " in errors
+    assert "rolled back" in errors
+    assert_plain_again(database, before, writer)
+
+
+class Blocked(NamedTuple):
+    """A running migration, the table that it waits or will wait for, and how to let it go on."""
+
+    process: subprocess.Popen[str]
+    table: str
+    release: Callable[[], None]
+
+
+@contextmanager
+def blocked_after_the_swap(url: str, table: str) -> Iterator[Blocked]:
+    """A migration under way, and a lock on ``table`` ("leaf": a day of the past) that it will need.
+
+    A reader holds the swap back until the table, which the build has made, is locked.
+    """
+    with ExitStack() as stack:
+        with holding(url, "SELECT FROM webhook_log LIMIT 1"):
+            process = stack.enter_context(started(url, "migrate", "--yes"))
+            wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
+            if table == "leaf":
+                day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
+                table = f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
+            lock = stack.enter_context(ExitStack())
+            lock.enter_context(holding(url, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
+        yield Blocked(process, table, lock.close)
+
+
+def assert_nothing_lost(url: str, writer: LiveWriter) -> None:
+    """Every commit that the writer was told of is there once, and it met no error."""
+    assert writer.errors == []
+    with create_engine(url, poolclass=NullPool).connect() as conn:
+        presence = writer.check(conn)
+    assert (presence.lost, presence.twice, presence.repeated_ids) == ([], [], [])
+
+
+def assert_plain_again(url: str, before: set[tuple[str, str]], writer: LiveWriter) -> None:
+    """The table, its rows and the writer's are as if nobody had tried."""
+    assert relations(url) == before
+    assert_nothing_lost(url, writer)
+    ids = [row[0] for row in query(url, "SELECT id FROM webhook_log")]
+    assert {commit.id for commit in writer.commits} | set(range(1, ROWS + 1)) == set(ids)
+    assert value(url, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
+
+
+def test_a_mismatch_names_the_day(database: str) -> None:
+    """A row of today that is gone from the old table before it is compared is found, by its day."""
+    fill(database)
+    with blocked_after_the_swap(database, "webhook_log_migration_changes") as migration:
+        waiting_pid(database, migration.table)
+        today = value(database, "SELECT today FROM webhook_log_migration")
+        changed = value(
+            database,
+            "UPDATE webhook_log_old SET status = 'tampered'"
+            " WHERE id = (SELECT max(id) FROM webhook_log_old) RETURNING id",
+        )
+        migration.release()
+        _, errors = migration.process.communicate(timeout=60)
+
+    assert migration.process.returncode == 1
+    assert f"verification failed for {today}" in errors
+    assert value(database, "SELECT status FROM webhook_log WHERE id = %s", changed) == "tampered"
+
+
+def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
+    fill(database, 100)
+    with (
+        LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer,
+        connected(database, autocommit=False) as reader,
+        ExitStack() as stack,
+    ):
+        with reader.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM webhook_log")
+        process = stack.enter_context(started(database, "migrate", "--yes"))
+        assert process.stdout is not None
+        attempts: list[str] = []
+        for line in process.stdout:
+            if "waiting for a lock on webhook_log" in line:
+                attempts.append(line)
+                writer.catch_up()
+            if len(attempts) == 3:
+                break
+        assert all(f"pid {reader.get_backend_pid()}" in line for line in attempts)
+        # No attempt stands in the queue for longer than its lock_timeout.
+        assert value(
+            database,
+            "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - waitstart)), 0) < 1 FROM pg_locks"
+            " WHERE NOT granted",
+        )
+        reader.rollback()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert_nothing_lost(database, writer)
+
+
+def test_models_before_and_after(database: str) -> None:
+    engine = create_engine(database, poolclass=NullPool)
+    WebhookLog.metadata.create_all(engine)
+    written = []
+
+    def write_and_read() -> None:
+        with Session(engine) as session:
+            endpoint = WebhookEndpoint(url="https://example.org/hook")
+            session.add(endpoint)
+            session.commit()
+            entry = WebhookLog(
+                status="success",
+                status_code=200,
+                request_body={"type": "order.paid", "items": [1, 2]},
+                webhook_endpoint_id=endpoint.id,
+                timestamp=datetime.now(UTC),
+            )
+            session.add(entry)
+            session.commit()
+            written.append(entry.id)
+        with Session(engine) as session:
+            found = session.exec(select(WebhookLog).where(WebhookLog.id == written[-1])).one()
+            assert found.request_body == {"type": "order.paid", "items": [1, 2]}
+            assert found.timestamp.utcoffset() is not None
+            found.status = "seen"
+            session.add(found)
+            session.commit()
+
+    write_and_read()
+    result = chronos(database, "migrate", "--yes")
+    assert result.returncode == 0, result.stderr
+    write_and_read()
+
+    with engine.connect() as conn:
+        assert conn.execute(text("SELECT array_agg(id ORDER BY id) FROM webhook_log")).scalar() == written
+    assert len(set(written)) == 2

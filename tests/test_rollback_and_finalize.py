@@ -1,0 +1,287 @@
+"""The ways out of a migration: back to the plain table, or on to the partitioned one alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from chronos.demo.rows import KeyType, create_webhook_log
+from chronos.demo.writer import LiveWriter
+from tests.command import chronos, started
+from tests.tables import digest, exists, holding, query, relations, value
+from tests.waiting import wait_until
+
+ROWS = 2_000
+INSERT = "INSERT INTO webhook_log (status, timestamp) VALUES ('new', now()) RETURNING id"
+KEY_TYPES: list[KeyType] = ["serial", "identity by default", "identity always"]
+
+
+def fill(url: str, key_type: KeyType = "serial") -> None:
+    engine = create_engine(url, poolclass=NullPool)
+    create_webhook_log(engine, ROWS, days=20, key_type=key_type)
+
+
+def migrate(url: str) -> None:
+    result = chronos(url, "migrate", "--yes")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def shape(url: str) -> list[tuple[object, ...]]:
+    """Columns, defaults, indexes, constraints, owner of the plain table and its sequence."""
+    return query(
+        url,
+        "SELECT attname::text, format_type(atttypid, atttypmod), attnotnull::text, attidentity::text,"
+        " pg_get_expr(adbin, adrelid), pg_get_serial_sequence('webhook_log', attname) FROM pg_attribute"
+        " LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum"
+        " WHERE attrelid = 'webhook_log'::regclass AND attnum > 0"
+        " UNION ALL SELECT indexname, indexdef, tablename, '', '', '' FROM pg_indexes WHERE tablename = 'webhook_log'"
+        " UNION ALL SELECT conname, pg_get_constraintdef(oid), convalidated::text, '', '', '' FROM pg_constraint"
+        " WHERE conrelid = 'webhook_log'::regclass ORDER BY 1, 2",
+    )
+
+
+def kill_when_built(url: str) -> None:
+    """Leave a migration behind whose process was killed before the swap."""
+    with holding(url, "SELECT FROM webhook_log LIMIT 1"), started(url, "migrate", "--yes"):
+        wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
+    locks = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database WHERE datname = current_database()"
+    wait_until(lambda: not value(url, f"{locks} AND locktype = 'advisory'"), 30, "its sessions are gone")
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> None:
+    """Beyond the fence, below it by an explicit id, changed and deleted ones: all as the application left it."""
+    fill(database, key_type)
+    before = relations(database), shape(database)
+    with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
+        migrate(database)
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 50, 20, "the writer writes on")
+        explicit = "INSERT INTO webhook_log (id, status, timestamp) OVERRIDING SYSTEM VALUE VALUES "
+        query(database, explicit + "(-7, 'explicit', now()), (-8, 'explicit', now() - interval '3 days')")
+        query(database, "UPDATE webhook_log SET status = 'changed' WHERE id % 10 = 0 AND id > 500")
+        query(database, f"DELETE FROM webhook_log WHERE id % 100 = 1 AND id > 500 AND id <= {ROWS}")
+        query(
+            database,
+            "UPDATE webhook_log SET timestamp = timestamp + interval '1 day' WHERE id = %s",
+            ROWS - 5,
+        )
+        moved = query(database, "SELECT id, timestamp FROM webhook_log WHERE id = %s", ROWS - 5)
+        cutoff = value(database, "SELECT cutoff FROM webhook_log_migration")
+
+        result = chronos(database, "rollback", answer="ROLLBACK\n")
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (relations(database), shape(database)) == before
+    with create_engine(database, poolclass=NullPool).connect() as conn:
+        presence = writer.check(conn)
+    assert (writer.errors, presence.lost, presence.twice, presence.repeated_ids) == ([], [], [], [])
+    assert (
+        value(database, "SELECT count(*) FROM webhook_log WHERE status = 'explicit' AND id IN (-7, -8)") == 2
+    )
+    recent = f"id > 500 AND id <= {ROWS} AND timestamp >= '{cutoff}'"
+    assert value(database, f"SELECT count(*) FROM webhook_log WHERE {recent} AND id % 100 = 1") == 0
+    assert value(
+        database, f"SELECT bool_and(status = 'changed') FROM webhook_log WHERE {recent} AND id % 10 = 0"
+    )
+    assert query(database, "SELECT id, timestamp FROM webhook_log WHERE id = %s", ROWS - 5) == moved
+    highest = value(database, "SELECT max(id) FROM webhook_log")
+    assert value(database, INSERT) > highest
+
+
+def test_rollback_after_nights_of_retention(database: str) -> None:
+    """Expired days of history may have gone, days written after the swap may not."""
+    fill(database)
+    before = digest(database, where=f"id <= {ROWS}")
+    migrate(database)
+    query(database, INSERT)
+    assert query(database, "SELECT drop_old_webhook_log_partitions(10)")
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stderr
+    assert digest(database, where=f"id <= {ROWS}") == before
+    assert digest(database)[0] == ROWS + 1
+
+
+def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
+    fill(database)
+    migrate(database)
+    new = value(database, INSERT)
+    today = value(database, "SELECT today FROM webhook_log_migration")
+    query(database, f"DROP TABLE webhook_log_y{today:%Y}m{today:%m}d{today:%d}")
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 2
+    assert f"{today}" in result.stderr
+    assert "rollback --force" in result.stderr
+    assert exists(database, "webhook_log_old")
+    forced = chronos(database, "rollback", "--yes", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", new) == 0
+    assert value(database, "SELECT count(*) FROM webhook_log") == ROWS
+
+
+@pytest.mark.parametrize(("verb", "word"), [("rollback", "ROLLBACK"), ("finalize", "FINALIZE")])
+def test_each_verb_asks_for_its_word(database: str, verb: str, word: str) -> None:
+    fill(database)
+    migrate(database)
+    before = relations(database)
+
+    result = chronos(database, verb, answer=f"{word.lower()}\n")
+
+    assert result.returncode == 2
+    assert f"Type {word}" in result.stdout
+    assert "nothing was changed" in result.stderr
+    assert relations(database) == before
+
+
+def test_nothing_to_undo_or_finish(database: str) -> None:
+    fill(database)
+    for verb in ("rollback", "finalize"):
+        result = chronos(database, verb, "--yes")
+        assert result.returncode == 2
+        assert "there is no migration" in result.stderr
+    resumed = chronos(database, "migrate", "--resume")
+    assert resumed.returncode == 2
+    assert "nothing to resume" in resumed.stderr
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_finalize(database: str, key_type: KeyType) -> None:
+    fill(database, key_type)
+    migrate(database)
+    kept = digest(database)
+    last = value(database, INSERT)
+
+    result = chronos(database, "finalize", answer="FINALIZE\n")
+
+    assert result.returncode == 0, result.stderr
+    assert digest(database, where=f"id < {last}") == kept
+    left = {name for kind, name in relations(database) if "_y2" not in name and kind in "rpS"}
+    assert left == {
+        "public.webhook_log",
+        "public.webhook_log_id_seq",
+        "public.webhook_endpoint",
+        "public.webhook_endpoint_id_seq",
+    }
+    assert (
+        value(database, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
+    )
+    assert value(database, "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal") == 0
+    assert value(database, INSERT) == last + 1
+    assert chronos(database, "rollback", "--yes").returncode == 2
+
+
+@pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete"])
+def test_finalize_refuses(database: str, reason: str) -> None:
+    fill(database)
+    if reason == "not complete":
+        kill_when_built(database)
+        expected = "not complete"
+    else:
+        migrate(database)
+        if reason == "a view":
+            query(database, "CREATE VIEW still_reads AS SELECT id FROM webhook_log_old")
+            expected = "still_reads"
+        else:
+            query(
+                database,
+                "SET session_replication_role = replica; DELETE FROM webhook_log WHERE id = %s",
+                ROWS - 3,
+            )
+            expected = "1 rows of webhook_log_old"
+    before = relations(database)
+
+    result = chronos(database, "finalize", "--yes")
+
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert relations(database) == before
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+    fill(database, key_type)
+    before = relations(database), shape(database)
+    migrate(database)
+    given_out = [value(database, INSERT) for _ in range(3)]
+
+    query(database, "DROP TABLE IF EXISTS webhook_log CASCADE")
+    query(database, "ALTER TABLE webhook_log_old RENAME TO webhook_log")
+
+    assert value(database, INSERT) not in given_out
+    status = chronos(database, "status")
+    assert status.returncode == 1
+    assert "by hand" in status.stdout
+    migrate(database)
+    assert value(database, INSERT) not in given_out
+    rolled_back = chronos(database, "rollback", "--yes")
+    assert rolled_back.returncode == 0, rolled_back.stderr
+    assert (relations(database), shape(database)) == before
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_manual_clean_up_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+    fill(database, key_type)
+    migrate(database)
+    last = value(database, INSERT)
+
+    query(database, "DROP TABLE webhook_log_old CASCADE")
+
+    assert value(database, INSERT) == last + 1
+    status = chronos(database, "status")
+    assert "python -m chronos finalize" in status.stdout
+    result = chronos(database, "finalize", "--yes")
+    assert result.returncode == 0, result.stderr
+    assert value(database, INSERT) == last + 2
+    assert not exists(database, "webhook_log_migration")
+
+
+def test_second_operator_is_told_who_holds_it(database: str) -> None:
+    fill(database)
+    with ExitStack() as lock:
+        lock.enter_context(holding(database, "LOCK TABLE webhook_endpoint IN ACCESS EXCLUSIVE MODE"))
+        with started(database, "migrate", "--yes") as first:
+            pid = wait_until(lambda: operator_pid(database), 30, "the first operator has the lock")
+            for verb in (
+                ["migrate", "--yes"],
+                ["migrate", "--resume"],
+                ["rollback", "--yes"],
+                ["finalize", "--yes"],
+            ):
+                second = chronos(database, *verb)
+                assert second.returncode == 2
+                assert f"pid {pid}" in second.stderr
+                assert "nothing was changed" in second.stderr
+            lock.close()
+            first.communicate(timeout=60)
+    assert first.returncode == 0
+
+
+def operator_pid(url: str) -> int | None:
+    """The backend that holds the operator's lock."""
+    found = query(
+        url,
+        "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database"
+        " WHERE locktype = 'advisory' AND granted AND datname = current_database()",
+    )
+    return found[0][0] if found else None
+
+
+def test_half_done_is_refused_with_both_commands(database: str) -> None:
+    fill(database)
+    kill_when_built(database)
+
+    result = chronos(database, "migrate", "--yes")
+
+    assert result.returncode == 2
+    assert "--resume" in result.stderr
+    assert "python -m chronos rollback" in result.stderr
+    assert chronos(database, "migrate", "--resume").returncode == 0
