@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
+# As many tests at a time as there are cores; each process has servers of its own.
+WORKERS ?= auto
 SOURCES := $(wildcard chronos tests bench)
 
 # The value of a variable in .env, without quotes. The file is not included: in a makefile a $ or a #
@@ -24,10 +26,10 @@ demo: $(READY) ## Run the migration on an embedded PostgreSQL (ARGS=--keep)
 	@$(RUN) chronos demo $(ARGS)
 
 test: $(READY) ## Run the tests on embedded servers (ARGS="-k name", PG_BIN=folder)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n $(WORKERS) $(ARGS)
 
 test-faults: $(READY) ## Run the slow tests that stop servers and kill processes
-	$(RUN) pytest -m faults $(ARGS)
+	$(RUN) pytest -m faults -n $(WORKERS) $(ARGS)
 
 check: $(READY) ## Check format, lint and types
 	$(RUN) ruff format --check .

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+
 def chronos_environment(url: str, **more: str) -> dict[str, str]:
     """The environment in which ``url`` is the database to work on."""
     return {**os.environ, "DATABASE_URL": url, "PYTHONUTF8": "1", **more}

@@ -268,7 +268,8 @@ def test_prompt_shows_where_without_the_password(database: str) -> None:
         ),
         (
             5,
-            "CREATE FUNCTION drop_old_webhook_log_partitions(days int) RETURNS int LANGUAGE sql AS 'SELECT 1';"
+            "CREATE FUNCTION drop_old_webhook_log_partitions(days int) RETURNS int"
+            " LANGUAGE sql AS 'SELECT 1';"
             " CREATE VIEW depends AS SELECT drop_old_webhook_log_partitions(1)",
         ),
     ],
@@ -296,11 +297,13 @@ def test_a_killed_backend_puts_everything_back(database: str, step: int, blocked
     fill(database)
     before = relations(database)
 
-    with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
-        with blocked_after_the_swap(database, blocked) as migration:
-            query(database, "SELECT pg_terminate_backend(%s)", waiting_pid(database, migration.table))
-            migration.release()
-            output, errors = migration.process.communicate(timeout=60)
+    with (
+        LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer,
+        blocked_after_the_swap(database, blocked) as migration,
+    ):
+        query(database, "SELECT pg_terminate_backend(%s)", waiting_pid(database, migration.table))
+        migration.release()
+        output, errors = migration.process.communicate(timeout=60)
 
     assert migration.process.returncode == 1, output + errors
     assert f"step {step} " in errors

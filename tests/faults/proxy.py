@@ -15,7 +15,8 @@ from sqlalchemy.engine import make_url
 
 # What differs from day to day and from run to run, so that equal statements look equal.
 _VARIABLE = re.compile(
-    r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d( \d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d+\b"
+    r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d( \d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?"
+    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d+\b"
 )
 
 
