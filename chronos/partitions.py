@@ -56,11 +56,10 @@ class Partition:
     def covers(self, day: date) -> bool:
         """Whether every instant of ``day`` has its place here."""
         return (
-            self.lower is not None
-            and self.upper is not None
-            and not self.detach_pending
-            and self.lower <= midnight(day)
-            and midnight(day + timedelta(days=1)) <= self.upper
+            not self.detach_pending
+            and not self.lower is self.upper is None  # the default partition is no day's place
+            and (self.lower is None or self.lower <= midnight(day))
+            and (self.upper is None or midnight(day + timedelta(days=1)) <= self.upper)
         )
 
 
@@ -79,7 +78,7 @@ JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN LATERAL (
     SELECT regexp_match(
         pg_get_expr(c.relpartbound, c.oid),
-        '^FOR VALUES FROM \(''(\d[^'']*)''\) TO \(''(\d[^'']*)''\)$') AS bound
+        '^FOR VALUES FROM \((?:''(\d[^'']*)''|MINVALUE)\) TO \((?:''(\d[^'']*)''|MAXVALUE)\)$') AS bound
 ) m ON true
 WHERE i.inhparent = to_regclass({table})
 ORDER BY lower NULLS LAST, c.relname
@@ -116,9 +115,12 @@ def droppable(existing: Iterable[Partition], today: date, retention_days: int) -
 
 
 def runway(existing: Iterable[Partition], today: date) -> int:
-    """How many days after ``today``, one after another, have a partition; 0 when today has none."""
+    """How many days after ``today``, one after another, have a partition; 0 when today has none.
+
+    At most ten years, which is as far as the function goes that creates them.
+    """
     existing = list(existing)
-    ahead = 0
-    while not missing(existing, days(today, today + timedelta(days=ahead))):
-        ahead += 1
-    return max(ahead - 1, 0)
+    for ahead in range(3651):
+        if missing(existing, [today + timedelta(days=ahead)]):
+            return max(ahead - 1, 0)
+    return 3650

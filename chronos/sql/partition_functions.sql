@@ -22,7 +22,7 @@ BEGIN
     FOR older IN
         SELECT p.oid
         FROM pg_proc p
-        WHERE p.pronamespace = current_schema()::regnamespace
+        WHERE p.pronamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema())
           AND p.proargtypes::text = 'integer'::regtype::oid::text
           AND ((p.proname = 'create_future_webhook_log_partitions'
                 AND p.proargnames IS DISTINCT FROM ARRAY['days_ahead'])
@@ -47,14 +47,18 @@ AS $$
 DECLARE
     parent    CONSTANT regclass := to_regclass('webhook_log');
     today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
+    home      CONSTANT name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                                WHERE c.oid = parent);
     zoned     boolean;        -- timestamptz, as opposed to timestamp
     suffix    text;           -- what makes the literal of a bound mean UTC
     sibling   oid;            -- the newest partition: the new ones are made in its likeness
+    covered   tsmultirange;   -- all that has its place already
     day       date;
     leaf      text;
     qualified text;
     setting   text;
     privilege record;
+    attach    text[] := '{}'; -- the statements that put the new partitions in their place
 BEGIN
     IF days_ahead IS NULL OR days_ahead < 0 THEN
         RAISE EXCEPTION 'days_ahead must be 0 or more, not %', coalesce(days_ahead::text, 'NULL')
@@ -79,27 +83,28 @@ BEGIN
     WHERE p.partrelid = parent;
     suffix := CASE WHEN zoned THEN ' 00:00:00+00' ELSE ' 00:00:00' END;
 
+    SELECT range_agg(tsrange(p.lower_bound, p.upper_bound)),
+           (array_agg(p.relid ORDER BY p.lower_bound DESC NULLS LAST) FILTER (WHERE p.relkind = 'r'))[1]
+    INTO covered, sibling
+    FROM (SELECT c.oid AS relid,
+                 c.relkind,
+                 CASE WHEN bound[1] <> 'MINVALUE' THEN trim('''' FROM bound[1])::timestamp END AS lower_bound,
+                 CASE WHEN bound[2] <> 'MAXVALUE' THEN trim('''' FROM bound[2])::timestamp END AS upper_bound
+          FROM pg_inherits i
+          JOIN pg_class c ON c.oid = i.inhrelid
+          CROSS JOIN LATERAL regexp_match(
+              pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \((.+)\) TO \((.+)\)$') AS bound
+          WHERE i.inhparent = parent AND NOT i.inhdetachpending
+            AND bound IS NOT NULL) p;  -- the default partition has no bounds
+
     FOR day IN
         SELECT d::date
         FROM generate_series(today::timestamp, today::timestamp + days_ahead * interval '1 day', '1 day') d
-        WHERE NOT EXISTS (
-            SELECT
-            FROM pg_inherits i
-            JOIN pg_class c ON c.oid = i.inhrelid
-            CROSS JOIN LATERAL regexp_match(
-                pg_get_expr(c.relpartbound, c.oid),
-                '^FOR VALUES FROM \((.+)\) TO \((.+)\)$') AS bound
-            WHERE i.inhparent = parent
-              AND NOT i.inhdetachpending
-              AND CASE bound[1] WHEN 'MINVALUE' THEN true
-                                ELSE trim('''' FROM bound[1])::timestamp <= d END
-              AND CASE bound[2] WHEN 'MAXVALUE' THEN true
-                                ELSE trim('''' FROM bound[2])::timestamp >= d + interval '1 day' END)
+        WHERE NOT coalesce(covered @> tsrange(d, d + interval '1 day'), false)
         ORDER BY d
     LOOP
         leaf := 'webhook_log_y' || to_char(day, 'YYYY"m"MM"d"DD');
-        qualified := format('%I.%I', (SELECT relnamespace::regnamespace::name
-                                      FROM pg_class WHERE oid = parent), leaf);
+        qualified := format('%I.%I', home, leaf);
         IF to_regclass(qualified) IS NOT NULL THEN
             IF EXISTS (SELECT FROM pg_inherits
                        WHERE inhrelid = to_regclass(qualified) AND inhparent = parent AND inhdetachpending) THEN
@@ -112,17 +117,17 @@ BEGIN
                       HINT = format('Rename or drop %s, then call again. No partition was created.', qualified);
         END IF;
 
-        -- Made beside the parent and then attached: SHARE UPDATE EXCLUSIVE on the parent lets
+        -- Made beside the parent and attached afterwards: SHARE UPDATE EXCLUSIVE on the parent lets
         -- everybody read and write on, where PARTITION OF would stop them.
-        EXECUTE format('CREATE TABLE %s (LIKE %s INCLUDING ALL EXCLUDING IDENTITY)', qualified, parent);
+        EXECUTE format('CREATE TABLE %s (LIKE %s INCLUDING ALL EXCLUDING IDENTITY) TABLESPACE %I', qualified, parent,
+                       (SELECT s.spcname
+                        FROM pg_tablespace s
+                        LEFT JOIN pg_class c ON c.oid = sibling
+                        LEFT JOIN pg_database d ON d.datname = current_database()
+                        WHERE s.oid = coalesce(nullif(c.reltablespace, 0), d.dattablespace)));
         EXECUTE format('ALTER TABLE %s OWNER TO %I', qualified,
                        (SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = parent));
 
-        SELECT i.inhrelid INTO sibling
-        FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
-        WHERE i.inhparent = parent AND c.relkind = 'r' AND NOT i.inhdetachpending
-        ORDER BY pg_get_expr(c.relpartbound, c.oid) DESC
-        LIMIT 1;
         FOR setting IN
             SELECT format('%I = %L', o.option_name, o.option_value)
             FROM pg_class c, pg_options_to_table(c.reloptions) o WHERE c.oid = sibling
@@ -138,6 +143,27 @@ BEGIN
                            (SELECT CASE relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END
                             FROM pg_class WHERE oid = sibling));
         END IF;
+        -- A column hands down neither of these. (Servers keep other things among the options, too.)
+        FOR setting IN
+            SELECT format('ALTER COLUMN %I SET STATISTICS %s', a.attname, a.attstattarget)
+            FROM pg_attribute a
+            WHERE a.attrelid = sibling AND a.attnum > 0 AND NOT a.attisdropped AND a.attstattarget >= 0
+            UNION ALL
+            SELECT format('ALTER COLUMN %I SET (%I = %L)', a.attname, o.option_name, o.option_value)
+            FROM pg_attribute a, pg_options_to_table(a.attoptions) o
+            WHERE a.attrelid = sibling AND a.attnum > 0 AND NOT a.attisdropped
+              AND o.option_name IN ('n_distinct', 'n_distinct_inherited')
+        LOOP
+            EXECUTE format('ALTER TABLE %s %s', qualified, setting);
+        END LOOP;
+        -- The caller's default privileges have no place here, those of the other partitions have.
+        FOR setting IN
+            SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
+            FROM pg_class c, aclexplode(c.relacl) x
+            WHERE c.oid = to_regclass(qualified) AND x.grantee <> c.relowner
+        LOOP
+            EXECUTE format('REVOKE ALL ON %s FROM %s', qualified, setting);
+        END LOOP;
         FOR privilege IN
             SELECT x.privilege_type, x.is_grantable,
                    CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END AS grantee
@@ -148,9 +174,14 @@ BEGIN
                            CASE WHEN privilege.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END);
         END LOOP;
 
-        EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
-                       parent, qualified, day || suffix, day + 1 || suffix);
+        attach := attach || format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
+                                   parent, qualified, day || suffix, day + 1 || suffix);
         RETURN NEXT leaf;
+    END LOOP;
+
+    -- Last, because each locks the table that a foreign key refers to, against writes, until all is done.
+    FOREACH setting IN ARRAY attach LOOP
+        EXECUTE setting;
     END LOOP;
 END
 $$;
@@ -170,8 +201,12 @@ DECLARE
     parent    CONSTANT regclass := to_regclass('webhook_log');
     today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
     leaf      record;
-    doomed    text[] := '{}';
-    contended text[] := '{}';
+    wait      text := '';       -- NOWAIT once a partition has cost us the whole of lock_timeout
+    doomed    text[] := '{}';   -- locked, qualified and quoted
+    contended text[] := '{}';   -- somebody is using these
+    needed    text[] := '{}';   -- something else in the database hangs on these
+    dropped   boolean := false;
+    detail    text;
 BEGIN
     IF retention_days IS NULL OR retention_days < 0 THEN
         RAISE EXCEPTION 'retention_days must be 0 or more, not %', coalesce(retention_days::text, 'NULL')
@@ -196,14 +231,18 @@ BEGIN
         SELECT p.name, p.qualified
         FROM (SELECT c.relname::text AS name,
                      c.oid::regclass::text AS qualified,
-                     trim('''' FROM bound[1])::timestamp AS upper_bound,
-                     row_number() OVER (ORDER BY trim('''' FROM bound[1])::timestamp DESC) AS from_newest
+                     c.relkind,
+                     b.upper_bound,
+                     row_number() OVER (ORDER BY b.upper_bound DESC) AS from_newest
               FROM pg_inherits i
               JOIN pg_class c ON c.oid = i.inhrelid
-              CROSS JOIN LATERAL regexp_match(
-                  pg_get_expr(c.relpartbound, c.oid), ' TO \((''.+'')\)$') AS bound
-              WHERE i.inhparent = parent AND NOT i.inhdetachpending AND c.relkind = 'r') p
-        WHERE p.upper_bound <= today - retention_days AND p.from_newest > 1
+              CROSS JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid), ' TO \((.+)\)$') AS bound
+              CROSS JOIN LATERAL (
+                  SELECT CASE bound[1] WHEN 'MAXVALUE' THEN 'infinity'
+                                       ELSE trim('''' FROM bound[1])::timestamp END AS upper_bound) b
+              WHERE i.inhparent = parent AND NOT i.inhdetachpending
+                AND bound IS NOT NULL) p  -- the default partition has no bounds
+        WHERE p.upper_bound <= today - retention_days AND p.from_newest > 1 AND p.relkind IN ('r', 'p')
         ORDER BY p.upper_bound
     LOOP
         IF cardinality(doomed) = most THEN
@@ -213,25 +252,46 @@ BEGIN
         -- The partition before its parent: whoever still reads it is waited for while all the
         -- others go on, and the lock that stops everybody comes last and is given back first.
         BEGIN
-            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', leaf.qualified);
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE %s', leaf.qualified, wait);
             doomed := doomed || leaf.qualified;
-            RETURN NEXT leaf.name;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            wait := 'NOWAIT';
             contended := contended || leaf.name;
         END;
     END LOOP;
 
-    IF contended <> '{}' THEN
-        IF doomed = '{}' THEN
-            RAISE EXCEPTION 'cannot drop expired partitions, somebody is using them: %', array_to_string(contended, ', ')
-                USING ERRCODE = 'lock_not_available', HINT = 'Nothing was dropped; call again later.';
-        END IF;
+    IF doomed <> '{}' THEN
+        LOCK TABLE ONLY webhook_log IN ACCESS EXCLUSIVE MODE;
+    END IF;
+    FOR leaf IN
+        SELECT d.qualified, c.relname::text AS name
+        FROM unnest(doomed) WITH ORDINALITY d(qualified, nr) JOIN pg_class c ON c.oid = d.qualified::regclass
+        ORDER BY d.nr
+    LOOP
+        BEGIN
+            EXECUTE 'DROP TABLE ' || leaf.qualified;
+            dropped := true;
+            RETURN NEXT leaf.name;
+        EXCEPTION WHEN dependent_objects_still_exist THEN
+            GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL;
+            needed := needed || replace(detail, E'\n', '; ');
+        END;
+    END LOOP;
+
+    -- An error would undo what has been dropped, so there is one only when that is nothing.
+    IF contended <> '{}' AND NOT dropped THEN
+        RAISE EXCEPTION 'cannot drop expired partitions, somebody is using them: %', array_to_string(contended, ', ')
+            USING ERRCODE = 'lock_not_available', HINT = 'Nothing was dropped; call again later.';
+    ELSIF contended <> '{}' THEN
         RAISE WARNING 'somebody is using these expired partitions, they stay until the next call: %',
             array_to_string(contended, ', ');
     END IF;
-    IF doomed <> '{}' THEN
-        LOCK TABLE ONLY webhook_log IN ACCESS EXCLUSIVE MODE;
-        EXECUTE 'DROP TABLE ' || array_to_string(doomed, ', ');
+    IF needed <> '{}' AND NOT dropped THEN
+        RAISE EXCEPTION 'cannot drop expired partitions: %', array_to_string(needed, '; ')
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = 'Nothing was dropped; drop what depends on them, then call again.';
+    ELSIF needed <> '{}' THEN
+        RAISE WARNING 'cannot drop these expired partitions: %', array_to_string(needed, '; ');
     END IF;
 END
 $$;

@@ -1,0 +1,101 @@
+"""A partitioned webhook_log with the two functions, made by plain SQL in a moment: no migration needed."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from importlib.resources import files
+from typing import Any
+
+from psycopg2 import sql
+from psycopg2.extensions import cursor
+
+SCRIPT = (files("chronos") / "sql" / "partition_functions.sql").read_text("utf-8")
+
+_TABLES = """
+CREATE TABLE webhook_endpoint (id bigint PRIMARY KEY, url text NOT NULL);
+INSERT INTO webhook_endpoint VALUES (1, 'https://example.com');
+CREATE TABLE webhook_log (
+    id bigserial,
+    request_headers jsonb,
+    request_body jsonb,
+    response_headers jsonb,
+    response_body jsonb,
+    status text NOT NULL,
+    status_code integer,
+    "timestamp" {type} NOT NULL,
+    webhook_endpoint_id bigint REFERENCES webhook_endpoint,
+    PRIMARY KEY (id, "timestamp")
+) PARTITION BY RANGE ("timestamp");
+CREATE INDEX ON webhook_log ("timestamp");
+"""
+
+
+def run(cur: cursor, text: str | sql.Composable, *values: Any) -> list[tuple[Any, ...]]:
+    """The rows of one statement, none when it returns none."""
+    cur.execute(text, values or None)
+    return cur.fetchall() if cur.description else []
+
+
+def column(cur: cursor, text: str | sql.Composable, *values: Any) -> list[Any]:
+    """The first column of the rows of one statement."""
+    return [row[0] for row in run(cur, text, *values)]
+
+
+def today(cur: cursor) -> date:
+    """The UTC day on which the transaction of ``cur`` began, which is the functions' today as well."""
+    [day] = column(cur, "SELECT (now() AT TIME ZONE 'UTC')::date")
+    assert isinstance(day, date)
+    return day
+
+
+def leaf(day: date) -> str:
+    """The name of the partition of ``day``."""
+    return f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
+
+
+def leaves(cur: cursor, first: int, last: int) -> list[str]:
+    """The names of the partitions of the days ``first`` to ``last`` from today."""
+    day = today(cur)
+    return [leaf(day + timedelta(days=n)) for n in range(first, last + 1)]
+
+
+def create_tables(cur: cursor, type_: str = "timestamptz", schema: str = "public") -> None:
+    """The two tables, without partitions, and the functions, in ``schema``."""
+    run(cur, sql.SQL("SET LOCAL search_path = {}, pg_temp").format(sql.Identifier(schema)))
+    run(cur, _TABLES.format(type=type_))
+    run(cur, SCRIPT)
+
+
+def add_partitions(cur: cursor, first: int, last: int, table: str = "webhook_log") -> None:
+    """Partitions for the days ``first`` to ``last`` from today."""
+    day = today(cur)
+    for n in range(first, last + 1):
+        add_partition(cur, leaf(day + timedelta(days=n)), n, n + 1, table)
+
+
+def add_partition(cur: cursor, name: str, first: int, end: int, table: str = "webhook_log") -> None:
+    """A partition called ``name`` from the day ``first`` up to the day ``end``, which it does not hold."""
+    day = today(cur)
+    lower, upper = (f"{day + timedelta(days=n)} 00:00:00+00" for n in (first, end))
+    run(cur, f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{lower}') TO ('{upper}')")
+
+
+def attached(cur: cursor, table: str = "webhook_log") -> list[str]:
+    """The names of the partitions, in the order of their bounds; the default partition first."""
+    return column(
+        cur,
+        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+        " WHERE i.inhparent = %s::regclass AND NOT i.inhdetachpending"
+        " ORDER BY pg_get_expr(c.relpartbound, c.oid)",
+        table,
+    )
+
+
+def create(cur: cursor, days_ahead: int | None) -> list[str]:
+    """Call the function that creates."""
+    return column(cur, "SELECT create_future_webhook_log_partitions(%s)", days_ahead)
+
+
+def drop(cur: cursor, retention_days: int | None) -> list[str]:
+    """Call the function that drops."""
+    return column(cur, "SELECT drop_old_webhook_log_partitions(%s)", retention_days)

@@ -1,0 +1,455 @@
+"""What a nightly job does: its attempts, its reports, and what stops it. Celery comes in test_worker.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import redis
+from pydantic import SecretStr
+from sqlalchemy.engine import make_url
+
+from chronos.demo.embedded import EmbeddedRedis
+from chronos.job_lock import connect
+from chronos.jobs import (
+    CREATE,
+    DROP,
+    JOBS,
+    Job,
+    JobFailedError,
+    Message,
+    Report,
+    TryAgainError,
+    attempt,
+    last_due,
+    next_due,
+)
+from chronos.settings import Settings
+from tests.conftest import OwnPostgres
+from tests.partitioned import SCRIPT, add_partitions, attached, create_tables, leaves
+from tests.tables import connected, holding, query
+from tests.waiting import wait_until
+
+NIGHTLY = Message("a task", nightly=True)
+
+# The real function, behind a gate that the test opens.
+GATE = """
+ALTER FUNCTION {function}(int) RENAME TO behind_the_gate_{function};
+CREATE TABLE IF NOT EXISTS gate (opened boolean);
+CREATE FUNCTION {function}(n int) RETURNS SETOF text LANGUAGE plpgsql AS $$
+BEGIN
+    WHILE NOT EXISTS (SELECT FROM public.gate) LOOP
+        PERFORM pg_sleep(0.02);
+    END LOOP;
+    RETURN QUERY SELECT * FROM public.behind_the_gate_{function}(n);
+END $$
+"""
+ASLEEP = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
+        keys = [key for job in JOBS for key in (job.name, job.last_key)]
+        client.delete(*keys)
+        yield client
+        client.delete(*keys)
+
+
+@pytest.fixture
+def settings(database: str, redis_url: str, client: redis.Redis) -> Settings:
+    """Three days ahead, five days back, and a table of the days -2 to 0 with both functions."""
+    migrate(database, -2, 0)
+    return make_settings(database, redis_url)
+
+
+def make_settings(database: str, redis_url: str, *, ahead: int = 3, retention: int = 5) -> Settings:
+    return Settings(
+        database_url=SecretStr(database),
+        redis_url=SecretStr(redis_url),
+        webhook_log_days_ahead=ahead,
+        webhook_log_retention_days=retention,
+    )
+
+
+def migrate(url: str, first: int, last: int) -> None:
+    with connected(url, autocommit=False) as conn:
+        create_tables(conn.cursor())
+        add_partitions(conn.cursor(), first, last)
+        conn.commit()
+
+
+def add_days(url: str, first: int, last: int) -> None:
+    with connected(url, autocommit=False) as conn:
+        add_partitions(conn.cursor(), first, last)
+        conn.commit()
+
+
+def names(url: str, first: int, last: int) -> list[str]:
+    with connected(url) as conn:
+        return leaves(conn.cursor(), first, last)
+
+
+def partitions(url: str) -> list[str]:
+    with connected(url) as conn:
+        return attached(conn.cursor())
+
+
+def url_of(settings: Settings) -> str:
+    return settings.database.render_as_string(hide_password=False)
+
+
+def last(client: redis.Redis, job: Job) -> Report:
+    report = json.loads(str(client.get(job.last_key)))
+    assert isinstance(report, dict)
+    return report
+
+
+@contextmanager
+def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
+    """The job, held up in the middle of its call while the block runs; its report comes afterwards."""
+    url = url_of(settings)
+    query(url, GATE.format(function=job.function))
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(attempt, job, settings, NIGHTLY, 1.0)
+        try:
+            wait_until(lambda: query(url, ASLEEP), 10, "it runs")
+            yield running
+        finally:
+            query(url, "INSERT INTO gate VALUES (true)")
+
+
+# What was done
+
+
+def test_the_days_ahead_are_made_and_reported(settings: Settings, client: redis.Redis) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    report = attempt(CREATE, settings, NIGHTLY, 1.0)
+    made = names(url_of(settings), 1, 3)
+    assert report["status"] == "done"
+    assert report["created"] == made
+    assert partitions(url_of(settings))[-3:] == made
+    kept = last(client, CREATE)
+    assert kept | report == kept
+    assert kept["contended"] == []
+    assert kept["error"] is None
+    assert 0 <= kept["seconds"] < 60
+    assert before <= datetime.fromisoformat(kept["started"]) <= datetime.now(UTC)
+    assert datetime.fromisoformat(kept["succeeded"]) >= before
+    assert client.get(CREATE.name) is None
+
+
+def test_the_expired_day_goes(settings: Settings, client: redis.Redis) -> None:
+    add_days(url_of(settings), -7, -3)
+    report = attempt(DROP, settings, NIGHTLY, 1.0)
+    assert (report["status"], report["dropped"]) == ("done", names(url_of(settings), -7, -6))
+    assert last(client, DROP)["dropped"] == report["dropped"]
+    assert attempt(DROP, settings, Message("by hand"), 1.0)["dropped"] == []
+
+
+def test_both_jobs_catch_up_in_small_transactions(settings: Settings) -> None:
+    url = url_of(settings)
+    many = make_settings(url, settings.redis_url.get_secret_value(), ahead=20, retention=2)
+    transactions = (
+        "SELECT count(*) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+        " WHERE inhparent = 'webhook_log'::regclass GROUP BY c.xmin::text ORDER BY 1"
+    )
+    query(url, f"DROP TABLE {', '.join(partitions(url))}")
+    assert len(attempt(CREATE, many, NIGHTLY, 1.0)["created"]) == 21
+    assert query(url, transactions) == [(6,), (7,), (8,)]
+
+    add_days(url, -72, -3)
+    dropped = attempt(DROP, many, NIGHTLY, 1.0)["dropped"]
+    assert dropped == names(url, -72, -3)
+    assert len(partitions(url)) == 21
+
+
+# Once a night
+
+
+def test_a_night_is_done_once_whatever_the_number_of_messages(
+    settings: Settings, client: redis.Redis
+) -> None:
+    attempt(CREATE, settings, NIGHTLY, 1.0)
+    before = client.get(CREATE.last_key)
+    again = attempt(CREATE, settings, Message("the other beat's", nightly=True), 1.0)
+    assert again["status"] == "skipped"
+    assert "already done for the night of" in again["reason"]
+    assert client.get(CREATE.last_key) == before
+    by_hand = attempt(CREATE, settings, Message("by hand"), 1.0)
+    assert (by_hand["status"], by_hand["created"]) == ("done", [])
+
+
+def test_the_night_before_does_not_count(settings: Settings, client: redis.Redis) -> None:
+    attempt(CREATE, settings, NIGHTLY, 1.0)
+    report = last(client, CREATE)
+    report["night"] = (datetime.fromisoformat(report["night"]) - timedelta(days=1)).date().isoformat()
+    client.set(CREATE.last_key, json.dumps(report))
+    assert attempt(CREATE, settings, Message("tonight", nightly=True), 1.0)["status"] == "done"
+
+
+def test_a_message_leaves_the_job_to_the_one_that_is_retrying(
+    settings: Settings, client: redis.Redis
+) -> None:
+    url = url_of(settings)
+    with holding(url, "LOCK TABLE webhook_log IN SHARE UPDATE EXCLUSIVE MODE"):
+        with pytest.raises(TryAgainError) as stopped:
+            attempt(CREATE, settings, NIGHTLY, 60.0)
+        other = attempt(CREATE, settings, Message("the other beat's", nightly=True), 60.0)
+    assert other["status"] == "skipped"
+    assert "another message of the night" in other["reason"]
+    same = Message(NIGHTLY.task_id, nightly=True, attempt=2, earlier=stopped.value.report)
+    assert attempt(CREATE, settings, same, 60.0)["status"] == "done"
+
+
+def test_a_dead_message_does_not_keep_the_night_to_itself(settings: Settings, client: redis.Redis) -> None:
+    """The one that was to try again never did: its worker is gone."""
+    with (
+        holding(url_of(settings), "LOCK TABLE webhook_log IN SHARE UPDATE EXCLUSIVE MODE"),
+        pytest.raises(TryAgainError),
+    ):
+        attempt(CREATE, settings, NIGHTLY, -3600.0)
+    assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
+
+
+def test_a_foreign_lease_is_left_alone(settings: Settings, client: redis.Redis) -> None:
+    client.set(DROP.name, "host=elsewhere pid=1 since=2026-01-01T00:00:00Z token=0", px=60_000)
+    report = attempt(DROP, settings, NIGHTLY, 1.0)
+    assert report == {
+        "status": "skipped",
+        "reason": f"{DROP.name} is running already: host=elsewhere pid=1 since=2026-01-01T00:00:00Z",
+    }
+    assert "elsewhere" in str(client.get(DROP.name))
+    assert client.get(DROP.last_key) is None
+
+
+def test_of_two_at_once_one_runs(settings: Settings, client: redis.Redis) -> None:
+    with gated(settings, CREATE) as running:
+        other = attempt(CREATE, settings, Message("the other", nightly=True), 1.0)
+        assert other["status"] == "skipped"
+        assert "running already: host=" in other["reason"]
+    assert running.result()["status"] == "done"
+
+
+# Not migrated
+
+
+def test_without_the_functions_it_is_skipped(
+    database: str, redis_url: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings(database, redis_url)
+    states = [
+        ("SELECT 1", "there is no table webhook_log"),
+        ("CREATE TABLE webhook_log (timestamp timestamptz)", "is not installed; migrate first"),
+        (SCRIPT, "not a partitioned table; migrate it first"),
+    ]
+    for change, reason in states:
+        with connected(database, autocommit=False) as conn:
+            conn.cursor().execute(change)
+            conn.commit()
+        for job in JOBS:
+            caplog.clear()
+            report = attempt(job, settings, NIGHTLY, 1.0)
+            assert report["status"] == "skipped"
+            assert reason in report["reason"]
+            [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
+            assert record.levelno == logging.WARNING
+            assert record.exc_info is None
+            assert last(client, job)["status"] == "skipped"
+
+
+# Somebody is in the way
+
+
+def test_a_reader_is_waited_for_and_named(
+    settings: Settings, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = url_of(settings)
+    add_days(url, -8, -3)
+    [used] = names(url, -7, -7)
+    earlier: Report = {}
+    with holding(url, f"SELECT pg_backend_pid() FROM {used} UNION SELECT pg_backend_pid()") as reader:
+        pid = reader.info.backend_pid
+        for number in (1, 2):
+            message = Message("a task", True, number, earlier)
+            with pytest.raises(TryAgainError, match=f"webhook_log is in use by pid {pid}") as stopped:
+                attempt(DROP, settings, message, 1.0)
+            earlier = stopped.value.report
+            assert earlier["status"] == last(client, DROP)["status"] == "retrying"
+            assert earlier["contended"] == [used]
+            assert earlier["dropped"] == names(url, -8, -8) + names(url, -6, -6)
+            assert earlier["attempts"] == number
+        given_up = attempt(DROP, settings, Message("a task", True, 3, earlier), None)
+        assert given_up["status"] == last(client, DROP)["status"] == "incomplete"
+        assert given_up["contended"] == [used]
+        assert len(given_up["dropped"]) == 2
+        assert f"pid {pid}" in given_up["error"]
+        assert caplog.records[-1].levelno == logging.ERROR
+        assert used in caplog.text
+        assert last(client, DROP)["succeeded"] is None
+    report = attempt(DROP, settings, Message("a task", True, 4, earlier), None)
+    assert report["status"] == "done"
+    assert report["dropped"] == [*names(url, -8, -8), *names(url, -6, -6), used]
+    assert report["started"] == earlier["started"]
+
+
+def test_what_could_not_be_created_is_named(settings: Settings) -> None:
+    with holding(url_of(settings), "LOCK TABLE webhook_log IN SHARE UPDATE EXCLUSIVE MODE"):
+        report = attempt(CREATE, settings, NIGHTLY, None)
+    assert report["status"] == "incomplete"
+    assert report["contended"] == names(url_of(settings), 1, 3)
+
+
+def test_a_caller_by_hand_is_given_way(settings: Settings) -> None:
+    with (
+        holding(url_of(settings), "SELECT create_future_webhook_log_partitions(1)"),
+        pytest.raises(TryAgainError, match="another session is creating or dropping"),
+    ):
+        attempt(DROP, settings, NIGHTLY, 1.0)
+
+
+# Failures
+
+
+def test_a_server_that_is_away_is_tried_again_and_then_it_fails(
+    redis_url: str, client: redis.Redis, own_postgres: OwnPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = own_postgres()
+    migrate(server.url, 0, 0)
+    settings = make_settings(server.url, redis_url)
+    server.stop()
+    with pytest.raises(TryAgainError, match=r"^PostgreSQL does not answer: .*refused") as stopped:
+        attempt(CREATE, settings, NIGHTLY, 1.0)
+    assert last(client, CREATE)["status"] == "retrying"
+    second = Message("a task", True, 2, stopped.value.report)
+    with pytest.raises(JobFailedError) as failed:
+        attempt(CREATE, settings, second, None)
+    assert str(failed.value).startswith(f"{CREATE.name} failed: PostgreSQL does not answer: connection to")
+    assert str(failed.value).endswith("(2 attempts)")
+    assert "\n" not in str(failed.value)
+    assert failed.value.__cause__ is None
+    report = last(client, CREATE)
+    assert (report["status"], report["succeeded"]) == ("failed", None)
+    password = make_url(server.url).password
+    assert password
+    assert password not in caplog.text + json.dumps(report) + str(failed.value)
+
+    server.start()
+    assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
+
+
+def test_a_server_that_goes_away_in_the_middle(redis_url: str, own_postgres: OwnPostgres) -> None:
+    server = own_postgres()
+    migrate(server.url, 0, 0)
+    settings = make_settings(server.url, redis_url)
+    query(server.url, GATE.format(function=CREATE.function))
+
+    def stop_in_the_middle() -> None:
+        wait_until(lambda: query(server.url, ASLEEP), 10, "it runs")
+        server.stop("immediate")
+
+    stopping = threading.Thread(target=stop_in_the_middle)
+    stopping.start()
+    with pytest.raises(TryAgainError, match="PostgreSQL does not answer"):
+        attempt(CREATE, settings, NIGHTLY, 1.0)
+    stopping.join()
+
+
+def test_what_waiting_does_not_mend_fails_at_once(settings: Settings, client: redis.Redis) -> None:
+    url = url_of(settings)
+    query(url, f"CREATE VIEW {names(url, 2, 2)[0]} AS SELECT 1")
+    with pytest.raises(JobFailedError, match=r"the name webhook_log_y\w+ is taken"):
+        attempt(CREATE, settings, NIGHTLY, 1.0)
+    report = last(client, CREATE)
+    assert report["status"] == "failed"
+    assert "is taken" in report["error"]
+
+
+def test_a_success_is_remembered_through_failures(settings: Settings, client: redis.Redis) -> None:
+    attempt(CREATE, settings, NIGHTLY, 1.0)
+    succeeded = last(client, CREATE)["succeeded"]
+    query(url_of(settings), "DROP FUNCTION create_future_webhook_log_partitions(int)")
+    attempt(CREATE, settings, Message("by hand"), 1.0)
+    assert last(client, CREATE)["status"] == "skipped"
+    assert last(client, CREATE)["succeeded"] == succeeded
+
+
+def test_without_a_database_url_it_fails(redis_url: str, client: redis.Redis) -> None:
+    with pytest.raises(JobFailedError, match="DATABASE_URL is not set"):
+        attempt(CREATE, Settings(database_url=None, redis_url=SecretStr(redis_url)), NIGHTLY, 1.0)
+    assert last(client, CREATE)["status"] == "failed"
+
+
+# The lease
+
+
+def test_a_lease_lost_in_the_middle_is_reported(
+    settings: Settings, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one transaction that was under way is done, and that is all there was to do."""
+    with gated(settings, CREATE) as running:
+        client.set(CREATE.name, "somebody else")
+    report = running.result()
+    assert report["status"] == "done"
+    assert report["lease_lost"].startswith("the key is somebody else")
+    assert "lost its lease while it ran" in caplog.text
+    assert client.get(CREATE.name) == "somebody else"
+
+
+def test_after_a_lost_lease_nothing_new_is_begun(settings: Settings, client: redis.Redis) -> None:
+    more = make_settings(url_of(settings), settings.redis_url.get_secret_value(), ahead=20)
+    with gated(more, CREATE) as running:
+        client.delete(CREATE.name)
+    with pytest.raises(TryAgainError, match="the lease was lost") as stopped:
+        running.result()
+    assert stopped.value.report["created"] == names(url_of(settings), 1, 7)
+    assert stopped.value.report["lease_lost"] == "the key is gone"
+
+
+def test_redis_dies_in_the_middle(database: str, redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What was under way is finished, for PostgreSQL's own lock guards it; the report is in the log."""
+    caplog.set_level(logging.INFO)
+    migrate(database, 0, 0)
+    with EmbeddedRedis() as server:
+        settings = make_settings(database, server.url)
+        with gated(settings, CREATE) as running:
+            server.stop(kill=True)
+        assert running.result()["created"] == names(database, 1, 3)
+        assert "could not be kept in Redis" in caplog.text
+        assert f"{CREATE.name} created {names(database, 1, 1)[0]}" in caplog.text
+        with pytest.raises(TryAgainError, match="Redis does not answer"):
+            attempt(CREATE, settings, NIGHTLY, 1.0)
+        with pytest.raises(JobFailedError, match=r"failed: Redis does not answer: .*refused") as failed:
+            attempt(CREATE, settings, NIGHTLY, None)
+    password = make_url(server.url).password
+    assert password
+    assert password not in str(failed.value) + caplog.text
+
+
+# The clock
+
+
+@pytest.mark.parametrize(
+    ("zone", "job", "now", "last", "following"),
+    [
+        ("UTC", CREATE, "2026-11-22T00:59:59", "2026-11-21T01:00", "2026-11-22T01:00"),
+        ("UTC", CREATE, "2026-11-22T01:00:00", "2026-11-22T01:00", "2026-11-23T01:00"),
+        ("Asia/Kolkata", DROP, "2026-11-22T00:00:00", "2026-11-21T20:30", "2026-11-22T20:30"),
+        # The clocks go forward from 02:00 to 03:00, and back from 03:00 to 02:00.
+        ("Europe/Madrid", DROP, "2026-03-29T00:59:59", "2026-03-28T01:00", "2026-03-29T01:00"),
+        ("Europe/Madrid", DROP, "2026-03-29T01:00:00", "2026-03-29T01:00", "2026-03-30T00:00"),
+        ("Europe/Madrid", DROP, "2026-10-25T00:30:00", "2026-10-25T00:00", "2026-10-26T01:00"),
+        ("Europe/Madrid", DROP, "2026-10-25T01:30:00", "2026-10-25T00:00", "2026-10-26T01:00"),
+    ],
+)
+def test_when_a_job_is_due(zone: str, job: Job, now: str, last: str, following: str) -> None:
+    settings = Settings(beat_timezone=zone)
+    at = datetime.fromisoformat(f"{now}+00:00")
+    assert last_due(job, settings, at) == datetime.fromisoformat(f"{last}+00:00")
+    assert next_due(job, settings, at) == datetime.fromisoformat(f"{following}+00:00")

@@ -1,0 +1,411 @@
+"""`status`: what it says of each state, and that it finds each of its problems when it is really made."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis
+from pydantic import SecretStr
+from sqlalchemy.engine import make_url
+
+from chronos.db import connect_engine
+from chronos.demo.embedded import create_database
+from chronos.demo.rows import create_webhook_log
+from chronos.errors import ChronosError
+from chronos.job_lock import connect, keep_lease
+from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
+from chronos.partitions import midnight
+from chronos.settings import Settings
+from chronos.status import Status, collect, judge
+from tests.command import chronos
+from tests.partitioned import add_partition, leaves
+from tests.tables import connected, holding, query, value
+from tests.test_jobs import add_days, names
+from tests.test_partition_functions import detach_half_way
+
+
+@pytest.fixture(scope="module")
+def migrated_once(postgres: str) -> Iterator[str]:
+    """The name of a database with a few rows, really migrated, to be cloned."""
+    name = f"chronos_test_{uuid.uuid4().hex}"
+    create_database(postgres, name)
+    url = make_url(postgres).set(database=name).render_as_string(hide_password=False)
+    create_webhook_log(connect_engine(make_url(url)), 500)
+    result = chronos(url, "migrate", "--yes")
+    assert result.returncode == 0, result.stderr
+    yield name
+    query(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def migrated(migrated_once: str, postgres: str) -> Iterator[str]:
+    """The URL of a migrated database of the test's own."""
+    name = f"chronos_test_{uuid.uuid4().hex}"
+    create_database(postgres, name, migrated_once)
+    yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
+    query(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
+        keys = [key for job in JOBS for key in (job.name, job.last_key)]
+        client.delete(*keys)
+        yield client
+        client.delete(*keys)
+
+
+Look = Callable[[str], Status]
+
+
+@pytest.fixture
+def look(redis_url: str, client: redis.Redis) -> Look:
+    """The status of a database."""
+    return lambda url: collect(settings_for(url, redis_url))
+
+
+def settings_for(url: str, redis_url: str) -> Settings:
+    return Settings(database_url=SecretStr(url), redis_url=SecretStr(redis_url))
+
+
+def the_problem(status: Status, pattern: str) -> str:
+    """The only problem there is, which matches ``pattern``."""
+    assert not status.healthy
+    [problem] = status.problems
+    assert re.search(pattern, problem), problem
+    return problem
+
+
+def today(url: str) -> date:
+    found = value(url, "SELECT (now() AT TIME ZONE 'UTC')::date")
+    assert isinstance(found, date)
+    return found
+
+
+# States
+
+
+def test_after_the_migration_all_is_well(migrated: str, redis_url: str, look: Look) -> None:
+    status = look(migrated)
+    assert status.problems == ()
+    assert (status.state, status.healthy, status.runway_days, status.missing) == ("migrated", True, 30, [])
+    assert status.old_table
+    assert status.old_table.rows_estimate == 500
+    assert status.jobs
+    assert status.jobs[CREATE.name].report == {}
+    for job in JOBS:
+        attempt(job, settings_for(migrated, redis_url), Message("a task"), None)
+    found = look(migrated).as_json()
+    assert found["healthy"], found["problems"]
+    day = today(migrated)
+    assert found["partitions"] == len(found["partition_list"]) == 46
+    assert (found["oldest"], found["newest"]) == tuple(
+        (day + timedelta(days=n)).isoformat() for n in (-15, 30)
+    )
+    assert found["functions_installed"] is True
+    assert found["jobs"][DROP.name]["result"] == "done"
+    assert found["jobs"][DROP.name]["running"] is None
+    assert datetime.fromisoformat(found["jobs"][CREATE.name]["last_run"]) <= datetime.now(UTC)
+    assert found["next_drop"]["partitions"] in ([], names(migrated, -15, -15))
+    newest = found["partition_list"][-1]
+    assert newest["name"] == names(migrated, 30, 30)[0]
+    assert newest["from"] == f"{day + timedelta(days=30)}T00:00:00+00:00"
+    assert newest["to"] == f"{day + timedelta(days=31)}T00:00:00+00:00"
+    assert sum(p["rows_estimate"] for p in found["partition_list"]) == value(
+        migrated, "SELECT count(*) FROM webhook_log"
+    )
+
+
+def test_a_plain_table_is_told_what_to_do_next(database: str, look: Look) -> None:
+    query(database, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz)")
+    status = look(database)
+    the_problem(status, r"plain table.*migrate_to_partitioned_webhook_log$")
+    found = status.as_json()
+    assert (found["state"], found["partitions"], found["missing"]) == ("plain", 0, [])
+    assert found["oldest"] is found["newest"] is found["old_table"] is None
+    assert found["functions_installed"] is False
+
+
+def test_after_finalize(migrated: str, look: Look) -> None:
+    result = chronos(migrated, "finalize", "--yes")
+    assert result.returncode == 0, result.stderr
+    status = look(migrated)
+    assert (status.state, status.old_table) == ("finalized", None)
+    assert len(status.problems) == 2  # the jobs, which have never run
+    assert all("has not succeeded yet" in problem for problem in status.problems)
+
+
+@pytest.mark.parametrize(
+    ("phase", "command"),
+    [
+        ("copying", "--resume; or undo it with: python -m chronos rollback"),
+        ("undoing", "Finish with: python -m chronos rollback"),
+        ("finalizing", "Finish with: python -m chronos finalize"),
+    ],
+)
+def test_a_migration_that_nobody_is_at(migrated: str, look: Look, phase: str, command: str) -> None:
+    query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase}'")
+    status = look(migrated)
+    assert status.state == "migrating"
+    assert the_problem(status, "is half done, and nobody is at it").endswith(command)
+    with holding(
+        migrated,
+        "SELECT pg_advisory_xact_lock(hashtextextended('chronos migration of public.webhook_log', 0))",
+    ):
+        assert look(migrated).healthy
+
+
+def test_the_old_table_was_renamed_back_by_hand(migrated: str, look: Look) -> None:
+    query(migrated, "DROP TABLE webhook_log CASCADE")
+    the_problem(look(migrated), "was renamed back .* by hand.*python -m chronos rollback")
+    query(migrated, "ALTER TABLE webhook_log_old RENAME TO webhook_log")
+    status = look(migrated)
+    assert status.state == "plain"
+    the_problem(status, "was renamed back .* by hand.*python -m chronos rollback")
+
+
+def test_the_old_table_was_dropped_by_hand(migrated: str, look: Look) -> None:
+    query(migrated, "DROP TABLE webhook_log_old CASCADE")
+    status = look(migrated)
+    assert (status.state, status.old_table) == ("migrated", None)
+    the_problem(status, "was dropped by hand.*python -m chronos finalize")
+
+
+def test_no_table(database: str, look: Look) -> None:
+    with pytest.raises(ChronosError, match="there is no table webhook_log in database chronos_test_"):
+        look(database)
+
+
+# Problems
+
+
+def drop_days(url: str, first: int, last: int) -> list[date]:
+    query(url, f"DROP TABLE {', '.join(names(url, first, last))}")
+    day = today(url)
+    return [day + timedelta(days=n) for n in range(first, last + 1)]
+
+
+def test_a_short_runway(migrated: str, look: Look) -> None:
+    gone = drop_days(migrated, 7, 30)
+    status = look(migrated)
+    assert (status.runway_days, status.missing) == (6, gone)
+    lacking, short = status.problems
+    assert f"no partition for {gone[0]}, {gone[1]}, {gone[2]} and 21 more" in lacking
+    assert "the runway is 6 days, less than 7" in short
+    query(migrated, short.partition(": ")[2])
+    assert look(migrated).healthy
+
+
+def test_a_day_is_missing_ahead(migrated: str, look: Look) -> None:
+    gone = drop_days(migrated, 10, 10)
+    status = look(migrated)
+    assert (status.runway_days, status.missing) == (9, gone)
+    problem = the_problem(status, f"no partition for {gone[0]}: an insert of such a day fails")
+    query(migrated, problem.partition("Create them: ")[2])
+    assert look(migrated).healthy
+
+
+def test_days_in_a_partition_without_end_are_not_missing(migrated: str, look: Look) -> None:
+    first = drop_days(migrated, 10, 30)[0]
+    endless = f"FOR VALUES FROM ('{first} 00:00+00') TO (MAXVALUE)"
+    query(migrated, f"CREATE TABLE endless PARTITION OF webhook_log {endless}")
+    status = look(migrated)
+    assert status.healthy, status.problems
+    assert status.missing == []
+
+
+def test_today_is_missing(migrated: str, look: Look) -> None:
+    gone = drop_days(migrated, 0, 0)
+    status = look(migrated)
+    assert (status.runway_days, status.missing) == (0, gone)
+    assert len(status.problems) == 2
+
+
+def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
+    gone = drop_days(migrated, -9, -9)
+    status = look(migrated)
+    assert status.missing == gone
+    problem = the_problem(status, f"no partition for {gone[0]}, among the days that are kept")
+    query(migrated, problem.partition("Create it: ")[2])
+    assert look(migrated).healthy
+
+
+def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
+    migrated: str, look: Look, redis_url: str
+) -> None:
+    """At 00:30 a day has expired and another is to be made; both wait for the jobs at 01:00 and 02:00."""
+    settings = settings_for(migrated, redis_url)
+    status = look(migrated)
+    tomorrow = midnight(status.today + timedelta(days=1))
+    for hours, problems in ((0.5, 0), (1.9, 0), (2.1, 1), (2.9, 1), (3.1, 2)):
+        later = replace(status, now=tomorrow + timedelta(hours=hours))
+        assert later.missing == [later.today + timedelta(days=30)]
+        assert len(judge(later, settings)) == problems, hours
+
+
+def test_expired_partitions(migrated: str, look: Look) -> None:
+    add_days(migrated, -19, -16)
+    end = today(migrated) - timedelta(days=19)
+    bounds = f"FOR VALUES FROM (MINVALUE) TO ('{end} 00:00+00')"
+    query(migrated, f"CREATE TABLE lowest PARTITION OF webhook_log {bounds}")
+    problem = the_problem(look(migrated), f"expired and still there: {names(migrated, -19, -19)[0]}")
+    query(migrated, problem.partition("Drop them: ")[2])
+    assert look(migrated).healthy
+
+
+@pytest.mark.parametrize("function", [CREATE.function, DROP.function])
+def test_a_function_is_missing(migrated: str, look: Look, function: str) -> None:
+    query(migrated, f"DROP FUNCTION {function}(int)")
+    status = look(migrated)
+    the_problem(status, rf"^{function}: missing; .*partition_functions\.sql$")
+    assert status.as_json()["functions_installed"] is False
+
+
+@pytest.mark.parametrize("comment", ["'chronos 0: older'", "NULL"])
+def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str) -> None:
+    query(migrated, f"COMMENT ON FUNCTION {DROP.function}(int) IS {comment}")
+    status = look(migrated)
+    the_problem(status, f"^{DROP.function}: older than version 1; ")
+    assert status.as_json()["functions_installed"] is True
+
+
+def test_a_partition_detached_half_way(migrated: str, look: Look) -> None:
+    [pending] = names(migrated, -3, -3)
+    detach_half_way(migrated, pending)
+    status = look(migrated)
+    assert [str(day) for day in status.missing] == [str(today(migrated) - timedelta(days=3))]
+    finish = next(p for p in status.problems if f"{pending} was detached half-way" in p)
+    query(migrated, finish.partition("finish it: ")[2])
+    assert not any("half-way" in problem for problem in look(migrated).problems)
+
+
+def test_rows_outside_the_retention(migrated: str, look: Look) -> None:
+    with connected(migrated, autocommit=False) as conn:
+        cur = conn.cursor()
+        cur.execute(f"DROP TABLE {', '.join(leaves(cur, -15, -14))}")
+        add_partition(cur, '"Wide"', -40, -13)
+        conn.commit()
+    assert look(migrated).healthy
+    insert = "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() - interval '30 days')"
+    query(migrated, insert)
+    problem = the_problem(look(migrated), "^Wide holds rows older than")
+    query(migrated, problem.partition("alone: ")[2])
+    assert look(migrated).healthy
+
+
+def test_rows_in_a_default_partition(migrated: str, look: Look) -> None:
+    query(migrated, "CREATE TABLE rest PARTITION OF webhook_log DEFAULT")
+    assert look(migrated).healthy
+    query(migrated, "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() + interval '99 days')")
+    the_problem(look(migrated), "^the default partition rest holds rows")
+    query(migrated, "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() - interval '99 days')")
+    the_problem(look(migrated), "^rest holds rows older than .*: DELETE FROM")
+
+
+@pytest.mark.parametrize(("seconds", "direction"), [(90, "behind"), (-90, "ahead of")])
+def test_the_clocks_differ(
+    migrated: str, redis_url: str, client: redis.Redis, seconds: int, direction: str
+) -> None:
+    settings = settings_for(migrated, redis_url)
+    status = collect(settings, clock=lambda: datetime.now(UTC) + timedelta(seconds=seconds))
+    the_problem(status, f"the database server is (89|90|91) s {direction} this machine's")
+    assert collect(settings, clock=lambda: datetime.now(UTC) + timedelta(seconds=50)).healthy
+
+
+def test_a_job_has_not_succeeded_for_long(migrated: str, client: redis.Redis, look: Look) -> None:
+    def report(job_name: str, hours: float) -> None:
+        at = datetime.now(UTC) - timedelta(hours=hours)
+        last = {"status": "failed", "error": "why it failed", "started": at.isoformat()}
+        client.set(f"{job_name}:last", json.dumps({**last, "succeeded": at.isoformat()}))
+
+    report(CREATE.name, 25.9)
+    report(DROP.name, 26.1)
+    the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(why it failed\);")
+    client.delete(DROP.last_key)
+    assert look(migrated).healthy  # not yet, but then the migration is a minute old
+    query(migrated, "UPDATE webhook_log_migration SET started_at = now() - interval '27 hours'")
+    the_problem(look(migrated), f"^{DROP.name} has not succeeded yet;")
+
+
+def test_a_lock_that_is_there_for_good(migrated: str, client: redis.Redis, look: Look) -> None:
+    with keep_lease(client, CREATE.name):
+        status = look(migrated)
+        assert status.healthy
+        assert status.jobs
+        assert str(status.jobs[CREATE.name].running).startswith("host=")
+    client.set(CREATE.name, "from another time")
+    the_problem(look(migrated), f"is locked for good: from another time .*DEL {CREATE.name}")
+
+
+def test_without_redis(migrated: str) -> None:
+    status = collect(settings_for(migrated, "redis://:hush@127.0.0.1:1/0"))
+    assert "hush" not in the_problem(status, "what the nightly jobs did is unknown: Redis does not answer")
+    found = status.as_json()
+    assert found["jobs"] is None
+    assert found["partitions"] == 46
+
+
+def test_a_quoted_schema(migrated: str, look: Look) -> None:
+    """What is to be typed can be typed as it is."""
+    query(migrated, 'ALTER SCHEMA public RENAME TO "It\'s ""here"""')
+    query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, 12, 12)[0]}')
+    query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, -12, -12)[0]}')
+    ahead, past = look(migrated).problems
+    query(migrated, past.partition("Create it: ")[2])
+    assert "an insert of such a day fails" in ahead
+    assert '"It\'s ""here""".create_future_webhook_log_partitions(30)' in ahead
+
+
+# Locks
+
+
+def test_it_waits_for_nobody_who_lets_others_read(migrated: str, look: Look) -> None:
+    with holding(migrated, "LOCK TABLE webhook_log IN EXCLUSIVE MODE"):
+        assert look(migrated).healthy
+
+
+def test_a_locked_table_is_not_waited_for(migrated: str, look: Look) -> None:
+    with (
+        holding(migrated, f"LOCK TABLE {names(migrated, 1, 1)[0]} IN ACCESS EXCLUSIVE MODE"),
+        pytest.raises(ChronosError, match="has locked webhook_log or one of its partitions"),
+    ):
+        look(migrated)
+
+
+# The command
+
+
+def test_the_command(migrated: str, redis_url: str, client: redis.Redis, tmp_path: Path) -> None:
+    well = chronos(migrated, "status", "--json", env={"REDIS_URL": redis_url})
+    assert (well.returncode, well.stderr) == (0, "")
+    assert json.loads(well.stdout)["state"] == "migrated"
+
+    drop_days(migrated, 3, 3)
+    page = chronos(migrated, "status", env={"REDIS_URL": redis_url})
+    assert (page.returncode, page.stderr) == (1, "")
+    head, _, problems = page.stdout.partition("\nproblem")
+    assert max(map(len, head.splitlines())) <= 80
+    day = today(migrated)
+    assert re.search(rf"^ {day - timedelta(days=3)} +[\d,]+ +\d+ kB +[█▏▎▍▌▋▊▉]+ *$", head, re.M)
+    assert re.search(r"^ 29 days ahead ", head, re.M)
+    assert f"- no partition for {day + timedelta(days=3)}" in problems
+    assert "\x1b" not in page.stdout
+
+    ascii_only = {"REDIS_URL": redis_url, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    plain = chronos(migrated, "status", env=ascii_only)
+    assert plain.stdout.isascii()
+    assert re.search(rf"^{day - timedelta(days=3)} +[\d,]+ +\d+ kB +#+ *$", plain.stdout, re.M)
+
+
+def test_the_command_without_a_server() -> None:
+    away = chronos("postgresql://somebody:hush@127.0.0.1:1/none", "status", "--json")
+    assert (away.returncode, away.stdout) == (1, "")
+    assert re.fullmatch(r"Error: connection to server at .*\n", away.stderr)
+    assert "hush" not in away.stderr
