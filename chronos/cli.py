@@ -68,9 +68,16 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _ask(word: str) -> None:
-    """Have the word typed, exactly. Raises RefusedError otherwise, end of input included."""
+    """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
     click.echo(f"Type {word} to go on: ", nl=False)
-    answer = sys.stdin.readline()
+    asking = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        click.echo()
+        answer = ""
+    finally:
+        signal.signal(signal.SIGINT, asking)
     if answer.rstrip("\r\n") != word:
         raise RefusedError(f"{word} was not typed; nothing was changed")
 
@@ -128,6 +135,18 @@ def cli() -> None:
     help="Compare contents as well, or the counts of rows alone.",
 )
 @click.option(
+    "--rate-limit",
+    type=click.IntRange(1),
+    metavar="ROWS_PER_SECOND",
+    help="Copy no faster than this, all workers together.",
+)
+@click.option(
+    "--max-replica-lag",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="Pause while any replica is further behind.",
+)
+@click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.json",
@@ -140,6 +159,8 @@ def migrate(
     batch_size: int,
     workers: int,
     verify: str,
+    rate_limit: int | None,
+    max_replica_lag: float | None,
     report: Path | None,
 ) -> None:
     """Turn webhook_log into daily partitions while the application writes on.
@@ -167,6 +188,8 @@ def migrate(
                 batch_size=batch_size,
                 workers=workers,
                 content=verify == "full",
+                rate_limit=rate_limit,
+                max_replica_lag=max_replica_lag,
                 report=report,
             ),
             Operator(Output(), stop),

@@ -9,6 +9,7 @@ Today's rows go straight into the partition that the application writes.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,9 +19,20 @@ from typing import Any
 from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import ShortTransactions, Statement, execute, joined, name, opened, statement, transaction
+from chronos.db import (
+    ShortTransactions,
+    Statement,
+    autocommit,
+    execute,
+    joined,
+    name,
+    opened,
+    statement,
+    transaction,
+)
 from chronos.errors import ChronosError, SupersededError
 from chronos.migration.operator import StopRequestedError
+from chronos.migration.pace import Pacer
 from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
 from chronos.migration.swap import (
     DEFAULT_PARTITION,
@@ -35,9 +47,7 @@ from chronos.migration.swap import (
 )
 from chronos.migration.table_shape import COPYING_FLAG, ForeignKey, TableShape
 from chronos.migration.verify import compare_history_day, compare_live_day, matches
-from chronos.partitions import OLD_TABLE, TABLE, midnight, partition_name
-
-_LOWEST_ID = -(2**63)
+from chronos.partitions import OLD_TABLE, TABLE, days, midnight, partition_name
 
 
 class VerificationError(ChronosError):
@@ -45,13 +55,17 @@ class VerificationError(ChronosError):
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How the copy goes about it. ``before_batch`` may wait, and raises to stop."""
+class Manner:
+    """How the copy goes about it.
 
-    batch_size: int = 1_000
+    ``pacer`` times the batches, ``content`` false compares counts only, ``check_stop`` raises to stop,
+    and ``copied`` is told of each batch: its day and its rows.
+    """
+
+    pacer: Pacer
     content: bool = True
-    before_batch: Callable[[], None] = lambda: None
-    after_batch: Callable[[date, int], None] = lambda day, rows: None
+    check_stop: Callable[[], None] = lambda: None
+    copied: Callable[[date, int], None] = lambda day, rows: None
 
 
 def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date, int]:
@@ -75,38 +89,53 @@ def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date
             f"{stray[0]:,} rows have a timestamp that no partition takes"
             f" (id {stray[1]}: {stray[2] or 'NULL'}); correct them and migrate again"
         )
+    # Day by day along the index: to group all rows by their day sorts them, which takes twice as long.
+    window = [
+        statement(
+            "({day}, {lower}, {upper})",
+            day=day,
+            lower=shape.instant(max(state.cutoff, midnight(day))),
+            upper=shape.instant(midnight(day + timedelta(days=1))),
+        )
+        for day in days(state.first_day, state.last_day)
+    ]
     rows = execute(
         conn,
         statement(
-            'SELECT ("timestamp"{zone})::date AS day, count(*) FROM {old}'
-            ' WHERE "timestamp" >= {cutoff} AND id <= {fence} GROUP BY 1 ORDER BY 1',
-            zone=sql.SQL(" AT TIME ZONE 'UTC'" if shape.time_zoned else ""),
+            "SELECT d.day, c.rows FROM (VALUES {window}) AS d (day, lower, upper)"
+            " CROSS JOIN LATERAL (SELECT count(*) FROM {old} AS o"
+            ' WHERE o."timestamp" >= d.lower AND o."timestamp" < d.upper AND o.id <= {fence}) AS c (rows)'
+            " WHERE c.rows > 0 ORDER BY d.day",
+            window=joined(window),
             old=old,
-            cutoff=shape.instant(state.cutoff),
             fence=state.fence,
         ),
     ).all()
     return dict(rows)
 
 
+# One message to the server, hence one round trip and one transaction. It need not wait for the disk:
+# after a crash the partition ends where its last surviving batch does, and the copy goes on there. Rows
+# that share a timestamp go together, so the last timestamp alone says how far the copy is, and a
+# hundred thousand rows with the same one are read once. The planner is left no choice but to follow the
+# index: statistics that are out of date must not make it sort the rest of the day for every batch.
 _BATCH = """
+SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true),
+       set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('statement_timeout', '0', true), set_config('jit', 'off', true);
 WITH mine AS MATERIALIZED (
-    SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true)
-    FROM {state} WHERE run_id = {run_id}::uuid FOR SHARE
+    SELECT FROM {state} WHERE run_id = {run_id}::uuid FOR SHARE
 ), batch AS (
     SELECT {columns} FROM {old}
     WHERE EXISTS (SELECT FROM mine)
-      AND "timestamp" >= {after} AND ("timestamp", id) > ({after}, {after_id})
-      AND "timestamp" < {upper} AND id <= {fence}
-    ORDER BY "timestamp", id
-    LIMIT {batch_size}
+      AND "timestamp" > {after} AND "timestamp" < {upper} AND id <= {fence}
+    ORDER BY "timestamp"
+    FETCH FIRST {batch_size} ROWS WITH TIES
 ), put AS (
-    INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM batch {on_conflict}
+    INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE
+    SELECT {columns} FROM batch {on_conflict} RETURNING "timestamp"
 )
-SELECT (SELECT count(*) FROM mine), b."timestamp", b.id, b.rows
-FROM (SELECT "timestamp", id, count(*) OVER () AS rows FROM batch
-      ORDER BY "timestamp" DESC, id DESC LIMIT 1) b
-RIGHT JOIN (SELECT) one ON true
+SELECT (SELECT count(*) FROM mine), max("timestamp"), count(*) FROM {taken}
 """
 
 
@@ -118,7 +147,7 @@ class DayCopy:
     shape: TableShape
     state: State
     day: date
-    pace: Pace
+    manner: Manner
     short: ShortTransactions
 
     @property
@@ -129,19 +158,20 @@ class DayCopy:
         """Fill, index, compare and attach a day of the past; carries on where an earlier run stopped."""
         with transaction(self.conn):
             filled = self._has_primary_key()
-            found = execute(
-                self.conn, statement("SELECT count(*) FROM {leaf}", leaf=self._qualified())
-            ).scalar_one()
+            found, last = execute(
+                self.conn, statement('SELECT count(*), max("timestamp") FROM {leaf}', leaf=self._qualified())
+            ).one()
         if found:
-            self.pace.after_batch(self.day, found)
+            self.manner.copied(self.day, found)
         if not filled:
-            self._fill(*self._last_key())
+            # Where the filling stopped before: batches are taken in the order of the timestamps.
+            self._fill(_utc(last) if found else self._start())
             self._index()
         self._refer()
         with transaction(self.conn):
-            execute(self.conn, statement("ANALYZE {leaf}", leaf=self._qualified()))
+            execute(self.conn, statistics_statement(self.shape, self._qualified()))
             result = compare_history_day(
-                self.conn, self.shape, self.state, self.day, content=self.pace.content
+                self.conn, self.shape, self.state, self.day, content=self.manner.content
             )
         _require_match(self.day, result)
         self._attach(result)
@@ -149,7 +179,11 @@ class DayCopy:
 
     def live(self) -> None:
         """Copy a day that the application writes at the same time; what is there already is left alone."""
-        self._fill(max(self.state.cutoff, midnight(self.day)), _LOWEST_ID, live=True)
+        self._fill(self._start(), live=True)
+
+    def _start(self) -> datetime:
+        """The last instant that is not copied; the server's clock knows none between it and the first."""
+        return max(self.state.cutoff, midnight(self.day)) - timedelta(microseconds=1)
 
     def _qualified(self) -> sql.Identifier:
         return name(self.shape.schema, self._leaf)
@@ -167,53 +201,41 @@ class DayCopy:
             ).scalar_one()
         )
 
-    def _last_key(self) -> tuple[datetime, int]:
-        """Where the filling stopped: batches are taken in the order of (timestamp, id)."""
-        with transaction(self.conn):
-            row = execute(
-                self.conn,
-                statement(
-                    'SELECT "timestamp", id FROM {leaf} ORDER BY "timestamp" DESC, id DESC LIMIT 1',
-                    leaf=self._qualified(),
-                ),
-            ).one_or_none()
-        if row is None:
-            return max(self.state.cutoff, midnight(self.day)), _LOWEST_ID
-        return _utc(row[0]), row[1]
+    def _fill(self, after: datetime, *, live: bool = False) -> None:
+        with autocommit(self.conn):
+            while True:
+                size = self.manner.pacer.begin(self.manner.check_stop)
+                began = time.monotonic()
+                mine, last, rows = self._batch(after, size, live=live)
+                self.manner.pacer.end(size, rows, time.monotonic() - began)
+                if not mine:
+                    raise SupersededError("another run has taken this migration over")
+                if not rows:
+                    return
+                self.manner.copied(self.day, rows)
+                after = _utc(last)
 
-    def _fill(self, after: datetime, after_id: int, *, live: bool = False) -> None:
-        while True:
-            self.pace.before_batch()
-            mine, last, last_id, rows = self._batch(after, after_id, live=live)
-            if not mine:
-                raise SupersededError("another run has taken this migration over")
-            if not rows:
-                return
-            self.pace.after_batch(self.day, rows)
-            after, after_id = _utc(last), last_id
-
-    def _batch(self, after: datetime, after_id: int, *, live: bool) -> Any:
-        # One statement, one round trip, one transaction. It need not wait for the disk: after a
-        # crash the partition ends where its last surviving batch does, and the copy goes on there.
-        with self.conn.begin():
-            return execute(
-                self.conn,
-                statement(
-                    _BATCH,
-                    flag=COPYING_FLAG,
-                    state=name(self.shape.schema, STATE_TABLE),
-                    run_id=str(self.state.run_id),
-                    columns=sql.SQL(", ").join(self.shape.copied_columns()),
-                    old=name(self.shape.schema, OLD_TABLE),
-                    after=self.shape.instant(after),
-                    after_id=after_id,
-                    upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
-                    fence=self.state.fence,
-                    batch_size=self.pace.batch_size,
-                    leaf=self._qualified(),
-                    on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
-                ),
-            ).one()
+    def _batch(self, after: datetime, size: int, *, live: bool) -> Any:
+        """Whether the migration is still ours, the last timestamp taken, and how many rows were."""
+        return execute(
+            self.conn,
+            statement(
+                _BATCH,
+                flag=COPYING_FLAG,
+                state=name(self.shape.schema, STATE_TABLE),
+                run_id=str(self.state.run_id),
+                columns=joined(self.shape.copied_columns()),
+                old=name(self.shape.schema, OLD_TABLE),
+                after=self.shape.instant(after),
+                upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
+                fence=self.state.fence,
+                batch_size=size,
+                leaf=self._qualified(),
+                # What is there already is taken too, though not put in again.
+                on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
+                taken=sql.SQL("batch" if live else "put"),
+            ),
+        ).one()
 
     def _index(self) -> None:
         """Primary key and indexes, all or none: a partition that has them is filled.
@@ -284,6 +306,17 @@ def index_statements(shape: TableShape, leaf: Statement) -> list[Statement]:
         primary_key_statement(shape, leaf),
         *(index_statement(index, leaf) for index in secondary_indexes(shape)),
     ]
+
+
+def statistics_statement(shape: TableShape, leaf: Statement) -> Statement:
+    """Statistics of the indexed columns, so that readers find a partition that is attached quickly.
+
+    Those of the others, large documents above all, would cost as much as copying 100,000 rows; they
+    are gathered when everything is in its place.
+    """
+    indexed = {column for index in shape.indexes for column in index.columns} | {"id", "timestamp"}
+    columns = [name(column.name) for column in shape.columns if column.name in indexed]
+    return statement("ANALYZE {leaf} ({columns})", leaf=leaf, columns=joined(columns))
 
 
 def validate_statement(leaf: Statement, key: ForeignKey) -> Statement:
@@ -428,13 +461,13 @@ class Copy:
         engine: Engine,
         shape: TableShape,
         state: State,
-        pace: Pace,
+        manner: Manner,
         new_short: Callable[[], ShortTransactions],
     ) -> None:
         self._engine = engine
         self._shape = shape
         self._state = state
-        self._pace = pace
+        self._manner = manner
         self._new_short = new_short
         self._failed = threading.Event()
 
@@ -475,19 +508,13 @@ class Copy:
             raise
 
     def _one_day(self, conn: Connection, day: date, short: ShortTransactions) -> None:
-        def before_batch() -> None:
+        def check_stop() -> None:
             if self._failed.is_set():
                 raise StopRequestedError
-            self._pace.before_batch()
+            self._manner.check_stop()
 
-        copy = DayCopy(
-            conn,
-            self._shape,
-            self._state,
-            day,
-            replace(self._pace, before_batch=before_batch),
-            short,
-        )
+        manner = replace(self._manner, check_stop=check_stop)
+        copy = DayCopy(conn, self._shape, self._state, day, manner, short)
         if day < self._state.today:
             copy.history()
         else:

@@ -24,8 +24,8 @@ from chronos.migration.state import (
     update,
     where,
 )
-from chronos.migration.swap import CHANGE_TRIGGERS, CHANGES_FUNCTION, CHANGES_TABLE, lock_table
-from chronos.migration.table_shape import TableShape
+from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, NOTED_FUNCTION, lock_table
+from chronos.migration.table_shape import CHANGE_TRIGGERS, TableShape
 from chronos.migration.table_shape import read as read_shape
 from chronos.migration.verify import old_rows
 from chronos.partitions import OLD_TABLE, TABLE, days, midnight
@@ -42,6 +42,10 @@ WHERE d.refclassid = 'pg_class'::regclass
   AND d.deptype = 'n'
   AND (r.oid IS NULL OR r.ev_class <> {oid})
   AND (k.oid IS NULL OR k.conrelid <> {oid})
+  AND NOT (d.classid = 'pg_attrdef'::regclass
+           AND EXISTS (SELECT FROM pg_attrdef a WHERE a.oid = d.objid AND a.adrelid = {oid}))
+  AND NOT (d.classid = 'pg_policy'::regclass
+           AND EXISTS (SELECT FROM pg_policy p WHERE p.oid = d.objid AND p.polrelid = {oid}))
   AND NOT (d.classid = 'pg_trigger'::regclass
            AND EXISTS (SELECT FROM pg_trigger t WHERE t.oid = d.objid AND t.tgrelid = {oid}))
 ORDER BY 1
@@ -189,9 +193,10 @@ def finalize(
         execute(
             conn,
             statement(
-                "DROP TABLE {changes}; DROP FUNCTION {noting}(); DROP TABLE {state}",
+                "DROP TABLE {changes}; DROP FUNCTION {noting}(), {noted}(bigint); DROP TABLE {state}",
                 changes=name(schema, CHANGES_TABLE),
                 noting=name(schema, CHANGES_FUNCTION),
+                noted=name(schema, NOTED_FUNCTION),
                 state=name(schema, STATE_TABLE),
             ),
         )

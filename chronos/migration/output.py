@@ -6,9 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from chronos.migration.pace import Lag
 
 _RULE = "=" * 80
 
@@ -54,6 +57,7 @@ class Output:
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>5.1f}%  {task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
             console=self.console,
             refresh_per_second=4,
         ) as progress:
@@ -74,16 +78,17 @@ class RowCount:
         self._started = clock()
         self._last_line = float("-inf")
         self._turn = threading.Lock()
+        self._paused = False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def show_on(self, progress: Progress) -> None:
         """Draw on a live bar from now on."""
         self._progress = progress
-        self._task = progress.add_task("", total=self._total, completed=self.rows, rate="")
+        self._task = progress.add_task("", total=self._total, completed=self.rows, rate="", note="")
 
-    def add(self, rows: int) -> None:
-        """Note a finished batch; any worker may call."""
+    def add(self, day: date, rows: int, lag: Lag | None = None) -> None:
+        """Note a finished batch of ``day``, and how far the replicas are behind; any worker may call."""
         with self._turn:
             self.rows += rows
             now = self._clock()
@@ -94,10 +99,22 @@ class RowCount:
                     completed=self.rows,
                     description=f"Migrated {self.rows:,} / {self._total:,} rows",
                     rate=f"{rate:,.0f} rows/s",
+                    note=f"{day}" if lag is None else f"{day}  lag {lag.seconds:.0f} s",
                 )
             elif now - self._last_line >= 1:
                 self._last_line = now
                 self._print()
+
+    def pause(self, why: str | None) -> None:
+        """Say why the copy stands still; None: it goes on."""
+        with self._turn:
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, note=f"paused: {why}" if why else "")
+            elif why is None:
+                self._output.line("  going on")
+            elif not self._paused:
+                self._output.line(f"  paused: {why}")
+            self._paused = why is not None
 
     def finish(self) -> None:
         """Print where the count ended."""

@@ -25,6 +25,7 @@ from chronos.migration.copy import (
     drop_default_statements,
     index_statements,
     silence,
+    statistics_statement,
     validate_statement,
 )
 from chronos.migration.followers import Follower, followers
@@ -191,7 +192,7 @@ def _history_day(shape: TableShape, state: State, day: date) -> Iterator[Section
     comparison = history_comparison(shape, state, day, content=True)
     yield Section(
         f"Compare {day}, and note the result",
-        [statement("ANALYZE {leaf}", leaf=leaf), record_statement(shape.schema, day, _result(comparison))],
+        [statistics_statement(shape, leaf), record_statement(shape.schema, day, _result(comparison))],
     )
     yield Section(
         f"Put {day} into its place, with what was written for it meanwhile; milliseconds under the lock",
@@ -202,7 +203,7 @@ def _history_day(shape: TableShape, state: State, day: date) -> Iterator[Section
 def _result(comparison: Statement) -> Statement:
     return statement(
         "(SELECT jsonb_build_object('old_rows', old_rows, 'new_rows', new_rows,"
-        " 'hash_equal', old_hash = new_hash)\n FROM ({comparison}) c)",
+        " 'hash_equal', equal)\n FROM ({comparison}) c)",
         comparison=comparison,
     )
 

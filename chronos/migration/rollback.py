@@ -22,16 +22,16 @@ from chronos.migration.followers import follow_statements, followers
 from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
 from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over, undone_by_hand, where
 from chronos.migration.swap import (
-    CHANGE_TRIGGERS,
     CHANGES_FUNCTION,
     CHANGES_TABLE,
     NEW_TABLE,
+    NOTED_FUNCTION,
     ShapeError,
     bound_check,
     heard_again,
     history_days,
     lock_table,
-    note_changes,
+    note_everything,
     rename,
     require_followers,
     unheard,
@@ -42,7 +42,6 @@ from chronos.partitions import FUNCTIONS, OLD_TABLE, TABLE, attached, days, miss
 
 UNDO = "python -m chronos rollback"
 
-_EVERY_ID = 2**63 - 1
 _BATCH = 5_000
 _NOTHING = sql.SQL("SELECT")
 
@@ -169,16 +168,7 @@ def _note_every_change(conn: Connection, shape: TableShape, state: State, short:
     def widen(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
         execute(conn, lock_table(schema, TABLE, "SHARE ROW EXCLUSIVE"))
-        for trigger in CHANGE_TRIGGERS:
-            execute(
-                conn,
-                statement(
-                    "DROP TRIGGER IF EXISTS {trigger} ON {table}",
-                    trigger=name(trigger),
-                    table=name(schema, TABLE),
-                ),
-            )
-        execute(conn, note_changes(schema, TABLE, _EVERY_ID))
+        execute(conn, note_everything(schema))
         migration_state.update(conn, schema, phase=Phase.UNDOING.value)
 
     short.run(conn, widen, tables=[(schema, TABLE)])
@@ -309,12 +299,14 @@ def _swap_back(
 
     def swap_back(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
-        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
         execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
-        while _replay(conn, shape):
-            pass
+        execute(conn, lock_table(schema, TABLE, "SHARE UPDATE EXCLUSIVE"))
         was = read_shape(conn, schema, OLD_TABLE)
         following = followers(conn, read_shape(conn, schema, TABLE).oid)
+        short.asks_now()
+        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+        while _replay(conn, shape):
+            pass
         execute(
             conn,
             joined(
@@ -417,11 +409,12 @@ def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTra
             conn,
             statement(
                 "DROP TABLE IF EXISTS {new};"
-                " DROP TABLE IF EXISTS {changes}; DROP FUNCTION IF EXISTS {noting}();"
+                " DROP TABLE IF EXISTS {changes}; DROP FUNCTION IF EXISTS {noting}(), {noted}(bigint);"
                 " DROP TABLE {state}",
                 new=name(schema, NEW_TABLE),
                 changes=name(schema, CHANGES_TABLE),
                 noting=name(schema, CHANGES_FUNCTION),
+                noted=name(schema, NOTED_FUNCTION),
                 state=name(schema, STATE_TABLE),
             ),
         )

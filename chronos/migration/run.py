@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,13 +37,14 @@ from chronos.errors import (
 from chronos.migration import state as migration_state
 from chronos.migration.copy import (
     Copy,
-    Pace,
+    Manner,
     close_history,
     rows_per_day,
     verify_live_day,
 )
 from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
 from chronos.migration.output import RowCount
+from chronos.migration.pace import Lag, Pacer, ReplicaLag
 from chronos.migration.preflight import COMMAND, Survey, first_state, survey
 from chronos.migration.rollback import UNDO, definitions, roll_back, tidy_up
 from chronos.migration.state import Phase, State
@@ -78,12 +79,17 @@ _STEPS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only."""
+    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only.
+
+    ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` in seconds; None: no limit.
+    """
 
     resume: bool = False
     batch_size: int = 1_000
     workers: int = 2
     content: bool = True
+    rate_limit: int | None = None
+    max_replica_lag: float | None = None
     report: Path | None = None
     reconnect_s: float = 30.0
 
@@ -114,6 +120,8 @@ def migrate(engine: Engine, options: Options, operator: Operator, confirm: Calla
     """
     with sole_operator(engine) as (conn, schema):
         run = _Run(engine, schema, options, operator)
+        if options.max_replica_lag is not None:
+            ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
         if options.resume:
             run.take_over(conn)
         else:
@@ -241,12 +249,12 @@ class _Run:
 
         def swap(conn: Connection) -> None:
             migration_state.claim(conn, schema, self.state.run_id)
-            swap_tables(conn, self.shape, self.state)
+            swap_tables(conn, self.shape, self.state, short)
 
         with transaction(conn):
             built = migration_state.read(conn, schema) is not None
         if not built:
-            short.run(conn, build, tables=[(schema, TABLE), *referred])
+            self._short().run(conn, build, tables=[(schema, TABLE), *referred])
         self.operator.check_stop()
         with self._timed(1):
             short.run(conn, swap, tables=[(schema, TABLE)])
@@ -272,14 +280,8 @@ class _Run:
             history = days(self.state.first_day, self.state.today - timedelta(days=1))
             pending = sorted({*history, *rows} - set(self.state.days))
             done = sum(result.new_rows for result in self.state.days.values())
-            with self.output.copying(total, done) as count:
-                copy = Copy(
-                    self.engine,
-                    self.shape,
-                    self.state,
-                    self._pace(count),
-                    self._short,
-                )
+            with self.output.copying(total, done) as count, self._manner(count) as manner:
+                copy = Copy(self.engine, self.shape, self.state, manner, self._short)
                 self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
             self.rows_copied = count.rows
             short = self._short()
@@ -288,13 +290,27 @@ class _Run:
             self._refresh(conn)
         self.output.ok("Data migration complete")
 
-    def _pace(self, count: RowCount) -> Pace:
-        return Pace(
-            batch_size=self.options.batch_size,
-            content=self.options.content,
-            before_batch=self.operator.check_stop,
-            after_batch=lambda day, rows: count.add(rows),
-        )
+    @contextmanager
+    def _manner(self, count: RowCount) -> Iterator[Manner]:
+        """How to copy, and whom to tell; replicas are watched over a connection of their own."""
+        options = self.options
+        with ExitStack() as watching:
+            lag: Callable[[], Lag | None] = lambda: None  # noqa: E731
+            if options.max_replica_lag is not None:
+                lag = ReplicaLag(watching.enter_context(opened(self.engine)))
+            pacer = Pacer(
+                options.batch_size,
+                rate_limit=options.rate_limit,
+                max_lag=options.max_replica_lag,
+                lag=lag,
+                on_pause=count.pause,
+            )
+            yield Manner(
+                pacer=pacer,
+                content=options.content,
+                check_stop=self.operator.check_stop,
+                copied=lambda day, rows: count.add(day, rows, pacer.lag),
+            )
 
     def _install_functions(self, conn: Connection) -> None:
         """Step 5."""

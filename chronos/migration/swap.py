@@ -14,12 +14,11 @@ from importlib.resources import files
 from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
-from chronos.db import Statement, execute, joined, name, statement
+from chronos.db import ShortTransactions, Statement, execute, joined, name, statement
 from chronos.errors import ChronosError
 from chronos.migration.followers import Follower, follow_statements, followers
 from chronos.migration.state import STATE_TABLE, Phase, State, create_statement
 from chronos.migration.table_shape import (
-    COPYING_FLAG,
     NOT_COPYING,
     Grant,
     Index,
@@ -35,6 +34,7 @@ NEW_TABLE = "webhook_log_new"
 DEFAULT_PARTITION = "webhook_log_default"
 CHANGES_TABLE = "webhook_log_migration_changes"
 CHANGES_FUNCTION = "webhook_log_note_change"
+NOTED_FUNCTION = "webhook_log_is_noted"
 
 # How far the old table's own identity sequence is put ahead. Should somebody drop the new table by
 # hand and rename the old one back, its next ids are none that the new table has given out.
@@ -561,7 +561,7 @@ def partition_statements(shape: TableShape, state: State) -> list[Statement]:
 
 
 def change_log_statements(shape: TableShape) -> list[Statement]:
-    """The table and the trigger function that remember which migrated rows were written again."""
+    """The table, the functions and the triggers that remember which migrated rows were written again."""
     return [
         in_schema(shape.schema, script("change_log.sql")),
         statement(
@@ -572,6 +572,11 @@ def change_log_statements(shape: TableShape) -> list[Statement]:
         statement(
             "ALTER FUNCTION {function}() OWNER TO {owner}",
             function=name(shape.schema, CHANGES_FUNCTION),
+            owner=name(shape.owner),
+        ),
+        statement(
+            "ALTER FUNCTION {function}(bigint) OWNER TO {owner}",
+            function=name(shape.schema, NOTED_FUNCTION),
             owner=name(shape.owner),
         ),
         *owner_only(shape, name(shape.schema, CHANGES_TABLE)),
@@ -629,42 +634,24 @@ def _nobody_calls(shape: TableShape, function: Statement, arguments: str = "") -
 
 
 # The fence is known only under the lock, so the server puts it into the triggers itself.
-_NOTE_CHANGES = """
+_NOTE_IDS = """
 DO $do$
 BEGIN
-    EXECUTE format($sql$
-        CREATE TRIGGER %1$I AFTER INSERT ON %4$s FOR EACH ROW
-            WHEN (NEW.id <= %6$s AND %7$s) EXECUTE FUNCTION %5$s();
-        CREATE TRIGGER %2$I AFTER UPDATE ON %4$s FOR EACH ROW
-            WHEN ((OLD.id <= %6$s OR NEW.id <= %6$s) AND %7$s) EXECUTE FUNCTION %5$s();
-        CREATE TRIGGER %3$I AFTER DELETE ON %4$s FOR EACH ROW
-            WHEN (OLD.id <= %6$s AND %7$s) EXECUTE FUNCTION %5$s()
-        $sql$, {on_insert}, {on_update}, {on_delete},
-        format('%I.%I', {schema}, {table}), format('%I.%I', {schema}, {function}),
-        {highest},
-        format('current_setting(%L, true) IS DISTINCT FROM %L', {flag}, 'on'));
+    EXECUTE format('CREATE OR REPLACE FUNCTION %I.%I(id bigint) RETURNS boolean'
+                   ' LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN %s', {schema}, {function}, {condition});
 END
 $do$"""
 
-CHANGE_TRIGGERS = tuple(f"{CHANGES_FUNCTION}_{event}" for event in ("insert", "update", "delete"))
+
+def note_up_to_the_fence(schema: str) -> Statement:
+    """From now on, note the keys at or below the fence that are written in the new table."""
+    fence = statement("format('id <= %s', (SELECT fence FROM {state}))", state=name(schema, STATE_TABLE))
+    return statement(_NOTE_IDS, schema=schema, function=NOTED_FUNCTION, condition=fence)
 
 
-def note_changes(schema: str, table: str, highest: int | None = None) -> Statement:
-    """From now on, note the keys up to ``highest``, else up to the fence, that are written in ``table``."""
-    on_insert, on_update, on_delete = CHANGE_TRIGGERS
-    return statement(
-        _NOTE_CHANGES,
-        highest=statement("(SELECT fence FROM {state})", state=name(schema, STATE_TABLE))
-        if highest is None
-        else highest,
-        schema=schema,
-        table=table,
-        function=CHANGES_FUNCTION,
-        on_insert=on_insert,
-        on_update=on_update,
-        on_delete=on_delete,
-        flag=COPYING_FLAG,
-    )
+def note_everything(schema: str) -> Statement:
+    """From now on, note every key that is written in the new table."""
+    return statement(_NOTE_IDS, schema=schema, function=NOTED_FUNCTION, condition="true")
 
 
 _GO_ON_COUNTING = """
@@ -739,7 +726,7 @@ def swap_statements(shape: TableShape, state: State, followers: list[Follower]) 
             phase=Phase.COPYING.value,
             old=old,
         ),
-        note_changes(schema, TABLE),
+        note_up_to_the_fence(schema),
     ]
 
 
@@ -761,7 +748,7 @@ def _rule_statements(shape: TableShape, table: Statement) -> list[Statement]:
     return statements
 
 
-def swap_tables(conn: Connection, shape: TableShape, state: State) -> None:
+def swap_tables(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
     """The swap, in the transaction that is open: look, lock, rename, look again.
 
     SHARE UPDATE EXCLUSIVE on webhook_log while the two tables are compared, so that nobody changes
@@ -779,6 +766,7 @@ def swap_tables(conn: Connection, shape: TableShape, state: State) -> None:
     if found:
         raise ShapeError(f"the new table is not what {TABLE} is now: {'; '.join(found)}")
     before = followers(conn, was.oid)
+    short.asks_now()
     execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
     execute(conn, joined(swap_statements(was, state, before), ";\n"))
     require_followers(conn, before, built.oid)

@@ -34,3 +34,29 @@ $$;
 
 -- Calling a trigger function takes no privilege, being able to attach it to a table of one's own does.
 REVOKE ALL ON FUNCTION webhook_log_note_change() FROM PUBLIC;
+
+-- Which ids are noted: none while the table is built; up to the fence after the swap; all of them while
+-- a rollback is under way. Replacing this function takes a millisecond under the lock of the swap, making
+-- the triggers of all partitions would take ten. The server writes its body into the triggers' conditions.
+CREATE OR REPLACE FUNCTION webhook_log_is_noted(id bigint)
+RETURNS boolean
+LANGUAGE sql
+IMMUTABLE
+PARALLEL SAFE
+RETURN false;
+
+-- Whoever writes webhook_log evaluates it.
+GRANT EXECUTE ON FUNCTION webhook_log_is_noted(bigint) TO PUBLIC;
+
+CREATE TRIGGER webhook_log_note_insert AFTER INSERT ON webhook_log_new FOR EACH ROW
+    WHEN (webhook_log_is_noted(NEW.id) AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
+    EXECUTE FUNCTION webhook_log_note_change();
+
+CREATE TRIGGER webhook_log_note_update AFTER UPDATE ON webhook_log_new FOR EACH ROW
+    WHEN ((webhook_log_is_noted(OLD.id) OR webhook_log_is_noted(NEW.id))
+          AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
+    EXECUTE FUNCTION webhook_log_note_change();
+
+CREATE TRIGGER webhook_log_note_delete AFTER DELETE ON webhook_log_new FOR EACH ROW
+    WHEN (webhook_log_is_noted(OLD.id) AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
+    EXECUTE FUNCTION webhook_log_note_change();
