@@ -1,0 +1,233 @@
+"""``python -m bench --rows N``: measure, and write what was found to bench/results.md."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import click
+from sqlalchemy.engine import Engine
+
+from bench import ways
+from bench.stage import WRITERS, WRITES_A_SECOND, Sample, Stage, Work, opened_stage
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+RESULTS = Path(__file__).with_name("results.md")
+DAYS = 20
+IDLE = "no migration"
+REWRITE = "plain rewrite: CREATE TABLE AS, key, indexes, foreign key"
+PGSLICE = "batches of 10,000 ids, as pgslice does it"
+OURS = "chronos, 2 workers (the default)"
+COUNTS = "chronos, 2 workers, --verify counts"
+
+WAYS: dict[str, Work] = {
+    REWRITE: ways.plain_rewrite,
+    "one INSERT .. SELECT into the finished table": ways.one_insert,
+    PGSLICE: ways.pgslice,
+    "LIMIT/OFFSET, batches of 1,000, the first 50,000 rows": ways.limit_offset,
+    "chronos, 1 worker": ways.our_copy(1),
+    OURS: ways.our_copy(),
+    "chronos, 4 workers": ways.our_copy(4),
+    COUNTS: ways.our_copy(content=False),
+}
+DELETE = f"DELETE in batches of {ways.DELETE_BATCH:,}"
+DROP = "drop_old_webhook_log_partitions"
+SIZES = (0.25, 0.5, 1, 2)
+
+
+@dataclass
+class Results:
+    """All samples, by what was measured."""
+
+    copies: dict[str, list[Sample]] = field(default_factory=dict)
+    retention: dict[str, list[Sample]] = field(default_factory=dict)
+    growth: dict[int, list[Sample]] = field(default_factory=dict)
+
+
+@click.command()
+@click.option("--rows", type=click.IntRange(10_000), default=2_000_000, show_default=True)
+@click.option("--quick", is_flag=True, help="Once each instead of the median of three.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
+def main(rows: int, quick: bool, output: Path) -> None:
+    """Measure the copy, retention and growth on ROWS rows of about 1.1 kB; takes a while."""
+    started = time.monotonic()
+    rounds = 1 if quick else 3
+    results = Results()
+    with opened_stage() as stage:
+        about = stage.describe()
+        _say(f"making {rows:,} rows")
+        _copies(stage, rows, rounds, results, idle_s=2.0 if quick else 10.0)
+        _retention(stage, rows, rounds, results)
+        _growth(stage, [int(rows * size) for size in SIZES], rounds, results)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+    minutes = (time.monotonic() - started) / 60
+    about += [
+        f"{rows:,} rows over {DAYS} days; taken {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
+        f" {'one run each' if quick else f'medians of {rounds}, in rotating order'}",
+        f"Most memory that the process of the migration ever had: {memory:.0f} MB",
+    ]
+    text = report(about, results)
+    output.write_text(text, "utf-8")
+    click.echo(text)
+
+
+def _copies(stage: Stage, rows: int, rounds: int, results: Results, idle_s: float) -> None:
+    def idle(engine: Engine) -> tuple[int, float]:
+        time.sleep(idle_s)
+        return 0, idle_s
+
+    template = stage.template(rows, DAYS)
+    for turn, (name, way) in _rotated([(IDLE, idle), *WAYS.items()], rounds):
+        with stage.clone(template) as engine:
+            sample = stage.measure(engine, way)
+        _note(results.copies, turn, name, sample)
+
+
+def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
+    """Two full days go: one with nobody else about, for its WAL, one under the eyes of the application."""
+    plain = stage.template(rows, DAYS)
+    migrated = stage.keep(plain, "migrated")
+    ways.our_copy()(stage.engine(migrated))
+    ways.drop_day(stage.engine(migrated), 15)  # cut off by the window, so not a full one
+    both = [(DELETE, (plain, ways.delete_day)), (DROP, (migrated, ways.drop_day))]
+    for turn, (name, (template, remove)) in _rotated(both, rounds):
+        with stage.clone(template) as engine:
+            alone = stage.measure_alone(engine, partial(remove, age=14))
+            live = stage.measure(engine, partial(remove, age=13))
+        sample = Sample(alone.rows, alone.seconds, alone.wal, live.writer_s, live.reader_s)
+        _note(results.retention, turn, name, sample)
+
+
+def _growth(stage: Stage, sizes: list[int], rounds: int, results: Results) -> None:
+    for turn, (rows, _) in _rotated([(rows, None) for rows in sizes], rounds):
+        with stage.clone(stage.template(rows, DAYS)) as engine:
+            sample = stage.measure(engine, ways.our_copy())
+        _note(results.growth, turn, rows, sample)
+
+
+def _rotated(items: Sequence[tuple[K, V]], rounds: int) -> Iterable[tuple[int, tuple[K, V]]]:
+    """Each item once a round; every round begins with another, so that none is always first."""
+    for turn in range(rounds):
+        start = turn * len(items) // rounds
+        for item in (*items[start:], *items[:start]):
+            yield turn, item
+
+
+def _note(samples: dict[K, list[Sample]], turn: int, what: K, sample: Sample) -> None:
+    samples.setdefault(what, []).append(sample)
+    _say(
+        f"{turn + 1}  {what}: {sample.rows:,} rows in {sample.seconds:.2f} s,"
+        f" longest wait {sample.writer_s * 1000:.0f} ms"
+    )
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def report(about: list[str], results: Results) -> str:
+    """The results in Markdown."""
+    copies = {name: _median(samples) for name, samples in results.copies.items()}
+    rewrite, idle = copies[REWRITE], copies[IDLE]
+    order = [IDLE, *WAYS]
+    lines = [
+        "# What the migration costs",
+        "",
+        *(f"- {line}" for line in about),
+        f"- While each ran, {WRITERS} connections inserted {WRITES_A_SECOND} rows a second and one read"
+        " today's newest 50 rows over and over; the longest that one of them had to wait is shown, the"
+        " worst of all runs in brackets.",
+        "",
+        "## The copy",
+        "",
+        "chronos' time is that of its step 4: counting, copying, indexes, foreign keys, comparing, attach.",
+        "",
+        "| way | rows | seconds | rows/s | ratio | WAL a row | writer waited, ms | reader waited, ms |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in order:
+        median, all_of_it = copies[name], results.copies[name]
+        speed = (
+            f"{median.rows:,} | {median.seconds:.2f} | {median.rate:,.0f} | {median.rate / rewrite.rate:.2f}"
+            f" | {median.wal / median.rows:,.0f} B"
+            if median.rows
+            else " | | | |"
+        )
+        lines.append(f"| {name} | {speed} | {_waits(median, all_of_it)} |")
+    lines += [
+        "",
+        "## Getting rid of a day",
+        "",
+        "| way | rows | seconds | WAL | writer waited, ms | reader waited, ms |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    removals = {name: _median(samples) for name, samples in results.retention.items()}
+    for name in (DELETE, DROP):
+        median = removals[name]
+        lines.append(
+            f"| {name} | {median.rows:,} | {median.seconds:.3f} | {median.wal / 1000:,.0f} kB"
+            f" | {_waits(median, results.retention[name])} |"
+        )
+    lines += [
+        "",
+        "## Growth",
+        "",
+        "| rows in the table | rows copied | seconds | rows/s |",
+        "|--:|--:|--:|--:|",
+    ]
+    growth = {rows: _median(samples) for rows, samples in sorted(results.growth.items())}
+    for rows, median in growth.items():
+        lines.append(f"| {rows:,} | {median.rows:,} | {median.seconds:.2f} | {median.rate:,.0f} |")
+    ours, counted = copies[OURS], copies[COUNTS]
+    smallest, largest = growth[min(growth)], growth[max(growth)]
+    beyond = (ours.writer_s - idle.writer_s) * 1000
+    goals = [
+        ("rate of the copy / plain rewrite, at least 1.0", f"{ours.rate / rewrite.rate:.2f}"),
+        ("rate of the copy / pgslice's manner, at least 2", f"{ours.rate / copies[PGSLICE].rate:.2f}"),
+        ("longest writer wait beyond the usual, at most 25 ms", f"{beyond:.0f} ms"),
+        ("comparing contents / the rest of step 4, at most 0.5", f"{ours.seconds / counted.seconds - 1:.2f}"),
+        ("rate at the largest size / at the smallest, at least 0.9", f"{largest.rate / smallest.rate:.2f}"),
+        ("WAL of DELETE / of the drop, at least 100", f"{removals[DELETE].wal / removals[DROP].wal:,.0f}"),
+        ("longest writer wait at the drop, at most 50 ms", f"{removals[DROP].writer_s * 1000:.0f} ms"),
+    ]
+    lines += ["", "## In short", "", "| what | measured |", "|---|--:|"]
+    return "\n".join(lines + [f"| {what} | {found} |" for what, found in goals]) + "\n"
+
+
+def _median(samples: list[Sample]) -> Sample:
+    """The median of each figure by itself."""
+
+    def middle(of: Callable[[Sample], float]) -> float:
+        return statistics.median(map(of, samples))
+
+    return Sample(
+        rows=round(middle(lambda s: s.rows)),
+        seconds=middle(lambda s: s.seconds),
+        wal=round(middle(lambda s: s.wal)),
+        writer_s=middle(lambda s: s.writer_s),
+        reader_s=middle(lambda s: s.reader_s),
+    )
+
+
+def _waits(median: Sample, samples: list[Sample]) -> str:
+    worst_writer, worst_reader = (max(s.writer_s for s in samples), max(s.reader_s for s in samples))
+    return (
+        f"{median.writer_s * 1000:.0f} ({worst_writer * 1000:.0f})"
+        f" | {median.reader_s * 1000:.0f} ({worst_reader * 1000:.0f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The ways that are compared: how to fill the partitions, and how to get rid of a day."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from sqlalchemy.engine import Connection, Engine
+
+from bench.stage import Work
+from chronos.migration.operator import Operator
+from chronos.migration.output import Output
+from chronos.migration.run import Options, migrate
+
+DELETE_BATCH = 10_000
+
+_OFFSET_BATCH = 1_000
+_OFFSET_ROWS = 50_000
+_PGSLICE_BATCH = 10_000
+
+_WINDOW = "\"timestamp\" >= now() - interval '15 days'"
+
+_REWRITE = (
+    f"CREATE TABLE rewritten AS SELECT * FROM webhook_log WHERE {_WINDOW}",
+    'ALTER TABLE rewritten ADD PRIMARY KEY (id, "timestamp")',
+    'CREATE INDEX ON rewritten ("timestamp")',
+    "CREATE INDEX ON rewritten (webhook_endpoint_id)",
+    "ALTER TABLE rewritten ADD FOREIGN KEY (webhook_endpoint_id) REFERENCES webhook_endpoint (id)",
+)
+
+# The partitioned table as it is in the end: its keys and indexes are there before the first row.
+_FINISHED = """
+CREATE TABLE finished (LIKE webhook_log INCLUDING DEFAULTS, PRIMARY KEY (id, "timestamp"))
+    PARTITION BY RANGE ("timestamp");
+CREATE INDEX ON finished ("timestamp");
+CREATE INDEX ON finished (webhook_endpoint_id);
+ALTER TABLE finished ADD FOREIGN KEY (webhook_endpoint_id) REFERENCES webhook_endpoint (id);
+SET TIME ZONE 'UTC';
+DO $$
+DECLARE
+    day date;
+BEGIN
+    FOR day IN SELECT current_date + n FROM generate_series(-15, 30) AS n LOOP
+        EXECUTE format('CREATE TABLE %I PARTITION OF finished FOR VALUES FROM (%L) TO (%L)',
+                       'finished_' || day, day, day + 1);
+    END LOOP;
+END
+$$
+"""
+
+
+def plain_rewrite(engine: Engine) -> tuple[int, float]:
+    """To the same end state without partitions: the rows, then key, indexes and foreign key."""
+    with _autocommit(engine) as conn:
+        started = time.monotonic()
+        for statement in _REWRITE:
+            conn.exec_driver_sql(statement)
+        seconds = time.monotonic() - started
+        return _count(conn, "rewritten"), seconds
+
+
+def one_insert(engine: Engine) -> tuple[int, float]:
+    """Everything in one statement into the finished table."""
+
+    def fill(conn: Connection) -> None:
+        conn.exec_driver_sql(f"INSERT INTO finished SELECT * FROM webhook_log WHERE {_WINDOW}")
+
+    return _into_finished(engine, fill)
+
+
+def pgslice(engine: Engine) -> tuple[int, float]:
+    """Batches of 10,000 ids, as pgslice fills its partitions."""
+
+    def fill(conn: Connection) -> None:
+        after, last = conn.exec_driver_sql(
+            f"SELECT min(id) - 1, max(id) FROM webhook_log WHERE {_WINDOW}"
+        ).one()
+        while after < last:
+            conn.exec_driver_sql(
+                "INSERT INTO finished SELECT * FROM webhook_log"
+                f" WHERE id > {after} AND id <= {after + _PGSLICE_BATCH} AND {_WINDOW}"
+            )
+            after += _PGSLICE_BATCH
+
+    return _into_finished(engine, fill)
+
+
+def limit_offset(engine: Engine) -> tuple[int, float]:
+    """Batches of 1,000 with LIMIT and OFFSET; no more than the first of them, for it gets ever slower."""
+
+    def fill(conn: Connection) -> None:
+        for offset in range(0, _OFFSET_ROWS, _OFFSET_BATCH):
+            conn.exec_driver_sql(
+                f"INSERT INTO finished SELECT * FROM webhook_log WHERE {_WINDOW}"
+                f" ORDER BY id LIMIT {_OFFSET_BATCH} OFFSET {offset}"
+            )
+
+    return _into_finished(engine, fill)
+
+
+def our_copy(workers: int = 2, *, content: bool = True) -> Work:
+    """The whole migration; what counts is its step 4, from counting the rows to the last partition."""
+
+    def way(engine: Engine) -> tuple[int, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.json"
+            options = Options(workers=workers, content=content, report=report)
+            migrate(engine, options, Operator(Output(Console(file=io.StringIO()))), lambda found: None)
+            found = json.loads(report.read_text("utf-8"))
+        return found["rows_copied"], found["steps"][3]["seconds"]
+
+    return way
+
+
+def _into_finished(engine: Engine, fill: Callable[[Connection], None]) -> tuple[int, float]:
+    with _autocommit(engine) as conn:
+        conn.exec_driver_sql(_FINISHED)
+        started = time.monotonic()
+        fill(conn)
+        seconds = time.monotonic() - started
+        return _count(conn, "finished"), seconds
+
+
+@contextmanager
+def _autocommit(engine: Engine) -> Iterator[Connection]:
+    with engine.connect() as conn:
+        yield conn.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
+
+
+def _count(conn: Connection, table: str) -> int:
+    return int(conn.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one())
+
+
+def delete_day(engine: Engine, age: int) -> tuple[int, float]:
+    """DELETE, in batches, what was logged ``age`` days ago."""
+    rows = 0
+    with _autocommit(engine) as conn:
+        conn.exec_driver_sql("SET TIME ZONE 'UTC'")
+        started = time.monotonic()
+        while True:
+            batch = conn.exec_driver_sql(
+                "DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log"
+                f' WHERE "timestamp" >= current_date - {age} AND "timestamp" < current_date - {age - 1}'
+                f" LIMIT {DELETE_BATCH})"
+            ).rowcount
+            if not batch:
+                return rows, time.monotonic() - started
+            rows += batch
+
+
+def drop_day(engine: Engine, age: int) -> tuple[int, float]:
+    """Drop the partition of ``age`` days ago, which is the oldest."""
+    with _autocommit(engine) as conn:
+        conn.exec_driver_sql("SET TIME ZONE 'UTC'")
+        leaf = conn.exec_driver_sql(
+            f"""SELECT 'webhook_log_y' || to_char(current_date - {age}, 'YYYY"m"MM"d"DD')"""
+        ).scalar_one()
+        rows = _count(conn, leaf)
+        started = time.monotonic()
+        dropped = conn.exec_driver_sql(f"SELECT drop_old_webhook_log_partitions({age - 1})").scalars().all()
+        seconds = time.monotonic() - started
+        if dropped != [leaf]:
+            raise RuntimeError(f"dropped {dropped}, not {leaf}")
+        return rows, seconds

@@ -1,0 +1,203 @@
+"""How fast the copy goes: the limit of rows, shrinking batches, and replicas that fall behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
+
+from chronos.demo.embedded import EmbeddedPostgres
+from chronos.demo.rows import create_webhook_log
+from chronos.migration.operator import StopRequestedError
+from chronos.migration.pace import Lag, Pacer
+from tests.command import chronos, started
+from tests.conftest import OwnPostgres
+from tests.tables import query, value
+
+ROWS = 3_000
+
+
+class Time:
+    """A clock that moves only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+
+
+def copy(
+    pacer: Pacer,
+    time: Time,
+    *,
+    batches: int,
+    seconds: float = 0.0,
+    rows: int | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """The sizes of so many batches, each of which lasts ``seconds``."""
+    sizes = []
+    for _ in range(batches):
+        size = pacer.begin(check_stop)
+        time.now += seconds
+        pacer.end(size, size if rows is None else rows, seconds)
+        sizes.append(size)
+    return sizes
+
+
+def test_without_limits_nobody_waits() -> None:
+    time = Time()
+    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+
+    assert copy(pacer, time, batches=50) == [1_000] * 50
+    assert time.now == 1_000.0
+
+
+@pytest.mark.parametrize(("batch_size", "rate"), [(1_000, 5_000), (1_000, 300), (7, 10), (1_000, 1)])
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_the_rate_is_kept(batch_size: int, rate: int, seconds: float) -> None:
+    time = Time()
+    pacer = Pacer(batch_size, rate_limit=rate, clock=time.clock, sleep=time.sleep)
+
+    began = time.now
+    rows = sum(copy(pacer, time, batches=200, seconds=min(seconds, batch_size / rate / 2)))
+
+    # The first batch need not wait, so there is one less to wait for.
+    assert rows / rate * 0.98 <= time.now - began + min(batch_size, rate) / rate <= rows / rate * 1.02
+
+
+def test_what_a_batch_had_less_or_more_than_allowed_counts() -> None:
+    time = Time()
+    pacer = Pacer(1_000, rate_limit=1_000, clock=time.clock, sleep=time.sleep)
+
+    copy(pacer, time, batches=10, rows=100)
+    assert time.now == pytest.approx(1_000.9)
+    copy(pacer, time, batches=1, rows=5_000)
+    copy(pacer, time, batches=1)
+    assert time.now == pytest.approx(1_006.0)
+
+
+def test_time_that_was_not_used_is_not_made_up_for() -> None:
+    time = Time()
+    pacer = Pacer(100, rate_limit=100, clock=time.clock, sleep=time.sleep)
+    copy(pacer, time, batches=1)
+    time.now += 3_600
+
+    began = time.now
+    copy(pacer, time, batches=11)
+    assert time.now - began == pytest.approx(10.0)
+
+
+def test_batches_shrink_while_the_database_is_slow_and_grow_again() -> None:
+    time = Time()
+    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+
+    assert copy(pacer, time, batches=7, seconds=1.5) == [1_000, 500, 250, 125, 62, 50, 50]
+    assert copy(pacer, time, batches=2, seconds=0.5) == [50, 50]
+    assert copy(pacer, time, batches=7, seconds=0.1) == [50, 100, 200, 400, 800, 1_000, 1_000]
+    assert copy(Pacer(10), time, batches=3, seconds=2) == [10, 10, 10]
+
+
+def test_a_replica_that_lags_is_waited_for() -> None:
+    time = Time()
+    lags = iter([Lag("a", 1), Lag("a", 9), Lag("b", 12), Lag("b", 5), None, None])
+    pauses: list[str | None] = []
+    pacer = Pacer(
+        10, max_lag=5, lag=lambda: next(lags), on_pause=pauses.append, clock=time.clock, sleep=time.sleep
+    )
+
+    copy(pacer, time, batches=2)
+    assert (time.now, pauses) == (1_000.0, [])
+    time.now += 1
+    copy(pacer, time, batches=1)
+    assert pauses == ["replica a lags 9 s (at most 5 s)", "replica b lags 12 s (at most 5 s)", None]
+    assert time.now == 1_003.0
+
+
+@pytest.mark.parametrize("limits", [{"rate_limit": 1.0}, {"max_lag": 1.0, "lag": lambda: Lag("a", 60)}])
+def test_a_pause_ends_when_asked_to_stop(limits: dict[str, object]) -> None:
+    time = Time()
+    pacer = Pacer(10, clock=time.clock, sleep=time.sleep, **limits)  # type: ignore[arg-type]
+
+    def stop_later() -> None:
+        if time.now >= 1_000.5:
+            raise StopRequestedError
+
+    with pytest.raises(StopRequestedError):
+        copy(pacer, time, batches=2, check_stop=stop_later)
+    assert time.now < 1_001
+
+
+def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
+    create_webhook_log(create_engine(database, poolclass=NullPool), ROWS)
+    report = tmp_path / "report.json"
+
+    result = chronos(database, "migrate", "--yes", "--rate-limit", "700", "--report", str(report))
+
+    assert result.returncode == 0, result.stderr
+    found = json.loads(report.read_text())
+    assert found["steps"][3]["seconds"] > (found["rows_copied"] - 700) / 700
+
+
+class Standby(EmbeddedPostgres):
+    """A server that follows another one."""
+
+    def __init__(self, primary: EmbeddedPostgres) -> None:
+        super().__init__()
+        self._primary = make_url(primary.url)
+        self._password = str(self._primary.password)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        shutil.rmtree(self.data_dir)
+        source = self._primary.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._run(
+            *(self._bin / "pg_basebackup", "--pgdata", self.data_dir, "--write-recovery-conf"),
+            *("--checkpoint", "fast", "--no-sync", "--dbname", source),
+        )
+
+
+def test_the_command_waits_for_a_standby(own_postgres: OwnPostgres) -> None:
+    server = own_postgres()
+    create_webhook_log(create_engine(server.url, poolclass=NullPool), ROWS)
+    options = ("--rate-limit", "500", "--max-replica-lag", "2")
+
+    with Standby(server) as standby:
+        query(standby.url, "SELECT pg_wal_replay_pause()")
+        with started(server.url, "migrate", "--yes", *options) as migration:
+            assert migration.stdout is not None
+            lines = iter(migration.stdout.readline, "")
+            assert any(line.startswith("  paused: replica walreceiver lags") for line in lines)
+            query(standby.url, "SELECT pg_wal_replay_resume()")
+            assert any(line == "  going on\n" for line in lines)
+            rest, errors = migration.communicate(timeout=60)
+        assert migration.returncode == 0, errors
+        assert "  paused" not in rest
+
+
+def test_replicas_that_the_role_may_not_see(own_postgres: OwnPostgres) -> None:
+    server = own_postgres()
+    create_webhook_log(create_engine(server.url, poolclass=NullPool), 10)
+    query(
+        server.url,
+        "CREATE ROLE plain LOGIN PASSWORD 'secret'; GRANT CREATE ON SCHEMA public TO plain;"
+        " ALTER TABLE webhook_log OWNER TO plain; ALTER TABLE webhook_endpoint OWNER TO plain",
+    )
+    url = make_url(server.url).set(username="plain", password="secret").render_as_string(hide_password=False)
+
+    with Standby(server):
+        refused = chronos(url, "migrate", "--yes", "--max-replica-lag", "5")
+        assert refused.returncode == 2
+        assert "GRANT pg_read_all_stats" in refused.stderr
+    assert not value(server.url, "SELECT to_regclass('webhook_log_migration') IS NOT NULL")
