@@ -53,7 +53,7 @@ def kill_when_built(url: str) -> None:
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> None:
-    """Beyond the fence, below it by an explicit id, changed and deleted ones: as the application left them."""
+    """Beyond the fence, below it by an explicit id, changed and deleted ones: as they were left."""
     fill(database, key_type)
     before = relations(database), shape(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:

@@ -1,0 +1,707 @@
+"""The guide is true: its SQL and its commands are run in order, its messages held against the code.
+
+A `text` block is what the block before it printed, or, where nothing was run, a message that an operator
+can meet. Dates, numbers and sizes may differ, `...` stands for anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import psycopg2
+import pytest
+import redis
+from pydantic import SecretStr
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.pool import NullPool
+from sqlmodel import Session
+
+from chronos.cli import cli
+from chronos.db import Patience, ShortTransactions, connect_engine, execute, opened, statement
+from chronos.demo.embedded import create_database
+from chronos.demo.rows import create_webhook_log
+from chronos.errors import LockUnavailableError
+from chronos.jobs import JOBS, Message, attempt
+from chronos.settings import Settings, get_settings
+from chronos.sql_models import WebhookLog
+from tests.command import started
+from tests.tables import exists, holding, query, value, waiting_pid
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "PARTITION_MIGRATION_GUIDE.md"
+README = ROOT / "README.md"
+DOCUMENTS = [GUIDE, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+ROWS = 1_200
+
+# Lines of a bash block that no test can run, and why. Everything else is run.
+NOT_RUN = {
+    "source .venv/bin/activate": "the tests run in the environment that it makes",
+    "git pull origin master": "it needs the operator's repository",
+    "git revert your-commit-hash": "it needs the operator's repository",
+    "pip install -r requirements.txt": "it goes to the package index",
+    "make restart-server": "it runs the operator's own command",
+    "make restart-worker": "it runs the operator's own command",
+    "tail -n 100 /var/log/chronos/worker.log | grep partition": "it reads the operator's log file",
+}
+
+# What an operator has before the first section, and the sections that are gone through from there, in order.
+WALKS: list[tuple[str, list[str]]] = [
+    (
+        "plain",
+        [
+            "Before you begin",
+            "1. Make a dry run",
+            "2. Rehearse it on staging",
+            "3. Back up",
+            "5. Last look",
+        ],
+    ),
+    (
+        "plain",
+        [
+            "Step 2: Deploy the code",
+            "Step 3: Run the migration",
+            "Step 4: Watch it",
+            "Step 5: Verify",
+            "Step 6: Watch for 24 hours",
+            "Step 7: Clean up (after 7 days or more)",
+        ],
+    ),
+    ("migrated", ["Cleaning up by hand"]),
+    ("half done", ["It was stopped or cut off"]),
+    ("migrated", ["With the command"]),
+    ("migrated", ["By hand"]),
+    ("migrated", ["By hand, with the rows inserted since", "Afterwards"]),
+    ("migrated", ["The code"]),
+    (
+        "migrated",
+        [
+            "Troubleshooting",
+            "While it runs",
+            "The nightly jobs",
+            "Errors of the application",
+            "Monitoring",
+            "Partitions: how many, oldest, newest",
+            "Sizes",
+            "Rows per day",
+            "Bounds of each partition",
+            "Locks on the table and its partitions",
+            "Does a query read one partition or all?",
+            "The jobs",
+            "How do I create or drop partitions by hand?",
+        ],
+    ),
+    ("foreign old table", ["Refused before anything was changed (exit code 2)"]),
+]
+
+# Before each of these the application writes a row; after it this must hold, and the next row find its id.
+SINCE_THE_SWAP = "INSERT INTO webhook_log (status, timestamp) VALUES ('since the swap', now()) RETURNING id"
+_CAME_ALONG = "SELECT count(*) = 1 FROM webhook_log WHERE status = 'since the swap'"
+_GONE = "SELECT to_regclass('webhook_log_old') IS NULL"
+PROMISES = {
+    "Step 7: Clean up (after 7 days or more)": (_CAME_ALONG, _GONE),
+    "Cleaning up by hand": (_CAME_ALONG, _GONE),
+    "With the command": (_CAME_ALONG, _GONE),
+    "By hand": ("SELECT count(*) = 0 FROM webhook_log WHERE status = 'since the swap'", _GONE),
+    "By hand, with the rows inserted since": (_CAME_ALONG, _GONE),
+}
+
+
+# The guide as data
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ``language`` is what stands behind the fence, ``line`` where it begins."""
+
+    section: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks_of(document: Path) -> list[Block]:
+    """Every fenced block, under the nearest heading above it."""
+    found: list[Block] = []
+    section = language = ""
+    start, text = 0, [""]
+    inside = False
+    for number, line in enumerate(document.read_text("utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            if inside:
+                found.append(Block(section, language, "\n".join(text), start))
+            else:
+                language, start, text = line[3:], number, []
+            inside = not inside
+        elif inside:
+            text.append(line)
+        elif heading := re.match(r"#+ (.+)", line):
+            section = heading[1]
+    assert not inside
+    return found
+
+
+def sections() -> dict[str, list[Block]]:
+    """The blocks of the guide by section, in order."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks_of(GUIDE):
+        found.setdefault(block.section, []).append(block)
+    return found
+
+
+def test_every_block_belongs_to_a_walk() -> None:
+    """A new section with something to run, or a block in a language that nobody runs, has to be placed."""
+    walked = [section for _, names in WALKS for section in names]
+    assert len(walked) == len(set(walked))
+    for block in blocks_of(GUIDE):
+        assert block.language in ("bash", "sql", "text"), f"line {block.line}: {block.language!r}"
+        if block.language != "text":
+            assert block.section in walked, f"line {block.line}: {block.section!r} is in no walk"
+    assert set(walked) <= set(sections())
+    lines = {line.strip() for block in blocks_of(GUIDE) for line in block.text.splitlines()}
+    assert set(NOT_RUN) <= lines, "a reason for a line that is not there any more"
+
+
+# What it is run on
+
+
+@pytest.fixture(scope="module")
+def complaints() -> list[str]:
+    """What the migration that is stopped half-way says on stderr."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def databases(
+    postgres: str, complaints: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], str]]:
+    """A factory of databases in one of the states that the guide speaks of; copies of a few."""
+    made: list[str] = []
+
+    def copy_of(template: str | None) -> str:
+        database = f"chronos_guide_{os.getpid()}_{len(made)}"
+        create_database(postgres, database, template)
+        made.append(database)
+        return make_url(postgres).set(database=database).render_as_string(hide_password=False)
+
+    @cache
+    def template(state: str) -> str:
+        url = copy_of(None if state == "plain" else make_url(template("plain")).database)
+        if state == "plain":
+            create_webhook_log(create_engine(url, poolclass=NullPool), ROWS)
+        elif state == "migrated":
+            here = tmp_path_factory.mktemp("guide")
+            code, shown = run_module(["chronos", "migrate", "--yes"], {"DATABASE_URL": url}, here)
+            assert code == 0, shown
+        elif state == "half done":
+            complaints.append(stop_half_way(url))
+        else:
+            query(url, "CREATE TABLE webhook_log_old ()")
+        return url
+
+    try:
+        yield lambda state: copy_of(make_url(template(state)).database)
+    finally:
+        server = create_engine(postgres, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with server.connect() as conn:
+            for database in made:
+                conn.exec_driver_sql(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
+
+
+def stop_half_way(url: str) -> str:
+    """Start a migration, press Ctrl-C while it copies, and return what it complained of."""
+    with contextlib.ExitStack() as lock:
+        with holding(url, "SELECT FROM webhook_log LIMIT 1"):
+            process = lock.enter_context(started(url, "migrate", "--yes", "--batch-size", "5"))
+            wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
+            day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
+            leaf = f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
+            unlock = lock.enter_context(contextlib.ExitStack())
+            unlock.enter_context(holding(url, f"LOCK TABLE {leaf} IN ACCESS EXCLUSIVE MODE"))
+        waiting_pid(url, leaf)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        complaints = process.stderr.readline()
+        unlock.close()
+        complaints += process.stderr.read()
+        assert process.wait(60) == 3, complaints
+        return complaints
+
+
+@dataclass
+class Shell:
+    """The operator's terminal: runs a block and returns what it showed."""
+
+    env: dict[str, str]
+    here: Path
+    placeholders: dict[str, str]
+    background: contextlib.ExitStack
+    worker: subprocess.Popen[bytes] | None = field(default=None)
+
+    def run(self, block: Block) -> str | None:
+        """What the block printed; None when no line of it was run. Raises when a command fails."""
+        if block.language == "sql":
+            return self.sql(block.text)
+        shown = [self.line(line) for line in block.text.splitlines() if line.strip() not in NOT_RUN]
+        return "\n".join(shown) if shown else None
+
+    def sql(self, text: str) -> str:
+        psql = ["psql", "-X", "-v", "ON_ERROR_STOP=1", self.env["DATABASE_URL"]]
+        return self.process(psql, input=text)
+
+    def line(self, line: str) -> str:
+        words = shlex.split(line)
+        if words[0] == "export":
+            variable, _, text = words[1].partition("=")
+            self.env[variable] = self.placeholders[variable] if "your-" in text else text
+            return ""
+        if words[0] == "unset":
+            del self.env[words[1]]
+            return ""
+        if words[:2] == ["python", "-m"]:
+            return self.module(words[2:])
+        if words[0] == "celery":
+            return self.job(words)
+        if words[0] == "redis-cli":
+            return self.redis(words[words.index("your-redis-host") + 1 :])
+        return self.process(["bash", "-c", line])
+
+    def process(self, command: list[str], **more: Any) -> str:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command, env=self.env, cwd=self.here, capture_output=True, text=True, check=False, **more
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def module(self, words: list[str]) -> str:
+        into = self.here / words[words.index(">") + 1] if ">" in words else None
+        words = words[: words.index(">")] if into else words
+        code, shown = run_module(words, self.env, self.here)
+        accepted = {0, 1} if "status" in words else {0}
+        assert code in accepted, f"{words}: {code}: {shown}"
+        if into:
+            into.write_text(shown)
+            return ""
+        return shown
+
+    def job(self, words: list[str]) -> str:
+        """Call a job as the guide says; a worker does it."""
+        celery = [sys.executable, "-W", "ignore", "-m", "celery"]
+        if self.worker is None:
+            self.worker = subprocess.Popen(
+                [*celery, "-A", "chronos.worker", "worker", "--pool=solo", "--without-mingle"],
+                env=self.env,
+                cwd=self.here,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self.background.callback(self.worker.wait)
+            self.background.callback(self.worker.terminate)
+        shown = self.process([*celery, *words[1:]])
+        with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
+            wait_until(lambda: client.exists(f"{words[-1]}:last"), 60, f"{words[-1]} has run")
+            wait_until(lambda: not client.exists(words[-1]), 60, f"{words[-1]} has given its lock back")
+        return shown
+
+    def redis(self, words: list[str]) -> str:
+        """As redis-cli prints it on a terminal; the tests have no redis-cli."""
+        with redis.Redis.from_url(self.env["REDIS_URL"], decode_responses=True) as client:
+            answer = client.execute_command(*[word for word in words if word != "--raw"])
+        return "(nil)" if answer is None else f"{answer}"
+
+
+class Answers(io.StringIO):
+    """A person who types the word that is asked for, and the newline that the terminal shows for it."""
+
+    def __init__(self, screen: io.StringIO) -> None:
+        super().__init__()
+        self.screen = screen
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        asked = re.findall(r"Type (\w+) to go on: $", self.screen.getvalue())
+        self.screen.write("\n")
+        return f"{asked[0]}\n"
+
+
+def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, str]:
+    """``python -m WORDS`` in this process, which spares its start: exit code, and what it printed."""
+    screen = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
+        for variable in [
+            name for name in os.environ if name.upper() in map(str.upper, Settings.model_fields)
+        ]:
+            patch.delenv(variable)
+        for variable, text in env.items():
+            patch.setenv(variable, text)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "stdin", Answers(screen))
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", screen)
+        get_settings.cache_clear()
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return int(end.code or 0), screen.getvalue()
+        finally:
+            get_settings.cache_clear()
+    return 0, screen.getvalue()
+
+
+@pytest.fixture
+def shell(redis_url: str, pg_bin: Path, tmp_path: Path) -> Iterator[Shell]:
+    (tmp_path / "chronos").symlink_to(ROOT / "chronos")
+    keys = [key for job in JOBS for key in (job.name, job.last_key)]
+    with redis.Redis.from_url(redis_url) as client, contextlib.ExitStack() as background:
+        client.delete(*keys)
+        env = {
+            **os.environ,
+            "REDIS_URL": redis_url,
+            "COLUMNS": "80",
+            "PYTHONUTF8": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        env["PATH"] = f"{pg_bin}:{env['PATH']}"
+        del env["TEST_DATABASE_URL"]
+        yield Shell(env, tmp_path, {"REDIS_URL": redis_url}, background)
+        background.close()
+        client.delete(*keys)
+
+
+def as_for_psql(url: str) -> str:
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+# What was printed, and what the guide says
+
+_DIFFERS = [
+    (r"Host: .*", "Host"),
+    (r"next drop .*", "next drop"),
+    (r"database    .*", "database"),
+    (r"y\d{4}m\d\dd\d\d", "DAY"),
+    (r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?)?(\+\d\d(:\d\d)?)?", "TIME"),
+    (r"\d[\d,]*(\.\d+)?", "N"),
+    (r"N (bytes|B|kB|MB|GB|TB)\b", "SIZE"),
+    (r"about N (s|min|h)\b", "about N s"),
+    (r"-{3,}(\+-+)*", "---"),
+    (r"\s+", " "),
+]
+
+
+def normal(line: str) -> str:
+    """The line without what differs from run to run."""
+    for pattern, replacement in _DIFFERS:
+        line = re.sub(pattern, replacement, line)
+    return line.strip()
+
+
+def normal_lines(text: str) -> list[str]:
+    """The lines that are not empty; in the comments of a plan, where a line breaks depends on its numbers."""
+    return [line for line in map(normal, re.sub(r"\n--    +", " ", text).splitlines()) if line]
+
+
+def pattern_of(expected: str) -> re.Pattern[str]:
+    """The lines of ``expected`` one after another; a line that is but `...` stands for any number of them."""
+    lines = [
+        "(?:.*\\n)*?" if line.strip() == "..." else ".*".join(map(re.escape, line.split("..."))) + "\\n"
+        for line in normal_lines(expected)
+    ]
+    return re.compile("^" + "".join(lines), re.MULTILINE)
+
+
+def assert_shown(expected: str, shown: str, where: str) -> None:
+    """What the guide shows is what was printed."""
+    found = pattern_of(expected).search("".join(f"{line}\n" for line in normal_lines(shown)))
+    assert found, f"{where} is not what is printed here, which is:\n{shown[-6000:]}"
+
+
+@pytest.mark.parametrize(("state", "names"), WALKS, ids=[names[0] for _, names in WALKS])
+def test_the_guide_can_be_followed(
+    shell: Shell, databases: Callable[[str], str], state: str, names: list[str]
+) -> None:
+    url = as_for_psql(databases(state))
+    shell.env["DATABASE_URL"] = url
+    shell.placeholders["DATABASE_URL"] = url
+    if "2. Rehearse it on staging" in names:
+        shell.placeholders["TEST_DATABASE_URL"] = as_for_psql(databases("plain"))
+    shown: str | None = None
+    for section in names:
+        written = value(url, SINCE_THE_SWAP) if section in PROMISES else 0
+        for block in sections()[section]:
+            where = f"{GUIDE.name}, line {block.line}"
+            if block.language != "text":
+                shown = shell.run(block)
+            elif shown is not None and not is_message(block):
+                assert_shown(block.text, shown, where)
+        for promise in PROMISES.get(section, ()):
+            assert value(url, promise), f"{section}: {promise}"
+        if written:
+            assert value(url, SINCE_THE_SWAP) > written
+
+
+# Messages
+
+
+MESSAGES = ("It failed: automatic rollback", "Step 2: Deploy the code", "Errors of the application")
+
+
+def is_message(block: Block) -> bool:
+    """Whether it is a text that an operator may meet, and not what the block before has just printed."""
+    troubles = [section for section in sections() if section in MESSAGES]
+    troubles += ["Refused before anything was changed (exit code 2)", "While it runs", "The nightly jobs"]
+    return block.section in troubles
+
+
+def messages() -> list[str]:
+    return [
+        line
+        for block in blocks_of(GUIDE)
+        if block.language == "text" and is_message(block)
+        for line in block.text.splitlines()
+    ]
+
+
+A_FAILURE = (
+    "CREATE FUNCTION sound(bigint) RETURNS boolean LANGUAGE plpgsql AS"
+    " 'BEGIN RETURN $1 <> (SELECT min(id) + 700 FROM public.broken); END';"
+    " CREATE TABLE broken (id bigint);"
+    " ALTER TABLE webhook_log ADD CONSTRAINT sound CHECK (sound(id) IS NOT false);"
+    " INSERT INTO broken VALUES (1)"
+)
+
+# Messages that are made to appear: the state, what is done to it, and the command or the SQL that complains.
+PROVOKED: dict[str, tuple[str, str, str]] = {
+    "Error: step 4 (Migrating": ("plain", A_FAILURE, "chronos migrate --yes"),
+    "Error: MIGRATE was not typed": ("plain", "SELECT 1", "chronos migrate"),
+    "Table webhook_log_old already exists": ("foreign old table", "SELECT 1", "chronos migrate --yes"),
+    "a migration begun at": ("half done", "SELECT 1", "chronos migrate --yes"),
+    "webhook_log is migrated already": ("migrated", "SELECT 1", "chronos migrate --yes"),
+    "no index begins with timestamp": (
+        "plain", "DROP INDEX ix_webhook_log_timestamp", "chronos migrate --yes"),
+    "table ... has a foreign key": (
+        "plain", "CREATE TABLE retry (log bigint REFERENCES webhook_log)", "chronos migrate --yes"),
+    "the unique index": (
+        "plain", "CREATE UNIQUE INDEX ON webhook_log (id, status)", "chronos migrate --yes"),
+    "materialized view": (
+        "plain", "CREATE MATERIALIZED VIEW report AS SELECT id FROM webhook_log", "chronos migrate --yes"),
+    "the timestamp of ... is infinite": (
+        "plain", "UPDATE webhook_log SET timestamp = 'infinity' WHERE id = 1", "chronos migrate --yes"),
+    "the timestamp of ... is NULL": (
+        "plain", "ALTER TABLE webhook_log ALTER timestamp DROP NOT NULL;"
+        " UPDATE webhook_log SET timestamp = NULL WHERE id = 1", "chronos migrate --yes"),
+    "the timestamp of ... lies beyond": (
+        "plain", "UPDATE webhook_log SET timestamp = now() + interval '1 year' WHERE id = 1",
+        "chronos migrate --yes"),
+    "... rows of webhook_log_old within retention": (
+        "migrated", "DELETE FROM webhook_log_migration_changes;"
+        " DELETE FROM webhook_log WHERE timestamp < now() - interval '1 day';"
+        " DELETE FROM webhook_log_migration_changes", "chronos finalize --yes"),
+    "no partition of relation": (
+        "migrated", "SELECT 1",
+        "INSERT INTO webhook_log (status, timestamp) VALUES ('x', now() + interval '40 days')"),
+    "there is no unique or exclusion constraint": (
+        "migrated", "SELECT 1",
+        "INSERT INTO webhook_log (id, status, timestamp) VALUES (1, 'x', now()) ON CONFLICT (id) DO NOTHING"),
+    "function create_future_webhook_log_partitions(integer)": (
+        "plain", "SELECT 1", "SELECT create_future_webhook_log_partitions(30)"),
+    "webhook_log is not a partitioned table": (
+        "migrated", "DROP TABLE webhook_log; ALTER TABLE webhook_log_old RENAME TO webhook_log",
+        "SELECT create_future_webhook_log_partitions(30)"),
+}  # fmt: skip
+
+# Said by others: when the disk is full, and in a test of its own.
+NOT_OURS = {
+    "could not extend file ...: No space left on device": "PostgreSQL, src/backend/storage/smgr/md.c",
+    "Incorrect number of values in identifier to formulate primary key for session.get()": "SQLAlchemy",
+}
+
+
+@pytest.mark.parametrize("beginning", PROVOKED)
+def test_a_message_is_what_the_operator_reads(
+    databases: Callable[[str], str], tmp_path: Path, shell: Shell, beginning: str
+) -> None:
+    [message] = [line for line in messages() if line.startswith(beginning)]
+    state, change, command = PROVOKED[beginning]
+    url = databases(state)
+    query(url, change)
+    if command.startswith("chronos "):
+        env = {**shell.env, "DATABASE_URL": url}
+        patch_answer = "no\n" if "--yes" not in command else ""
+        code, shown = complain(command.split(), env, tmp_path, patch_answer)
+        assert code in (1, 2), shown
+    else:
+        with pytest.raises(psycopg2.Error) as complaint:
+            query(url, command)
+        shown = str(complaint.value)
+    assert re.search(".+".join(map(re.escape, message.split("..."))), shown), shown
+
+
+def complain(words: list[str], env: dict[str, str], here: Path, answer: str) -> tuple[int, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if answer:
+            patch.setattr(Answers, "readline", lambda self, size=-1: answer)
+        return run_module(words, env, here)
+
+
+WAITING = ("waiting for a lock on", "gave up waiting for a lock on")
+
+
+def test_whom_it_waits_for(databases: Callable[[str], str]) -> None:
+    url = databases("plain")
+    told: list[str] = []
+    short = ShortTransactions(Patience(1, attempts=2), lambda message, attempt: told.append(message))
+    lock = statement("LOCK TABLE public.webhook_log")
+    with (
+        holding(url, "LOCK TABLE webhook_log"),
+        opened(connect_engine(make_url(url))) as conn,
+        pytest.raises(LockUnavailableError) as given_up,
+    ):
+        short.run(conn, lambda conn: execute(conn, lock), tables=[("public", "webhook_log")])
+    for beginning, said in zip(WAITING, [*told, str(given_up.value)], strict=True):
+        [message] = [line for line in messages() if line.startswith(beginning)]
+        assert re.match(".+".join(map(re.escape, message.split("..."))), said)
+
+
+WITHOUT_A_DATABASE = {
+    "Error: DATABASE_URL is not set": "",
+    "Error: DATABASE_URL cannot be read": "your-host/chronos",
+}
+
+
+@pytest.mark.parametrize("beginning", WITHOUT_A_DATABASE)
+def test_a_database_that_cannot_be_found(shell: Shell, beginning: str) -> None:
+    [message] = [line for line in messages() if line.startswith(beginning)]
+    env = {**shell.env, "DATABASE_URL": WITHOUT_A_DATABASE[beginning]}
+    code, shown = run_module(["chronos", "migrate"], env, shell.here)
+    assert code == 2
+    assert message in shown
+
+
+def test_a_session_that_asks_for_the_id_alone(databases: Callable[[str], str]) -> None:
+    engine = create_engine(databases("migrated"), poolclass=NullPool)
+    [message] = [line for line in messages() if NOT_OURS.get(line) == "SQLAlchemy"]
+    with Session(engine) as session, pytest.raises(InvalidRequestError, match=re.escape(message)):
+        session.get(WebhookLog, 1)
+
+
+def test_ctrl_c_says_how_to_go_on(databases: Callable[[str], str], complaints: list[str]) -> None:
+    [block, *_] = sections()["It was stopped or cut off"]
+    databases("half done")
+    assert_shown(block.text, complaints[0], "after Ctrl-C")
+
+
+def test_a_job_before_the_migration_says_why_it_does_nothing(
+    databases: Callable[[str], str], shell: Shell, caplog: pytest.LogCaptureFixture
+) -> None:
+    [block] = [block for block in sections()["Step 2: Deploy the code"] if block.language == "text"]
+    settings = Settings(
+        database_url=SecretStr(databases("plain")), redis_url=SecretStr(shell.env["REDIS_URL"])
+    )
+    assert attempt(JOBS[0], settings, Message("by hand"), 1.0)["status"] == "skipped"
+    assert caplog.messages == [block.text]
+
+
+def test_no_message_without_a_source() -> None:
+    """Whatever is not provoked above stands, word for word, in the code."""
+    said = re.sub(r"'\s*\n\s*'", "", "\n".join(templates()))  # SQL's way to go on in the next line
+    provoked = tuple(PROVOKED)
+    for message in messages():
+        elsewhere = (f"{JOBS[0].name} skipped", *WITHOUT_A_DATABASE, *WAITING)
+        if message.startswith((*provoked, *elsewhere)) or message in NOT_OURS:
+            continue
+        text = re.sub(r"^Error: ", "", message)
+        for part in filter(None, (part.strip(" :;,.()") for part in text.split("..."))):
+            assert part in said, f"{part!r} of {message!r} is in no message of the code"
+
+
+def templates() -> Iterator[str]:
+    """Every string of the code, names of constants filled in, `\\0` for what only a run can tell."""
+    for file in sorted((ROOT / "chronos").rglob("*.py")):
+        module = (
+            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+            if file.name != "__main__.py"
+            and "scripts" not in file.parts
+            and file.name not in ("keeper.py", "worker.py")
+            else None
+        )
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%\d?\$?[sIL]", "\0", node.value)
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(_part(part, module) for part in node.values)
+    for script in sorted((ROOT / "chronos" / "sql").glob("*.sql")):
+        yield script.read_text("utf-8")
+
+
+def _part(part: ast.expr, module: object) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    assert isinstance(part, ast.FormattedValue)
+    known = getattr(module, part.value.id, None) if isinstance(part.value, ast.Name) else None
+    return known if isinstance(known, str) else "\0"
+
+
+# What is mentioned exists
+
+
+def text_of(document: Path) -> str:
+    return document.read_text("utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_mentioned_exists(document: Path) -> None:
+    text = text_of(document)
+    ours = {option for command in cli.commands.values() for p in command.params for option in p.opts}
+    assert isinstance(cli, click.Group)
+    for line in re.findall(r"python -m chronos[\w.]*([^`\n]*)", text):
+        words = line.split("#")[0].split()
+        assert set(re.findall(r"--[a-z-]+", line.split("#")[0])) <= ours, line
+        if words and words[0].isalpha():
+            assert words[0] in cli.commands, line
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, target
+    for path in re.findall(r"`((?:chronos|tests|docs|bench)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    known = text_of(ROOT / ".env.example") + "LOGFIRE_TOKEN OTEL_EXPORTER_OTLP_ENDPOINT REDISCLI_AUTH PG_BIN"
+    known += " REDIS_SERVER NO_COLOR ON_ERROR_STOP ROWS_PER_SECOND PARTITION_MIGRATION_GUIDE"
+    for variable in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", text):
+        assert variable in known, variable
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = text_of(document)
+    anchors = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (document.parent / target.split("#")[0]).exists(), target
+
+
+def test_each_option_of_migrate_is_explained() -> None:
+    text = text_of(GUIDE)
+    for param in cli.commands["migrate"].params:
+        assert f"`{param.opts[0]}" in text, param.opts[0]

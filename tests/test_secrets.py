@@ -1,0 +1,345 @@
+"""No password reaches anybody: not through output, logs, spans, reports or tracebacks, whatever goes wrong.
+
+The URLs of PostgreSQL and Redis have passwords, spans go to a collector of ours, and the traceback of each
+exception is printed where the program hides it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
+
+from chronos import cli
+from chronos.db import connect_engine
+from chronos.demo.embedded import EmbeddedRedis
+from chronos.demo.rows import create_webhook_log
+from chronos.jobs import CREATE
+from chronos.settings import postgres_url
+from tests.tables import exists, holding, query, value, waiting_pid
+from tests.test_guide import run_module
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[1]
+# With what must be percent-encoded in a URL: neither that nor the plain form may show.
+PASSWORD = "Tr0ub4dor&3/corn@se"
+ENCODED = "Tr0ub4dor%263%2Fcorn%40se"
+REDIS_PASSWORD = "c0rrect-h0rse"
+SECRETS = (PASSWORD, ENCODED, "Tr0ub4dor", "corn@se", REDIS_PASSWORD)
+# A command line that prints the whole of each exception before it makes a line of it.
+NOISY = """
+import runpy, sys
+from tests import test_secrets
+
+test_secrets.show_tracebacks()
+sys.argv = ["chronos", *sys.argv[1:]]
+runpy.run_module("chronos", run_name="__main__", alter_sys=True)
+"""
+
+
+def show_tracebacks() -> Callable[[], AbstractContextManager[None]]:
+    """Have the command line print them; returns what it had instead."""
+    hide = cli._errors_as_lines
+
+    @contextmanager
+    def show() -> Iterator[None]:
+        with hide():
+            try:
+                yield
+            except Exception:
+                traceback.print_exc()
+                raise
+
+    cli._errors_as_lines = show
+    return hide
+
+
+@pytest.fixture
+def tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_errors_as_lines", cli._errors_as_lines)
+    show_tracebacks()
+
+
+class Collector(ThreadingHTTPServer):
+    """An OpenTelemetry backend that keeps all that it is sent."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        super().__init__(("127.0.0.1", 0), _Keep)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Keep(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Collector)
+        self.server.received.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Be quiet."""
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def url(database: str) -> Iterator[str]:
+    """A small webhook_log, in the name of a role with a password."""
+    create_webhook_log(create_engine(database, poolclass=NullPool), 300)
+    role = f"chronos_secret_{os.getpid()}"
+    query(database, f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{PASSWORD}'")
+    parsed = make_url(database)
+    yield f"postgresql://{role}:{ENCODED}@{parsed.host}:{parsed.port}/{parsed.database}"
+    query(database, f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.fixture(scope="module")
+def guarded_redis() -> Iterator[str]:
+    """A Redis of our own whose password we choose."""
+    with EmbeddedRedis() as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("requirepass", REDIS_PASSWORD)
+        yield f"redis://:{REDIS_PASSWORD}@127.0.0.1:{server.port}/0"
+
+
+def environment(url: str, redis_url: str, collector: Collector | None = None) -> dict[str, str]:
+    env = {
+        **os.environ,
+        "DATABASE_URL": url,
+        "REDIS_URL": redis_url,
+        "PYTHONUTF8": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    if collector:
+        env["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
+    return env
+
+
+def run(env: Mapping[str, str], *arguments: str) -> tuple[int, str]:
+    """A verb in a process of its own: exit code, and all that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, *arguments],
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def assert_secret(*texts: str | bytes) -> None:
+    for text in texts:
+        found = [s for s in SECRETS if (s.encode() if isinstance(text, bytes) else s) in text]  # type: ignore[operator]
+        assert not found, f"{found} in {text!r}"
+
+
+def test_a_migration_there_and_back(
+    url: str, guarded_redis: str, collector: Collector, tmp_path: Path, tracebacks: None
+) -> None:
+    env = environment(url, guarded_redis)
+    report = tmp_path / "report.json"
+    shown = []
+
+    def here(code: int, *arguments: str) -> None:
+        result, text = run_module(["chronos", *arguments], env, tmp_path)
+        assert result == code, text
+        shown.append(text)
+
+    here(1, "status")
+    here(0, "migrate", "--dry-run")
+    code, text = run(environment(url, guarded_redis, collector), "migrate", "--yes", "--report", str(report))
+    assert code == 0, text
+    assert f"Host: {make_url(url).host} " in text
+    assert json.loads(report.read_text())["days"]
+    assert any(b"migration step" in body for body in collector.received)
+    here(0, "status", "--json")
+    here(2, "migrate", "--yes")
+    here(0, "rollback", "--yes")
+    assert "Traceback" in "".join(shown)
+    assert_secret(*shown, text, report.read_text(), *collector.received)
+
+
+def test_a_migration_that_fails(url: str, guarded_redis: str, collector: Collector) -> None:
+    query(url, "CREATE DOMAIN webhook_log_new AS text")
+    code, shown = run(environment(url, guarded_redis, collector), "migrate", "--yes")
+    assert code == 1
+    assert "rolled back" in shown
+    assert_secret(shown, *collector.received)
+
+
+@contextmanager
+def half_way(env: Mapping[str, str], url: str) -> Iterator[subprocess.Popen[str]]:
+    """A migration that waits in the middle of its copy, and the lock that it waits for."""
+    with subprocess.Popen(
+        [sys.executable, "-c", NOISY, "migrate", "--yes"],
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_a_backend_that_is_killed(url: str, guarded_redis: str, collector: Collector) -> None:
+    env = environment(url, guarded_redis, collector)
+    with holding(url, "SELECT FROM webhook_log LIMIT 1") as reader, half_way(env, url) as process:
+        wait_until(lambda: exists(url, "webhook_log_migration"), 60, "the new table is built")
+        day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
+        leaf = f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
+        with holding(url, f"LOCK TABLE {leaf} IN ACCESS EXCLUSIVE MODE"):
+            reader.rollback()
+            query(url, "SELECT pg_terminate_backend(%s)", waiting_pid(url, leaf))
+        shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" in shown
+    assert_secret(shown, *collector.received)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"password": "wrong-" + PASSWORD}, "authentication failed"),
+        ({"port": 1}, "refused"),
+        ({"host": "nowhere.invalid"}, "translate host name"),
+        ({"database": "no_such_database"}, "does not exist"),
+        ({"query": {"sslmode": "require"}}, "SSL"),
+        ({"query": {"sslmode": "nonsense"}}, "sslmode"),
+    ],
+)
+@pytest.mark.parametrize("arguments", ["migrate --yes", "migrate --dry-run", "rollback --yes", "status"])
+def test_a_connection_that_fails(
+    url: str,
+    guarded_redis: str,
+    tmp_path: Path,
+    tracebacks: None,
+    arguments: str,
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    wrong = make_url(url).set(**change).render_as_string(hide_password=False)
+    words = ["chronos", *arguments.split()]
+    code, shown = run_module(words, environment(wrong, guarded_redis), tmp_path)
+    assert code == 1, shown
+    assert said in shown
+    assert "Traceback" in shown
+    assert_secret(shown)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"postgresql://me:{ENCODED}@host:not-a-port/db",
+        f"mysql://me:{ENCODED}@host/db",
+        f"me:{ENCODED}@host",
+    ],
+)
+def test_a_url_that_cannot_be_read(guarded_redis: str, tmp_path: Path, tracebacks: None, text: str) -> None:
+    code, shown = run_module(["chronos", "migrate"], environment(text, guarded_redis), tmp_path)
+    assert code == 2
+    assert "Traceback" in shown
+    assert_secret(shown)
+
+
+def test_a_redis_that_refuses(url: str, guarded_redis: str, tmp_path: Path, tracebacks: None) -> None:
+    wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
+    code, shown = run_module(["chronos", "status"], environment(url, wrong), tmp_path)
+    assert code == 1
+    assert "what the nightly jobs did is unknown" in shown
+    assert_secret(shown)
+
+
+def test_the_parameters_of_the_url_reach_libpq(url: str) -> None:
+    wanted = {"application_name": "chronos", "sslmode": "prefer", "options": "-c work_mem=5MB"}
+    spelled = f"{url}?sslmode=prefer&options=-c%20work_mem%3D5MB"
+    with connect_engine(postgres_url(spelled)).connect() as conn:
+        assert conn.exec_driver_sql("SHOW work_mem").scalar() == "5MB"
+        driver: Any = conn.connection.dbapi_connection
+        found = driver.get_dsn_parameters()
+    assert {name: found[name] for name in wanted} == wanted
+
+
+# The worker
+
+
+@contextmanager
+def worker(env: Mapping[str, str], log: Path) -> Iterator[Callable[[str], bool]]:
+    """A worker under way; the function tells whether it has said something."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "chronos.worker", "worker", "--pool=solo"],
+            env=dict(env),
+            cwd=log.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield lambda text: text in log.read_text() or process.poll() is not None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_worker_whose_job_fails(url: str, guarded_redis: str, collector: Collector, tmp_path: Path) -> None:
+    wrong = make_url(url).set(password=f"wrong-{PASSWORD}").render_as_string(hide_password=False)
+    log = tmp_path / "log"
+    with worker(environment(wrong, guarded_redis, collector), log) as has_said:
+        with Celery(broker=guarded_redis) as client:
+            client.send_task(CREATE.name, queue="chronos", kwargs={"pauses": []})
+        wait_until(lambda: has_said("authentication failed"), 60, "the job has failed")
+        wait_until(lambda: any(CREATE.name.encode() in body for body in collector.received), 60, "spans")
+    said = log.read_text()
+    assert f"{CREATE.name} failed" in said
+    assert_secret(said, *collector.received)
+    with redis.Redis.from_url(guarded_redis) as client_of_redis:
+        report = client_of_redis.get(CREATE.last_key)
+        assert isinstance(report, bytes)
+        assert b"authentication failed" in report
+        assert_secret(report)
+
+
+def test_a_worker_that_redis_refuses(url: str, guarded_redis: str, tmp_path: Path) -> None:
+    wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
+    log = tmp_path / "log"
+    with worker(environment(url, wrong), log) as has_said:
+        wait_until(lambda: has_said("Cannot connect to redis"), 60, "the worker is refused")
+    assert_secret(log.read_text())
+
+
+def test_a_worker_with_a_url_that_cannot_be_read(url: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    wrong = f"redis://:{REDIS_PASSWORD}@127.0.0.1:not-a-port/0"
+    with worker(environment(url, wrong), log) as has_said:
+        wait_until(lambda: has_said("REDIS_URL cannot be read"), 60, "the worker gives up")
+    assert_secret(log.read_text())
