@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 # As many tests at a time as there are cores; each process has servers of its own.
 WORKERS ?= auto
-SOURCES := $(wildcard chronos tests bench)
+SOURCES := $(wildcard chronos tests bench docs)
 
 # The value of a variable in .env, without quotes. The file is not included: in a makefile a $ or a #
 # within a password would mean something else.

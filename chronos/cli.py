@@ -47,6 +47,13 @@ def _errors_as_lines() -> Iterator[None]:
             err=True,
         )
         sys.exit(ExitCode.FAILED)
+    except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
+        click.echo(
+            f"Error: unexpected {type(error).__name__}: {one_line(error)}."
+            " What state the tables are in: python -m chronos status",
+            err=True,
+        )
+        sys.exit(ExitCode.FAILED)
 
 
 @contextmanager
@@ -78,6 +85,8 @@ def _ask(word: str) -> None:
         answer = ""
     finally:
         signal.signal(signal.SIGINT, asking)
+    if not sys.stdin.isatty():
+        click.echo()  # what was typed was not shown, nor its end of line
     if answer.rstrip("\r\n") != word:
         raise RefusedError(f"{word} was not typed; nothing was changed")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -327,7 +328,7 @@ def blocked_after_the_swap(url: str, table: str) -> Iterator[Blocked]:
     """
     with ExitStack() as stack:
         with holding(url, "SELECT FROM webhook_log LIMIT 1"):
-            process = stack.enter_context(started(url, "migrate", "--yes"))
+            process = stack.enter_context(started(url, "migrate", "--yes", "--workers", "1"))
             wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
             if table == "leaf":
                 day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
@@ -371,6 +372,39 @@ def test_a_mismatch_names_the_day(database: str) -> None:
     assert migration.process.returncode == 1
     assert f"verification failed for {today}" in errors
     assert value(database, "SELECT status FROM webhook_log WHERE id = %s", changed) == "tampered"
+
+
+@pytest.mark.parametrize("then", ["go on", "stop and resume", "stop and roll back"])
+def test_what_the_application_does_to_todays_copied_rows_holds(database: str, then: str) -> None:
+    """Changed, moved and deleted while other days are copied: so it stays, on whichever way it ends."""
+    fill(database)
+    with blocked_after_the_swap(database, "leaf") as migration:
+        waiting_pid(database, migration.table)  # one worker, newest day first: today's rows are copied
+        today = value(database, "SELECT today FROM webhook_log_migration")
+        mine = f"SELECT id FROM webhook_log WHERE timestamp >= '{today}' ORDER BY id LIMIT 3"
+        changed, moved, deleted = (row[0] for row in query(database, mine))
+        query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", changed)
+        query(database, "UPDATE webhook_log SET timestamp = timestamp + interval '1 us' WHERE id = %s", moved)
+        query(database, "DELETE FROM webhook_log WHERE id = %s", deleted)
+        kept = query(
+            database, "SELECT id, timestamp, status FROM webhook_log WHERE id IN (%s, %s)", changed, moved
+        )
+        if then != "go on":
+            migration.process.send_signal(signal.SIGINT)
+        migration.release()
+        output, errors = migration.process.communicate(timeout=60)
+    if then == "go on":
+        assert migration.process.returncode == 0, output + errors
+    else:
+        assert migration.process.returncode == 3, output + errors
+        verb = ["migrate", "--resume"] if then == "stop and resume" else ["rollback", "--yes"]
+        again = chronos(database, *verb)
+        assert again.returncode == 0, again.stdout + again.stderr
+
+    of_them = "SELECT id, timestamp, status FROM webhook_log WHERE id IN (%s, %s, %s)"
+    assert sorted(query(database, of_them, changed, moved, deleted)) == sorted(kept)
+    rows, ids, _ = digest(database)
+    assert rows == ids
 
 
 def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
 
 import pytest
@@ -126,6 +127,56 @@ def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
     assert forced.returncode == 0, forced.stderr
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", new) == 0
     assert value(database, "SELECT count(*) FROM webhook_log") == ROWS
+
+
+def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
+    """What an earlier attempt had carried is brought to what it is by now."""
+    fill(database)
+    migrate(database)
+    moved, changed, gone = (value(database, INSERT) for _ in range(3))
+    reader = holding(database, "SELECT FROM webhook_log LIMIT 1")
+    with reader, started(database, "rollback", "--yes") as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    query(database, "UPDATE webhook_log SET timestamp = timestamp + interval '1 ms' WHERE id = %s", moved)
+    query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", changed)
+    query(database, "DELETE FROM webhook_log WHERE id = %s", gone)
+    expected = query(
+        database, "SELECT id, timestamp, status FROM webhook_log WHERE id > %s ORDER BY id", ROWS
+    )
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (
+        query(database, "SELECT id, timestamp, status FROM webhook_log WHERE id > %s ORDER BY id", ROWS)
+        == expected
+    )
+    assert {row[0] for row in expected} == {moved, changed}
+
+
+def test_rollback_replays_what_came_while_it_waited(database: str) -> None:
+    """A reader is in the way for long, thousands of rows are written meanwhile: all come along."""
+    fill(database)
+    migrate(database)
+    with ExitStack() as reader:
+        reader.enter_context(holding(database, "SELECT FROM webhook_log LIMIT 1"))
+        with started(database, "rollback", "--yes") as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
+            many = "INSERT INTO webhook_log (status, timestamp) SELECT 'meanwhile', now()"
+            query(database, f"{many} FROM generate_series(1, 7000)")
+            query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", ROWS)
+            reader.close()
+            _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 0, errors
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'meanwhile'") == 7000
+    assert value(database, "SELECT status FROM webhook_log WHERE id = %s", ROWS) == "changed"
+    assert digest(database)[:2] == (ROWS + 7000, ROWS + 7000)
 
 
 @pytest.mark.parametrize(("verb", "word"), [("rollback", "ROLLBACK"), ("finalize", "FINALIZE")])

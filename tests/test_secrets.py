@@ -262,6 +262,7 @@ def test_a_connection_that_fails(
         f"postgresql://me:{ENCODED}@host:not-a-port/db",
         f"mysql://me:{ENCODED}@host/db",
         f"me:{ENCODED}@host",
+        f"postgresql://me:an@{ENCODED}@host/db",
     ],
 )
 def test_a_url_that_cannot_be_read(guarded_redis: str, tmp_path: Path, tracebacks: None, text: str) -> None:

@@ -82,12 +82,12 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert [c.name for c in new.columns] == [c.name for c in old.columns]
     assert new.foreign_keys == old.foreign_keys
     assert {t.name for t in new.triggers} - {t.name for t in old.triggers} == {
-        f"webhook_log_note_change_{event}" for event in ("insert", "update", "delete")
+        f"webhook_log_note_{event}" for event in ("insert", "update", "delete")
     }
     assert "chronos.copying" not in str(
         query(
             sink,
-            "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname NOT LIKE 'webhook_log_note_change%%'",
+            "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname NOT LIKE 'webhook_log_note_%%'",
         )
     )
 

@@ -36,6 +36,7 @@ from chronos.migration.pace import Pacer
 from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
 from chronos.migration.swap import (
     DEFAULT_PARTITION,
+    LIVE_TABLE,
     bound_check,
     bounds,
     foreign_key_statements,
@@ -134,9 +135,16 @@ WITH mine AS MATERIALIZED (
 ), put AS (
     INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE
     SELECT {columns} FROM batch {on_conflict} RETURNING "timestamp"
-)
+){progress}
 SELECT (SELECT count(*) FROM mine), max("timestamp"), count(*) FROM {taken}
 """
+
+
+# Today's progress cannot be read off the partition, which the application writes as well.
+_PROGRESS = """, progress AS (
+    INSERT INTO {live} (day, "timestamp") SELECT {day}, max("timestamp") FROM batch HAVING count(*) > 0
+    ON CONFLICT (day) DO UPDATE SET "timestamp" = EXCLUDED."timestamp"
+)"""
 
 
 @dataclass
@@ -169,6 +177,7 @@ class DayCopy:
             self._index()
         self._refer()
         with transaction(self.conn):
+            need_not_wait_for_the_disk(self.conn)
             execute(self.conn, statistics_statement(self.shape, self._qualified()))
             result = compare_history_day(
                 self.conn, self.shape, self.state, self.day, content=self.manner.content
@@ -178,8 +187,18 @@ class DayCopy:
         return result
 
     def live(self) -> None:
-        """Copy a day that the application writes at the same time; what is there already is left alone."""
-        self._fill(self._start(), live=True)
+        """Copy a day that the application writes at the same time; carries on where an earlier run stopped.
+
+        A row is copied once: one that the application has deleted since, or given another timestamp,
+        does not come back. A row that it has written under the same key is left alone.
+        """
+        live = name(self.shape.schema, LIVE_TABLE)
+        with transaction(self.conn):
+            last = execute(
+                self.conn,
+                statement('SELECT "timestamp" FROM {live} WHERE day = {day}', live=live, day=self.day),
+            ).scalar()
+        self._fill(_utc(last) if last else self._start(), live=True)
 
     def _start(self) -> datetime:
         """The last instant that is not copied; the server's clock knows none between it and the first."""
@@ -234,6 +253,9 @@ class DayCopy:
                 # What is there already is taken too, though not put in again.
                 on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
                 taken=sql.SQL("batch" if live else "put"),
+                progress=statement(_PROGRESS, live=name(self.shape.schema, LIVE_TABLE), day=self.day)
+                if live
+                else sql.SQL(""),
             ),
         ).one()
 
@@ -244,6 +266,7 @@ class DayCopy:
         would hold up the other workers: whoever comes second finds the work done.
         """
         with transaction(self.conn):
+            need_not_wait_for_the_disk(self.conn)
             execute(self.conn, lock_table(self.shape.schema, self._leaf, "ACCESS EXCLUSIVE"))
             if self._has_primary_key():
                 return
@@ -280,6 +303,7 @@ class DayCopy:
             self.short.run(self.conn, add, tables=[(key.schema, key.table) for key in keys])
         for key in keys:
             with transaction(self.conn):
+                need_not_wait_for_the_disk(self.conn)
                 execute(self.conn, validate_statement(self._qualified(), key))
 
     def _attach(self, result: DayResult) -> None:
@@ -293,11 +317,15 @@ class DayCopy:
 
         def attach(conn: Connection) -> None:
             claim(conn, schema, self.state.run_id)
+            # The partition first, alone: autovacuum may be at it, and then nobody else need wait with us.
+            execute(conn, lock_table(schema, self._leaf, "ACCESS EXCLUSIVE"))
+            self.short.asks_now()
             execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
             execute(conn, joined(attach_statements(self.shape, self.day), ";\n"))
             record_day(conn, schema, self.day, result)
 
-        self.short.run(self.conn, attach, tables=[(schema, TABLE), (schema, DEFAULT_PARTITION)])
+        tables = [(schema, self._leaf), (schema, TABLE), (schema, DEFAULT_PARTITION)]
+        self.short.run(self.conn, attach, tables=tables)
 
 
 def index_statements(shape: TableShape, leaf: Statement) -> list[Statement]:
@@ -395,6 +423,15 @@ def _require_match(day: date, result: DayResult) -> None:
         )
 
 
+def need_not_wait_for_the_disk(conn: Connection) -> None:
+    """For this transaction: its locks are let go before its commit, and all WAL before it, is on the disk.
+
+    Nothing is lost by that: a crash takes away the last of our transactions, in their order, and the
+    copy goes on where the tables then are. What ends the migration does wait, for all of them.
+    """
+    execute(conn, statement("SELECT set_config('synchronous_commit', 'off', true)"))
+
+
 def silence() -> sql.Composed:
     """For this transaction: what we write is no change of the application's, and fires no trigger of its.
 
@@ -431,6 +468,7 @@ def close_history(conn: Connection, shape: TableShape, state: State, short: Shor
         execute(conn, joined(drop_default_statements(shape), ";\n"))
 
     def adopt(conn: Connection) -> None:
+        need_not_wait_for_the_disk(conn)
         claim(conn, schema, state.run_id)
         execute(conn, joined(adopt_statements(shape), ";\n"))
 

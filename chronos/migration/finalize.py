@@ -24,7 +24,7 @@ from chronos.migration.state import (
     update,
     where,
 )
-from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, NOTED_FUNCTION, lock_table
+from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, LIVE_TABLE, NOTED_FUNCTION, lock_table
 from chronos.migration.table_shape import CHANGE_TRIGGERS, TableShape
 from chronos.migration.table_shape import read as read_shape
 from chronos.migration.verify import old_rows
@@ -193,8 +193,9 @@ def finalize(
         execute(
             conn,
             statement(
-                "DROP TABLE {changes}; DROP FUNCTION {noting}(), {noted}(bigint); DROP TABLE {state}",
+                "DROP TABLE {changes}, {live}; DROP FUNCTION {noting}(), {noted}(bigint); DROP TABLE {state}",
                 changes=name(schema, CHANGES_TABLE),
+                live=name(schema, LIVE_TABLE),
                 noting=name(schema, CHANGES_FUNCTION),
                 noted=name(schema, NOTED_FUNCTION),
                 state=name(schema, STATE_TABLE),
@@ -212,6 +213,8 @@ def _drop_old(conn: Connection, old: TableShape, state: State, short: ShortTrans
 
     def untie(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
+        # What is ours first: whoever still reads it must not make those wait who use the others.
+        execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
         for referred_schema, referred_table in referred:
             execute(conn, lock_table(referred_schema, referred_table, "ACCESS EXCLUSIVE"))
         for key in old.foreign_keys:

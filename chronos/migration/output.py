@@ -60,6 +60,7 @@ class Output:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             refresh_per_second=4,
+            transient=True,  # the line that ends the count says it all
         ) as progress:
             count.show_on(progress)
             yield count

@@ -13,7 +13,7 @@ from chronos.db import execute, joined, name, statement
 from chronos.migration import state as migration_state
 from chronos.migration.belongings import belongings, columns_and_keys
 from chronos.migration.state import Phase, State
-from chronos.migration.swap import CHANGES_TABLE, DEFAULT_PARTITION, NEW_TABLE, renames
+from chronos.migration.swap import CHANGES_TABLE, DEFAULT_PARTITION, LIVE_TABLE, NEW_TABLE, renames
 from chronos.migration.table_shape import TableShape
 from chronos.migration.table_shape import read as read_shape
 from chronos.partitions import (
@@ -125,11 +125,13 @@ def survey(conn: Connection, schema: str) -> Survey:
             table=TABLE,
         ),
     ).one_or_none()
-    blockers += _half_done(conn, schema)
+    half_done = _half_done(conn, schema)
+    blockers += half_done
     if kind is None:
         blockers.append(f"there is no table {TABLE} in schema {schema}")
     elif kind[0] == "p":
-        blockers.append(f"{TABLE} is partitioned already; see python -m chronos status")
+        if not half_done:
+            blockers.append(f"{TABLE} is partitioned already; see python -m chronos status")
     elif kind[0] != "r" or kind[2] or kind[6] or kind[1] != "p":
         blockers.append(
             f"{TABLE} is no ordinary table (unlogged, temporary, a view or part of an inheritance)"
@@ -190,6 +192,7 @@ def _names_taken(conn: Connection, shape: TableShape, today: date) -> list[str]:
         NEW_TABLE,
         DEFAULT_PARTITION,
         CHANGES_TABLE,
+        LIVE_TABLE,
         *map(partition_name, desired(today)),
         *(temporary for _, _, aside, built in renames(shape) for temporary in (aside, built)),
     ]

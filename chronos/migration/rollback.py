@@ -24,6 +24,7 @@ from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over,
 from chronos.migration.swap import (
     CHANGES_FUNCTION,
     CHANGES_TABLE,
+    LIVE_TABLE,
     NEW_TABLE,
     NOTED_FUNCTION,
     ShapeError,
@@ -43,6 +44,7 @@ from chronos.partitions import FUNCTIONS, OLD_TABLE, TABLE, attached, days, miss
 UNDO = "python -m chronos rollback"
 
 _BATCH = 5_000
+_FEW = 500
 _NOTHING = sql.SQL("SELECT")
 
 
@@ -151,8 +153,7 @@ def roll_back(
         _note_every_change(conn, shape, state, short)
     if state.phase in (Phase.COPYING, Phase.MIGRATED, Phase.UNDOING):
         carried = _carry_rows(conn, shape, state, before_batch)
-        _replay_most(conn, shape, state, before_batch)
-        _swap_back(conn, shape, state, short)
+        _swap_back(conn, shape, state, short, before_batch)
     _clean_up(conn, shape, state, short)
     return carried
 
@@ -188,56 +189,58 @@ def _carry_rows(
 ) -> int:
     """Copy the rows beyond the fence into the old table, which the application does not see yet."""
     new, old = name(shape.schema, TABLE), name(shape.schema, OLD_TABLE)
-    after: Statement = statement("({fence}, {ts})", fence=state.fence, ts=sql.SQL("'infinity'"))
+    after = state.fence
     carried: int = 0
     while True:
         before_batch()
         with transaction(conn):
             claim(conn, shape.schema, state.run_id)
             execute(conn, joined(unheard(shape, old), ";\n"))
-            row = execute(
+            last, rows, ids, put = execute(
                 conn,
                 statement(
-                    "WITH batch AS MATERIALIZED (SELECT {columns} FROM {new} AS n"
-                    ' WHERE n.id >= {fence} AND (n.id, n."timestamp") > {after}'
-                    ' ORDER BY n.id, n."timestamp" LIMIT {limit}'
+                    "WITH batch AS MATERIALIZED (SELECT {columns} FROM {new} AS n WHERE n.id > {after}"
+                    " ORDER BY n.id FETCH FIRST {limit} ROWS WITH TIES"
                     "), put AS (INSERT INTO {old} ({names}) OVERRIDING SYSTEM VALUE"
-                    " SELECT {names} FROM batch AS b WHERE NOT EXISTS (SELECT FROM {old} AS o"
-                    ' WHERE o.id = b.id AND o."timestamp" = b."timestamp") RETURNING 1)'
-                    ' SELECT b.id, b."timestamp", count(*) OVER (), (SELECT count(*) FROM put)'
-                    " FROM batch AS b"
-                    ' ORDER BY b.id DESC, b."timestamp" DESC LIMIT 1',
+                    " SELECT {names} FROM batch AS b"
+                    " WHERE NOT EXISTS (SELECT FROM {old} AS o WHERE o.id = b.id) RETURNING 1)"
+                    " SELECT max(b.id), count(*), count(DISTINCT b.id), (SELECT count(*) FROM put)"
+                    " FROM batch AS b",
                     columns=_columns(shape, "n"),
                     names=sql.SQL(", ").join(shape.copied_columns()),
                     new=new,
                     old=old,
-                    fence=state.fence,
                     after=after,
                     limit=_BATCH,
                 ),
-            ).one_or_none()
+            ).one()
             execute(conn, joined([_NOTHING, *heard_again(shape, old)], ";\n"))
-        # What the application writes meanwhile is noted, so this need not catch up with it.
-        if row is None:
+            if rows != ids:
+                raise ChronosError(
+                    f"rows written since the swap share an id, up to {last}, and the plain table's key is the"
+                    " id alone; give one of each another id"
+                )
+        carried += int(put)
+        # What the application writes meanwhile is noted, so this need not catch up with it. Nor does it
+        # matter that a row is in the old table from an earlier attempt: if it has changed, that is noted.
+        if rows < _BATCH:
             return carried
-        carried += int(row[3])
-        if row[2] < _BATCH:
-            return carried
-        after = statement("({id}, {ts})", id=row[0], ts=row[1])
+        after = last
 
 
 def _replay(conn: Connection, shape: TableShape) -> int:
-    """Bring up to ``_BATCH`` noted rows in the old table to what they are now, and strike the notes.
+    """Bring noted rows, of up to ``_BATCH`` ids, in the old table to what they are now; strike the notes.
 
-    Returns how many notes there were. A change noted twice is replayed as it last stood, however
-    the notes fall into batches, for the rows are read after the notes.
+    Returns how many notes there were. All notes of an id are taken together: a row that was given
+    another timestamp leaves its old place before it takes the new one. The rows are read after the
+    notes, so however a row was changed, it is replayed as it stands.
     """
     schema = shape.schema
     old, new = name(schema, OLD_TABLE), name(schema, TABLE)
     notes = execute(
         conn,
         statement(
-            "DELETE FROM {changes} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {changes} LIMIT {limit}))"
+            "DELETE FROM {changes} WHERE id IN (SELECT id FROM {changes} LIMIT {limit})"
             ' RETURNING id, "timestamp"',
             changes=name(schema, CHANGES_TABLE),
             limit=_BATCH,
@@ -281,11 +284,15 @@ def _replay_most(
 ) -> None:
     """Replay while there is much of it, so that little is left for the moment under the lock."""
     notes = _BATCH
-    while notes >= _BATCH // 10:
+    while notes >= _FEW:
         before_batch()
         with transaction(conn):
             claim(conn, shape.schema, state.run_id)
             notes = _replay(conn, shape)
+
+
+class _TooMuchToReplayError(Exception):
+    """More was noted while the lock was waited for than may be replayed under it."""
 
 
 def _swap_back(
@@ -293,8 +300,13 @@ def _swap_back(
     shape: TableShape,
     state: State,
     short: ShortTransactions,
+    before_batch: Callable[[], None],
 ) -> None:
-    """Replay the last noted changes and give every name back, in one transaction."""
+    """Replay the last noted changes and give every name back, in one transaction.
+
+    Little is replayed under the lock: when much was noted while it was waited for, the attempt is
+    given up, the notes are replayed while the application writes on, and the lock is asked for again.
+    """
     schema = shape.schema
 
     def swap_back(conn: Connection) -> None:
@@ -305,6 +317,16 @@ def _swap_back(
         following = followers(conn, read_shape(conn, schema, TABLE).oid)
         short.asks_now()
         execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+        noted = execute(
+            conn,
+            statement(
+                "SELECT count(*) FROM (SELECT FROM {changes} LIMIT {limit}) AS n",
+                changes=name(schema, CHANGES_TABLE),
+                limit=2 * _FEW,
+            ),
+        ).scalar_one()
+        if noted == 2 * _FEW:
+            raise _TooMuchToReplayError
         while _replay(conn, shape):
             pass
         execute(
@@ -322,7 +344,12 @@ def _swap_back(
         _require_shape(was, read_shape(conn, schema, TABLE), state)
         migration_state.update(conn, schema, phase=Phase.UNDONE.value)
 
-    short.run(conn, swap_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
+    while True:
+        _replay_most(conn, shape, state, before_batch)
+        try:
+            return short.run(conn, swap_back, tables=[(schema, TABLE), (schema, OLD_TABLE)])
+        except _TooMuchToReplayError:
+            continue
 
 
 def _require_shape(was: TableShape, now: TableShape, state: State) -> None:
@@ -396,8 +423,10 @@ def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTra
 
         def drop(conn: Connection, leaf: str = leaf) -> None:
             claim(conn, schema, state.run_id)
+            # What is ours first: should autovacuum be at it, nobody else need wait with us.
+            execute(conn, lock_table(schema, leaf, "ACCESS EXCLUSIVE"))
             lock_referred(conn)
-            execute(conn, statement("DROP TABLE IF EXISTS {leaf}", leaf=name(schema, leaf)))
+            execute(conn, statement("DROP TABLE {leaf}", leaf=name(schema, leaf)))
 
         short.run(conn, drop, tables=[(schema, leaf), *referred])
 
@@ -409,10 +438,12 @@ def _clean_up(conn: Connection, shape: TableShape, state: State, short: ShortTra
             conn,
             statement(
                 "DROP TABLE IF EXISTS {new};"
-                " DROP TABLE IF EXISTS {changes}; DROP FUNCTION IF EXISTS {noting}(), {noted}(bigint);"
+                " DROP TABLE IF EXISTS {changes}, {live};"
+                " DROP FUNCTION IF EXISTS {noting}(), {noted}(bigint);"
                 " DROP TABLE {state}",
                 new=name(schema, NEW_TABLE),
                 changes=name(schema, CHANGES_TABLE),
+                live=name(schema, LIVE_TABLE),
                 noting=name(schema, CHANGES_FUNCTION),
                 noted=name(schema, NOTED_FUNCTION),
                 state=name(schema, STATE_TABLE),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ class _Run:
         self.longest_lock_s = 0.0
         self.wal_start: str | None = None
         self.rows_copied = 0
+        self.rows: dict[date, int] = {}
 
     def prepare(self, found: Survey) -> None:
         """Fix the window, from the server's clock, once."""
@@ -192,6 +193,12 @@ class _Run:
             if found.phase in (Phase.UNDOING, Phase.UNDONE):
                 raise RefusedError(
                     f"this migration is being undone; nothing was changed. Finish with: {UNDO}"
+                )
+            now: date = execute(conn, statement("SELECT now()")).scalar_one().date()
+            if found.phase is Phase.BUILT and now > found.last_day - timedelta(days=7):
+                raise RefusedError(
+                    f"what was built on {found.today} reaches to {found.last_day} only; nothing was changed."
+                    f" Undo it with: {UNDO} --yes; then start again with: {COMMAND}"
                 )
             self.state = migration_state.take_over(conn, self.schema, found)
             self.shape = read_shape(conn, self.schema, TABLE if found.phase is Phase.BUILT else OLD_TABLE)
@@ -275,6 +282,7 @@ class _Run:
         with self._timed(4):
             with transaction(conn):
                 rows = rows_per_day(conn, self.shape, self.state)
+            self.rows = rows
             total = sum(rows.values())
             self.output.line(f"Total rows to migrate: {total:,}")
             history = days(self.state.first_day, self.state.today - timedelta(days=1))
@@ -324,22 +332,17 @@ class _Run:
         """Step 6. The days of the past were compared before they took their place; today is compared now."""
         self._open(6)
         with self._timed(6):
-            with transaction(conn):
-                rows = rows_per_day(conn, self.shape, self.state)
-            for day in sorted(rows):
+            for day in sorted(self.rows):
                 if day >= self.state.today and day not in self.state.days:
                     verify_live_day(conn, self.shape, self.state, day, content=self.options.content)
             self._refresh(conn)
-            old = sum(rows.values())
+            # Without the rows that the application has changed or deleted itself before they were compared.
+            old = sum(result.old_rows for result in self.state.days.values())
             new = sum(result.new_rows for result in self.state.days.values())
             self.output.line(f"Old table (last {DAYS_BACK} days): {old:,} rows")
             self.output.line(f"New table: {new:,} rows")
-            for day, count in rows.items():
-                if day not in self.state.days or self.state.days[day].old_rows != count:
-                    raise ChronosError(
-                        f"verification failed for {day}: {OLD_TABLE} has {count:,} rows of that day"
-                        " that were not compared"
-                    )
+            for day in sorted(self.rows.keys() - self.state.days.keys()):
+                raise ChronosError(f"verification failed for {day}: its rows were not compared")
             with transaction(conn):
                 migration_state.claim(conn, self.schema, self.state.run_id)
                 migration_state.update(conn, self.schema, phase=Phase.MIGRATED.value, window_rows=old)

@@ -33,6 +33,7 @@ from chronos.partitions import FUNCTIONS, OLD_TABLE, TABLE, days, midnight, part
 NEW_TABLE = "webhook_log_new"
 DEFAULT_PARTITION = "webhook_log_default"
 CHANGES_TABLE = "webhook_log_migration_changes"
+LIVE_TABLE = "webhook_log_migration_live"
 CHANGES_FUNCTION = "webhook_log_note_change"
 NOTED_FUNCTION = "webhook_log_is_noted"
 
@@ -570,6 +571,11 @@ def change_log_statements(shape: TableShape) -> list[Statement]:
             owner=name(shape.owner),
         ),
         statement(
+            "ALTER TABLE {table} OWNER TO {owner}",
+            table=name(shape.schema, LIVE_TABLE),
+            owner=name(shape.owner),
+        ),
+        statement(
             "ALTER FUNCTION {function}() OWNER TO {owner}",
             function=name(shape.schema, CHANGES_FUNCTION),
             owner=name(shape.owner),
@@ -580,6 +586,7 @@ def change_log_statements(shape: TableShape) -> list[Statement]:
             owner=name(shape.owner),
         ),
         *owner_only(shape, name(shape.schema, CHANGES_TABLE)),
+        *owner_only(shape, name(shape.schema, LIVE_TABLE)),
         *_nobody_calls(shape, name(shape.schema, CHANGES_FUNCTION)),
     ]
 

@@ -14,6 +14,15 @@ COMMENT ON TABLE webhook_log_migration_changes IS
 -- A publication of all tables has this one in it; without a key it could not be emptied then.
 ALTER TABLE webhook_log_migration_changes REPLICA IDENTITY FULL;
 
+-- How far the copy of today, and of days ahead, has come: the last instant copied. The application writes
+-- these partitions too, so it cannot be read off them; and what it has deleted there must not come back.
+CREATE TABLE webhook_log_migration_live AS
+    SELECT NULL::date AS day, "timestamp" FROM webhook_log_new WITH NO DATA;
+ALTER TABLE webhook_log_migration_live ADD PRIMARY KEY (day);
+
+COMMENT ON TABLE webhook_log_migration_live IS
+    'chronos: how far the copy of the days has come that take new rows; finalize and rollback remove it';
+
 -- SECURITY DEFINER: whoever may write webhook_log need not be allowed to write this table.
 CREATE OR REPLACE FUNCTION webhook_log_note_change()
 RETURNS trigger
