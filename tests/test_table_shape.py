@@ -81,9 +81,7 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     old, new = shape(sink, "webhook_log_old"), shape(sink)
     assert [c.name for c in new.columns] == [c.name for c in old.columns]
     assert new.foreign_keys == old.foreign_keys
-    assert {t.name for t in new.triggers} - {t.name for t in old.triggers} == {
-        f"webhook_log_note_{event}" for event in ("insert", "update", "delete")
-    }
+    assert [t.name for t in new.triggers] == [t.name for t in old.triggers]
     assert "chronos.copying" not in str(
         query(
             sink,
