@@ -588,6 +588,12 @@ def change_log_statements(shape: TableShape) -> list[Statement]:
         *owner_only(shape, name(shape.schema, CHANGES_TABLE)),
         *owner_only(shape, name(shape.schema, LIVE_TABLE)),
         *_nobody_calls(shape, name(shape.schema, CHANGES_FUNCTION)),
+        *_nobody_calls(shape, name(shape.schema, NOTED_FUNCTION), "bigint"),
+        # Whoever writes webhook_log evaluates it in the triggers' conditions.
+        statement(
+            "GRANT EXECUTE ON FUNCTION {function}(bigint) TO PUBLIC",
+            function=name(shape.schema, NOTED_FUNCTION),
+        ),
     ]
 
 
@@ -640,7 +646,7 @@ def _nobody_calls(shape: TableShape, function: Statement, arguments: str = "") -
     ]
 
 
-# The fence is known only under the lock, so the server puts it into the triggers itself.
+# The fence is known only under the lock, so the server puts it into the function itself.
 _NOTE_IDS = """
 DO $do$
 BEGIN

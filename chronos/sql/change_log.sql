@@ -54,9 +54,6 @@ IMMUTABLE
 PARALLEL SAFE
 RETURN false;
 
--- Whoever writes webhook_log evaluates it.
-GRANT EXECUTE ON FUNCTION webhook_log_is_noted(bigint) TO PUBLIC;
-
 CREATE TRIGGER webhook_log_note_insert AFTER INSERT ON webhook_log_new FOR EACH ROW
     WHEN (webhook_log_is_noted(NEW.id) AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
     EXECUTE FUNCTION webhook_log_note_change();
