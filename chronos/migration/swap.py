@@ -761,6 +761,15 @@ def _rule_statements(shape: TableShape, table: Statement) -> list[Statement]:
     return statements
 
 
+_OID = "SELECT format('%I.%I', {schema}, {table})::regclass::oid::bigint"
+
+_CATALOG_ROWS = """
+SELECT c.xmin::text, (SELECT string_agg(a.xmin::text, ' ' ORDER BY a.attnum)
+                      FROM pg_attribute a WHERE a.attrelid = c.oid)
+FROM pg_class c WHERE c.oid = {oid}
+"""
+
+
 def swap_tables(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
     """The swap, in the transaction that is open: look, lock, rename, look again.
 
@@ -771,16 +780,25 @@ def swap_tables(conn: Connection, shape: TableShape, state: State, short: ShortT
     """
     schema = shape.schema
     execute(conn, lock_table(schema, TABLE, "SHARE UPDATE EXCLUSIVE"))
+    oid = execute(conn, statement(_OID, schema=schema, table=TABLE)).scalar_one()
+    versions = execute(conn, statement(_CATALOG_ROWS, oid=oid)).one()
     was = read_shape(conn, schema, TABLE)
     built = read_shape(conn, schema, NEW_TABLE)
     names = [(temporary, original) for _, original, _, temporary in state.renames]
-    found = differences(was, replace(built, rules=was.rules), names, announced=True)
-    found += partition_differences(conn, was, built.oid)
-    if found:
-        raise ShapeError(f"the new table is not what {TABLE} is now: {'; '.join(found)}")
+
+    def require_alike(was: TableShape) -> None:
+        found = differences(was, replace(built, rules=was.rules), names, announced=True)
+        found += partition_differences(conn, was, built.oid)
+        if found:
+            raise ShapeError(f"the new table is not what {TABLE} is now: {'; '.join(found)}")
+
+    require_alike(was)
     before = followers(conn, was.oid)
     short.asks_now()
     execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
+    # GRANT takes no lock on the table: one may have come while ours was waited for.
+    if execute(conn, statement(_CATALOG_ROWS, oid=was.oid)).one() != versions:
+        require_alike(read_shape(conn, schema, TABLE))
     execute(conn, joined(swap_statements(was, state, before), ";\n"))
     require_followers(conn, before, built.oid)
 
