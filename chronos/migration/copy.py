@@ -468,7 +468,6 @@ def close_history(conn: Connection, shape: TableShape, state: State, short: Shor
         execute(conn, joined(drop_default_statements(shape), ";\n"))
 
     def adopt(conn: Connection) -> None:
-        need_not_wait_for_the_disk(conn)
         claim(conn, schema, state.run_id)
         execute(conn, joined(adopt_statements(shape), ";\n"))
 

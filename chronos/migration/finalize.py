@@ -6,12 +6,11 @@ from collections.abc import Callable
 from datetime import date
 
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
-from chronos.db import ShortTransactions, execute, name, one_line, statement, transaction
-from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
+from chronos.db import ShortTransactions, execute, name, statement, transaction
+from chronos.errors import RefusedError
 from chronos.migration import state as migration_state
-from chronos.migration.operator import Operator, StopRequestedError, sole_operator
+from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.rollback import UNDO
 from chronos.migration.state import (
     STATE_TABLE,
@@ -22,7 +21,6 @@ from chronos.migration.state import (
     take_over,
     undone_by_hand,
     update,
-    where,
 )
 from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, LIVE_TABLE, NOTED_FUNCTION, lock_table
 from chronos.migration.table_shape import CHANGE_TRIGGERS, TableShape
@@ -72,19 +70,8 @@ def finish(engine: Engine, operator: Operator, confirm: Callable[[State], None],
         confirm(found)
         with transaction(conn):
             found = take_over(conn, schema, found)
-        try:
+        with going_on_with(FINISH, "clean-up", engine, schema):
             finalize(conn, old, schema, found, operator.short())
-        except SupersededError as error:
-            raise InterruptedRunError(f"{error}; that run goes on") from error
-        except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
-            why = (
-                "was stopped as asked"
-                if isinstance(error, StopRequestedError)
-                else f"was cut off: {one_line(error)}"
-            )
-            raise InterruptedRunError(
-                f"the clean-up {why}; nothing is lost. {where(engine, schema)} Go on with: {FINISH}"
-            ) from error
         operator.output.ok(f"{OLD_TABLE} is dropped; {TABLE} stands on its own")
 
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
-from chronos.db import Patience, ShortTransactions, execute, opened, statement
-from chronos.errors import RefusedError
+from chronos.db import Patience, ShortTransactions, execute, one_line, opened, statement
+from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
 from chronos.migration.output import Output
 from chronos.migration.preflight import locate
+from chronos.migration.state import where
 from chronos.partitions import TABLE
 
 _TAKE = """
@@ -90,3 +92,18 @@ def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
                 " nothing was changed. Wait until they are done"
             )
         yield conn, schema
+
+
+@contextmanager
+def going_on_with(command: str, work: str, engine: Engine, schema: str) -> Iterator[None]:
+    """Whatever ends ``work`` half-way becomes an InterruptedRunError that names the command to go on with."""
+    try:
+        yield
+    except SupersededError as error:
+        raise InterruptedRunError(f"{error}; that run goes on") from error
+    except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
+        stopped = isinstance(error, StopRequestedError)
+        why = "was stopped as asked" if stopped else f"was cut off: {one_line(error)}"
+        raise InterruptedRunError(
+            f"the {work} {why}; nothing is lost. {where(engine, schema)} Go on with: {command}"
+        ) from error

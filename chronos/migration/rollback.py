@@ -13,14 +13,13 @@ from datetime import date
 
 from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
-from chronos.db import ShortTransactions, Statement, execute, joined, name, one_line, statement, transaction
-from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
+from chronos.db import ShortTransactions, Statement, execute, joined, name, statement, transaction
+from chronos.errors import ChronosError, RefusedError
 from chronos.migration import state as migration_state
 from chronos.migration.followers import follow_statements, followers
-from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
-from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over, undone_by_hand, where
+from chronos.migration.operator import AN_HOUR, Operator, going_on_with, sole_operator
+from chronos.migration.state import STATE_TABLE, Phase, State, claim, take_over, undone_by_hand
 from chronos.migration.swap import (
     CHANGES_FUNCTION,
     CHANGES_TABLE,
@@ -76,7 +75,7 @@ def undo(
         confirm(found)
         with transaction(conn):
             found = take_over(conn, schema, found)
-        try:
+        with going_on_with(UNDO, "rollback", engine, schema):
             if by_hand:
                 tidy_up(conn, schema, found, operator.short(AN_HOUR))
                 operator.output.ok(f"{TABLE} was put back by hand before; what was left over is gone")
@@ -85,17 +84,6 @@ def undo(
                 plain = found.phase in (Phase.BUILT, Phase.UNDONE)
                 shape = read_shape(conn, schema, TABLE if plain else OLD_TABLE)
             carried = roll_back(conn, shape, found, operator.short(AN_HOUR), before_batch=operator.check_stop)
-        except SupersededError as error:
-            raise InterruptedRunError(f"{error}; that run goes on") from error
-        except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
-            why = (
-                "was stopped as asked"
-                if isinstance(error, StopRequestedError)
-                else f"was cut off: {one_line(error)}"
-            )
-            raise InterruptedRunError(
-                f"the rollback {why}; nothing is lost. {where(engine, schema)} Go on with: {UNDO}"
-            ) from error
         operator.output.ok(
             f"{TABLE} is the plain table again; {carried:,} rows written since the swap came along"
         )
