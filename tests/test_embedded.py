@@ -42,20 +42,20 @@ with EmbeddedPostgres(keep=mode == "keep") as postgres, EmbeddedRedis() as redis
     fork = os.fork() if mode == "fork" else None
     if fork == 0:
         signal.pause()
-    print(json.dumps({
-        "url": postgres.url,
-        "pids": [postgres.pid, redis.pid],
-        "directories": [str(postgres.directory), str(redis.directory)],
-        "stop_command": postgres.stop_command,
-        "uid": postgres.data_dir.stat().st_uid,
-        "fork": fork,
-    }), flush=True)
-    if mode != "keep":
-        try:
+    try:
+        print(json.dumps({
+            "url": postgres.url,
+            "pids": [postgres.pid, redis.pid],
+            "directories": [str(postgres.directory), str(redis.directory)],
+            "stop_command": postgres.stop_command,
+            "uid": postgres.data_dir.stat().st_uid,
+            "fork": fork,
+        }), flush=True)
+        if mode != "keep":
             sys.stdin.read()
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
-            sys.stdin.read()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.stdin.read()
 """
 
 
