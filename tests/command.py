@@ -1,12 +1,26 @@
-"""Run the real command line in a process of its own, as an operator does."""
+"""Run the real command line in a process of its own, as an operator does.
+
+Most runs are forked from a process that has everything imported: starting Python anew for each of
+hundreds would take longer than what they do. Those where the start itself matters begin with it.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+
+from chronos.cli import main
+
+TIMEOUT_S = 120.0
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.command", "chronos.status"])
 
 
 def chronos_environment(url: str, **more: str) -> dict[str, str]:
@@ -14,27 +28,74 @@ def chronos_environment(url: str, **more: str) -> dict[str, str]:
     return {**os.environ, "DATABASE_URL": url, "PYTHONUTF8": "1", **more}
 
 
+class Run:
+    """A run of ``python -m chronos ARGUMENTS`` that has begun, with ``answer`` as its standard input."""
+
+    def __init__(
+        self, url: str, *arguments: str, answer: str = "", env: Mapping[str, str] | None = None
+    ) -> None:
+        self.arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        here = Path(self._folder.name)
+        self._stdout, self._stderr = here / "stdout", here / "stderr"
+        (here / "stdin").write_text(answer, "utf-8")
+        environment = {**chronos_environment(url), **(env or {})}
+        self._process = _FORKS.Process(target=_work, args=(here, arguments, environment), daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; the exit code is negative for a signal."""
+        self._process.join(TIMEOUT_S)
+        code = self._process.exitcode
+        if code is None:
+            self._process.kill()
+            self._process.join()
+        stdout, stderr = self._stdout.read_text("utf-8"), self._stderr.read_text("utf-8")
+        self._folder.cleanup()
+        if code is None:
+            raise subprocess.TimeoutExpired(self.arguments, TIMEOUT_S, stdout, stderr)
+        return subprocess.CompletedProcess(self.arguments, code, stdout, stderr)
+
+
+def _work(here: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    flags = os.O_WRONLY | os.O_CREAT
+    for number, target in enumerate(
+        [
+            os.open(here / "stdin", os.O_RDONLY),
+            os.open(here / "stdout", flags),
+            os.open(here / "stderr", flags),
+        ]
+    ):
+        os.dup2(target, number)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    main(list(arguments))
+
+
 def chronos(
     url: str, *arguments: str, answer: str = "", env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """``python -m chronos ARGUMENTS`` to its end, with ``answer`` as its standard input."""
-    return subprocess.run(
-        [sys.executable, "-m", "chronos", *arguments],
-        input=answer,
-        env={**chronos_environment(url), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return Run(url, *arguments, answer=answer, env=env).finish()
 
 
 @contextmanager
-def started(url: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The same without waiting for its end; whatever still runs after the block is killed."""
+def started(
+    url: str, *arguments: str, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The same with a start of its own and not to its end; what still runs after the block is killed."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "chronos", *arguments],
-        env=chronos_environment(url),
+        env={**chronos_environment(url), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

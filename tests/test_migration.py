@@ -330,11 +330,13 @@ def blocked_after_the_swap(url: str, table: str) -> Iterator[Blocked]:
         with holding(url, "SELECT FROM webhook_log LIMIT 1"):
             process = stack.enter_context(started(url, "migrate", "--yes", "--workers", "1"))
             wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
+            mode = "ACCESS EXCLUSIVE"
             if table == "leaf":
+                mode = "ACCESS SHARE"  # it can be filled; what follows has to wait
                 day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
                 table = f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
             lock = stack.enter_context(ExitStack())
-            lock.enter_context(holding(url, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
+            lock.enter_context(holding(url, f"LOCK TABLE {table} IN {mode} MODE"))
         yield Blocked(process, table, lock.close)
 
 

@@ -24,7 +24,7 @@ from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
 from chronos.partitions import midnight
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
-from tests.command import chronos
+from tests.command import chronos, started
 from tests.partitioned import add_partition, leaves
 from tests.tables import connected, holding, query, value
 from tests.test_jobs import add_days, names
@@ -399,9 +399,10 @@ def test_the_command(migrated: str, redis_url: str, client: redis.Redis, tmp_pat
     assert "\x1b" not in page.stdout
 
     ascii_only = {"REDIS_URL": redis_url, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-    plain = chronos(migrated, "status", env=ascii_only)
-    assert plain.stdout.isascii()
-    assert re.search(rf"^{day - timedelta(days=3)} +[\d,]+ +\d+ kB +#+ *$", plain.stdout, re.M)
+    with started(migrated, "status", env=ascii_only) as plain:
+        stdout, _ = plain.communicate(timeout=60)
+    assert stdout.isascii()
+    assert re.search(rf"^{day - timedelta(days=3)} +[\d,]+ +\d+ kB +#+ *$", stdout, re.M)
 
 
 def test_the_command_without_a_server() -> None:

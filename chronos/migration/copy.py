@@ -8,16 +8,18 @@ Today's rows go straight into the partition that the application writes.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from psycopg2 import sql
+from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from chronos.db import (
     ShortTransactions,
@@ -27,6 +29,9 @@ from chronos.db import (
     joined,
     name,
     opened,
+    render,
+    session_settings,
+    sqlstate,
     statement,
     transaction,
 )
@@ -90,7 +95,8 @@ def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date
             f"{stray[0]:,} rows have a timestamp that no partition takes"
             f" (id {stray[1]}: {stray[2] or 'NULL'}); correct them and migrate again"
         )
-    # Day by day along the index: to group all rows by their day sorts them, which takes twice as long.
+    # Day by day along the index, and nothing but the index: to group all rows by their day would sort
+    # them, and to ask for their ids would read the table.
     window = [
         statement(
             "({day}, {lower}, {upper})",
@@ -105,46 +111,95 @@ def rows_per_day(conn: Connection, shape: TableShape, state: State) -> dict[date
         statement(
             "SELECT d.day, c.rows FROM (VALUES {window}) AS d (day, lower, upper)"
             " CROSS JOIN LATERAL (SELECT count(*) FROM {old} AS o"
-            ' WHERE o."timestamp" >= d.lower AND o."timestamp" < d.upper AND o.id <= {fence}) AS c (rows)'
+            ' WHERE o."timestamp" >= d.lower AND o."timestamp" < d.upper) AS c (rows)'
             " WHERE c.rows > 0 ORDER BY d.day",
             window=joined(window),
             old=old,
-            fence=state.fence,
         ),
     ).all()
     return dict(rows)
 
 
-# One message to the server, hence one round trip and one transaction. It need not wait for the disk:
-# after a crash the partition ends where its last surviving batch does, and the copy goes on there. Rows
-# that share a timestamp go together, so the last timestamp alone says how far the copy is, and a
-# hundred thousand rows with the same one are read once. The planner is left no choice but to follow the
+# A round of batches, each a transaction of its own. Its lock on the state waits its turn behind a run that
+# wants to write there, and a run that has been taken over stops before its next batch. No batch need wait
+# for the disk: after a crash the partition ends where its last surviving batch does, and the copy goes on
+# there. Rows that share a timestamp go together, so the last timestamp alone says how far the copy is, and
+# a hundred thousand rows with the same one are read once. The planner is left no choice but to follow the
 # index: statistics that are out of date must not make it sort the rest of the day for every batch.
-_BATCH = """
-SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true),
-       set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
-       set_config('statement_timeout', '0', true), set_config('jit', 'off', true);
-WITH mine AS MATERIALIZED (
-    SELECT FROM {state} WHERE run_id = {run_id}::uuid FOR SHARE
-), batch AS (
-    SELECT {columns} FROM {old}
-    WHERE EXISTS (SELECT FROM mine)
-      AND "timestamp" > {after} AND "timestamp" < {upper} AND id <= {fence}
-    ORDER BY "timestamp"
-    FETCH FIRST {batch_size} ROWS WITH TIES
-), put AS (
-    INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE
-    SELECT {columns} FROM batch {on_conflict} RETURNING "timestamp"
-){progress}
-SELECT (SELECT count(*) FROM mine), max("timestamp"), count(*) FROM {taken}
+_ROUND = """
+#variable_conflict use_column
+<<copying>>
+DECLARE
+    after {old}."timestamp"%TYPE := {after};
+    last {old}."timestamp"%TYPE;
+    mine boolean;
+    taken bigint;
+    rows bigint := 0;
+    batches integer := 0;
+    ends timestamptz := clock_timestamp() + least(
+        {seconds} * interval '1 second', nullif(current_setting('statement_timeout'), '0')::interval / 2);
+BEGIN
+    LOOP
+        EXECUTE {settings};
+        LOCK TABLE {state} IN ROW EXCLUSIVE MODE;
+        SELECT EXISTS (SELECT FROM {state} WHERE run_id = {run_id}::uuid) INTO copying.mine;
+        EXIT WHEN NOT copying.mine;
+        WITH batch AS (
+            SELECT {columns} FROM {old}
+            WHERE "timestamp" > copying.after AND "timestamp" < {upper} AND id <= {fence}
+            ORDER BY "timestamp"
+            FETCH FIRST {batch_size} ROWS WITH TIES
+        ), put AS (
+            INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE
+            SELECT {columns} FROM batch {on_conflict} RETURNING "timestamp"
+        ){progress}
+        SELECT max("timestamp"), count(*) FROM {source} INTO copying.last, copying.taken;
+        COMMIT;
+        batches := batches + 1;
+        rows := rows + taken;
+        after := coalesce(last, after);
+        EXIT WHEN taken < {batch_size} OR clock_timestamp() >= ends;
+    END LOOP;
+    -- Of all levels this one is always sent to the client, and never written to the log by default.
+    RAISE INFO '%', json_build_object(
+        'mine', mine, 'last', after, 'rows', rows, 'batches', batches, 'more', taken >= {batch_size});
+END
 """
 
+_BATCH_SETTINGS = """
+SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true),
+       set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+       set_config('jit', 'off', true)
+"""
 
 # Today's progress cannot be read off the partition, which the application writes as well.
 _PROGRESS = """, progress AS (
     INSERT INTO {live} (day, "timestamp") SELECT {day}, max("timestamp") FROM batch HAVING count(*) > 0
     ON CONFLICT (day) DO UPDATE SET "timestamp" = EXCLUDED."timestamp"
 )"""
+
+
+class _Round(NamedTuple):
+    """What a round did: whether the migration is still ours, the last timestamp taken, rows and batches,
+    and whether there may be more rows.
+    """
+
+    mine: bool
+    last: datetime
+    rows: int
+    batches: int
+    more: bool
+
+
+class _Inbox:
+    """Takes what the server tells besides results; no list, for SQLAlchemy would empty that."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def append(self, text: str) -> None:
+        """Called by the driver, for each message."""
+        self.text = text
 
 
 @dataclass
@@ -157,6 +212,7 @@ class DayCopy:
     day: date
     manner: Manner
     short: ShortTransactions
+    counted: int = 0
 
     @property
     def _leaf(self) -> str:
@@ -166,14 +222,10 @@ class DayCopy:
         """Fill, index, compare and attach a day of the past; carries on where an earlier run stopped."""
         with transaction(self.conn):
             filled = self._has_primary_key()
-            found, last = execute(
-                self.conn, statement('SELECT count(*), max("timestamp") FROM {leaf}', leaf=self._qualified())
-            ).one()
-        if found:
-            self.manner.copied(self.day, found)
-        if not filled:
-            # Where the filling stopped before: batches are taken in the order of the timestamps.
-            self._fill(_utc(last) if found else self._start())
+        if filled:
+            self._history_copied()
+        else:
+            self._fill(self._history_copied, live=False)
             self._index()
         self._refer()
         with transaction(self.conn):
@@ -192,13 +244,30 @@ class DayCopy:
         A row is copied once: one that the application has deleted since, or given another timestamp,
         does not come back. A row that it has written under the same key is left alone.
         """
+        self._fill(self._live_copied, live=True)
+
+    def _history_copied(self) -> datetime:
+        """How far the filling came before: batches are taken in the order of the timestamps."""
+        with transaction(self.conn):
+            found, last = execute(
+                self.conn, statement('SELECT count(*), max("timestamp") FROM {leaf}', leaf=self._qualified())
+            ).one()
+        self._count(found - self.counted)
+        return _utc(last) if found else self._start()
+
+    def _live_copied(self) -> datetime:
         live = name(self.shape.schema, LIVE_TABLE)
         with transaction(self.conn):
             last = execute(
                 self.conn,
                 statement('SELECT "timestamp" FROM {live} WHERE day = {day}', live=live, day=self.day),
             ).scalar()
-        self._fill(_utc(last) if last else self._start(), live=True)
+        return _utc(last) if last else self._start()
+
+    def _count(self, rows: int) -> None:
+        self.counted += rows
+        if rows:
+            self.manner.copied(self.day, rows)
 
     def _start(self) -> datetime:
         """The last instant that is not copied; the server's clock knows none between it and the first."""
@@ -220,44 +289,61 @@ class DayCopy:
             ).scalar_one()
         )
 
-    def _fill(self, after: datetime, *, live: bool = False) -> None:
+    def _fill(self, copied: Callable[[], datetime], *, live: bool) -> None:
+        """Rounds of batches until no row is left, from where ``copied`` says that the copy is."""
+        while not self._rounds(copied(), live=live):
+            pass
+
+    def _rounds(self, after: datetime, *, live: bool) -> bool:
+        """Whether the end was reached; false when the server cut a round short and wants smaller batches."""
+        pacer = self.manner.pacer
         with autocommit(self.conn):
             while True:
-                size = self.manner.pacer.begin(self.manner.check_stop)
+                size = pacer.begin(self.manner.check_stop)
                 began = time.monotonic()
-                mine, last, rows = self._batch(after, size, live=live)
-                self.manner.pacer.end(size, rows, time.monotonic() - began)
-                if not mine:
+                try:
+                    done = self._round(after, size, live=live)
+                except DBAPIError as error:
+                    if sqlstate(error) == errorcodes.QUERY_CANCELED and pacer.cut_short(size):
+                        return False
+                    raise
+                if not done.mine:
                     raise SupersededError("another run has taken this migration over")
-                if not rows:
-                    return
-                self.manner.copied(self.day, rows)
-                after = _utc(last)
+                pacer.end(size, done.rows, (time.monotonic() - began) / done.batches)
+                self._count(done.rows)
+                if not done.more:
+                    return True
+                after = done.last
 
-    def _batch(self, after: datetime, size: int, *, live: bool) -> Any:
-        """Whether the migration is still ours, the last timestamp taken, and how many rows were."""
-        return execute(
-            self.conn,
-            statement(
-                _BATCH,
-                flag=COPYING_FLAG,
-                state=name(self.shape.schema, STATE_TABLE),
-                run_id=str(self.state.run_id),
-                columns=joined(self.shape.copied_columns()),
-                old=name(self.shape.schema, OLD_TABLE),
-                after=self.shape.instant(after),
-                upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
-                fence=self.state.fence,
-                batch_size=size,
-                leaf=self._qualified(),
-                # What is there already is taken too, though not put in again.
-                on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
-                taken=sql.SQL("batch" if live else "put"),
-                progress=statement(_PROGRESS, live=name(self.shape.schema, LIVE_TABLE), day=self.day)
-                if live
-                else sql.SQL(""),
-            ),
-        ).one()
+    def _round(self, after: datetime, size: int, *, live: bool) -> _Round:
+        """As many batches as fit into a moment, over one round trip."""
+        settings = joined([session_settings(), statement(_BATCH_SETTINGS, flag=COPYING_FLAG)], ";")
+        body = statement(
+            _ROUND,
+            settings=render(self.conn, settings),
+            seconds=self.manner.pacer.round_s,
+            state=name(self.shape.schema, STATE_TABLE),
+            run_id=str(self.state.run_id),
+            columns=joined(self.shape.copied_columns()),
+            old=name(self.shape.schema, OLD_TABLE),
+            after=self.shape.instant(after),
+            upper=self.shape.instant(midnight(self.day + timedelta(days=1))),
+            fence=self.state.fence,
+            batch_size=size,
+            leaf=self._qualified(),
+            # What is there already is taken too, though not put in again.
+            on_conflict=sql.SQL('ON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
+            source=sql.SQL("batch" if live else "put"),
+            progress=statement(_PROGRESS, live=name(self.shape.schema, LIVE_TABLE), day=self.day)
+            if live
+            else sql.SQL(""),
+        )
+        inbox = _Inbox()
+        driver: Any = self.conn.connection.dbapi_connection
+        driver.notices = inbox
+        execute(self.conn, statement("DO {body}", body=render(self.conn, body)))
+        found = json.loads(inbox.text[inbox.text.index("{") : inbox.text.rindex("}") + 1])
+        return _Round(**{**found, "last": _utc(datetime.fromisoformat(found["last"]))})
 
     def _index(self) -> None:
         """Primary key and indexes, all or none: a partition that has them is filled.
@@ -340,11 +426,28 @@ def statistics_statement(shape: TableShape, leaf: Statement) -> Statement:
     """Statistics of the indexed columns, so that readers find a partition that is attached quickly.
 
     Those of the others, large documents above all, would cost as much as copying 100,000 rows; they
-    are gathered when everything is in its place.
+    are gathered, all of them from larger samples, when everything is in its place.
     """
     indexed = {column for index in shape.indexes for column in index.columns} | {"id", "timestamp"}
     columns = [name(column.name) for column in shape.columns if column.name in indexed]
-    return statement("ANALYZE {leaf} ({columns})", leaf=leaf, columns=joined(columns))
+    return statement(
+        "SET LOCAL default_statistics_target = 10; ANALYZE {leaf} ({columns})",
+        leaf=leaf,
+        columns=joined(columns),
+    )
+
+
+def final_statistics(conn: Connection, shape: TableShape, live: Iterable[date]) -> Statement:
+    """Statistics of the table as a whole, which autovacuum never gathers, and of the ``live`` days.
+
+    The other partitions have some, and autovacuum will do better; but only a server of version 18 or
+    newer can leave them out.
+    """
+    table = name(shape.schema, TABLE)
+    if (conn.dialect.server_version_info or (0,)) < (18,):
+        return statement("ANALYZE {table}", table=table)
+    leaves = [name(shape.schema, partition_name(day)) for day in sorted(live)]
+    return statement("ANALYZE ONLY {tables}", tables=joined([table, *leaves]))
 
 
 def validate_statement(leaf: Statement, key: ForeignKey) -> Statement:
@@ -380,6 +483,34 @@ def attach_statements(shape: TableShape, day: date) -> list[Statement]:
             check=name(bound_check(partition_name(day))),
         ),
     ]
+
+
+def without_autovacuum(shape: TableShape, state: State) -> list[Statement]:
+    """Keep autovacuum away from the partitions while days are copied; SHARE UPDATE EXCLUSIVE on each.
+
+    Not from those that retention has dropped since, in a migration that is resumed late.
+
+    It would come to those that have just been filled, and hold a lock for minutes that the next step
+    needs for a moment: the server calls it off for whoever waits a second, and so long we let nobody wait.
+    """
+    return [
+        statement("ALTER TABLE IF EXISTS {leaf} SET (autovacuum_enabled = off)", leaf=leaf)
+        for leaf in _leaves(shape, state)
+    ]
+
+
+def autovacuum_as_before(shape: TableShape, state: State) -> list[Statement]:
+    """The partitions' setting for autovacuum is that of the old table again."""
+    own = [option for option in shape.options if option.startswith("autovacuum_enabled ")]
+    change = sql.SQL(f"SET ({own[0]})" if own else "RESET (autovacuum_enabled)")
+    return [
+        statement("ALTER TABLE IF EXISTS {leaf} {change}", leaf=leaf, change=change)
+        for leaf in _leaves(shape, state)
+    ]
+
+
+def _leaves(shape: TableShape, state: State) -> list[sql.Identifier]:
+    return [name(shape.schema, partition_name(day)) for day in days(state.first_day, state.last_day)]
 
 
 def drop_default_statements(shape: TableShape) -> list[Statement]:
@@ -446,10 +577,21 @@ def _utc(value: datetime) -> datetime:
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+def open_history(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
+    """Before the first day: send autovacuum elsewhere. SHARE UPDATE EXCLUSIVE on the partitions."""
+
+    def send_away(conn: Connection) -> None:
+        claim(conn, shape.schema, state.run_id)
+        execute(conn, joined(without_autovacuum(shape, state), ";\n"))
+
+    short.run(conn, send_away, tables=[(shape.schema, TABLE)])
+
+
 def close_history(conn: Connection, shape: TableShape, state: State, short: ShortTransactions) -> None:
     """When every day is in its place: drop the default partition, give the parent its foreign keys.
 
     With the default partition goes the condition that kept the application's triggers from our rows.
+    Then autovacuum may come.
 
     ACCESS EXCLUSIVE on webhook_log for the drop of an empty table; then SHARE ROW EXCLUSIVE on it and
     ACCESS EXCLUSIVE on the tables referred to, while the partitions' keys are adopted unchecked.
@@ -471,6 +613,10 @@ def close_history(conn: Connection, shape: TableShape, state: State, short: Shor
         claim(conn, schema, state.run_id)
         execute(conn, joined(adopt_statements(shape), ";\n"))
 
+    def call_back(conn: Connection) -> None:
+        claim(conn, schema, state.run_id)
+        execute(conn, joined(autovacuum_as_before(shape, state), ";\n"))
+
     with transaction(conn):
         default_exists, keys = execute(
             conn,
@@ -488,6 +634,7 @@ def close_history(conn: Connection, shape: TableShape, state: State, short: Shor
     if shape.foreign_keys and not keys:
         referred = [(key.schema, key.table) for key in shape.foreign_keys]
         short.run(conn, adopt, tables=[(schema, TABLE), *referred])
+    short.run(conn, call_back, tables=[(schema, TABLE)])
 
 
 class Copy:

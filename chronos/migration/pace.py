@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from chronos.db import execute, statement, transaction
 from chronos.errors import RefusedError
 
+_ROUND_S = 0.2  # how long a request to stop may go unnoticed while batches run
 _SLOW_BATCH_S = 1.0
 _SMALLEST_BATCH = 50
 _POLL_S = 1.0
@@ -60,6 +61,8 @@ class Pacer:
         self._free_at = clock()
         self._asked_at = float("-inf")
         self.lag: Lag | None = None
+        # Batches that begin by themselves, one after another, before ``begin`` is to be asked again.
+        self.round_s = 0.0 if rate_limit else _ROUND_S
 
     def begin(self, check_stop: Callable[[], None]) -> int:
         """Wait until a batch may begin; returns the most rows that it may have.
@@ -85,6 +88,14 @@ class Pacer:
                 self._size = max(min(_SMALLEST_BATCH, self._most), self._size // 2)
             elif seconds < _SLOW_BATCH_S / 4:
                 self._size = min(self._most, self._size * 2)
+
+    def cut_short(self, size: int) -> bool:
+        """Make the batches smaller, after the server has cancelled one; false when they cannot be."""
+        with self._turn:
+            self._free_at -= self._seconds(size)
+            smaller = max(min(_SMALLEST_BATCH, self._most), size // 2)
+            self._size = min(self._size, smaller)
+            return smaller < size
 
     def _seconds(self, rows: int) -> float:
         return rows / self._rate_limit if self._rate_limit else 0.0

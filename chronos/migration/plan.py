@@ -22,11 +22,14 @@ from chronos.errors import RefusedError
 from chronos.migration.copy import (
     adopt_statements,
     attach_statements,
+    autovacuum_as_before,
     drop_default_statements,
+    final_statistics,
     index_statements,
     silence,
     statistics_statement,
     validate_statement,
+    without_autovacuum,
 )
 from chronos.migration.followers import Follower, followers
 from chronos.migration.preflight import Survey, first_state, locate, survey
@@ -115,12 +118,12 @@ def _plan(conn: Connection, found: Survey, shape: TableShape, report: _Report) -
     report.title("The SQL, to be run on the same day (UTC), by psql as it is")
     report.raw("\\set ON_ERROR_STOP on")
     later = [d.day for d in found_days if d.day > state.today and d.rows]
-    for section in sections(shape, state, following, later):
+    for section in sections(conn, shape, state, following, later):
         report.section(section, lambda query: render(conn, query))
 
 
 def sections(
-    shape: TableShape, state: State, following: list[Follower], later: list[date]
+    conn: Connection, shape: TableShape, state: State, following: list[Follower], later: list[date]
 ) -> Iterator[Section]:
     """The statements of a migration in their order; ``later`` are the days after today that have rows.
 
@@ -143,6 +146,7 @@ def sections(
             *swap_statements(shape, state, following),
         ],
     )
+    yield Section("Autovacuum stays away until all is in its place", without_autovacuum(shape, state))
     for day in sorted([state.today, *later], reverse=True):
         yield Section(
             f"The rows of {day} into the partition that the application writes. The program does it in"
@@ -157,13 +161,12 @@ def sections(
     )
     if shape.foreign_keys:
         yield Section("The foreign keys of the parent adopt those of the partitions", adopt_statements(shape))
+    yield Section("Autovacuum may come", autovacuum_as_before(shape, state))
     yield Section("The functions for the nightly jobs", function_statements(shape))
     yield Section(
         "Compare what the application writes too; the migration is complete", _end(shape, state, later)
     )
-    yield Section(
-        "Statistics", [statement("ANALYZE {table}", table=name(shape.schema, TABLE))], in_transaction=False
-    )
+    yield Section("Statistics", [final_statistics(conn, shape, [state.today, *later])], in_transaction=False)
 
 
 def _copy_statement(shape: TableShape, state: State, day: date, *, live: bool) -> Statement:

@@ -20,7 +20,6 @@ from chronos.db import (
     execute,
     is_disconnect,
     joined,
-    name,
     one_line,
     opened,
     statement,
@@ -39,6 +38,8 @@ from chronos.migration.copy import (
     Copy,
     Manner,
     close_history,
+    final_statistics,
+    open_history,
     rows_per_day,
     verify_live_day,
 )
@@ -285,6 +286,8 @@ class _Run:
             self.rows = rows
             total = sum(rows.values())
             self.output.line(f"Total rows to migrate: {total:,}")
+            short = self._short()
+            open_history(conn, self.shape, self.state, short)
             history = days(self.state.first_day, self.state.today - timedelta(days=1))
             pending = sorted({*history, *rows} - set(self.state.days))
             done = sum(result.new_rows for result in self.state.days.values())
@@ -292,7 +295,6 @@ class _Run:
                 copy = Copy(self.engine, self.shape, self.state, manner, self._short)
                 self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
             self.rows_copied = count.rows
-            short = self._short()
             close_history(conn, self.shape, self.state, short)
             self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
             self._refresh(conn)
@@ -355,7 +357,8 @@ class _Run:
         try:
             with opened(self.engine) as analyzing:
                 analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
-                execute(analyzing, statement("ANALYZE {table}", table=name(self.schema, TABLE)))
+                live = [day for day in self.rows if day >= self.state.today]
+                execute(analyzing, final_statistics(analyzing, self.shape, live))
         except DBAPIError as error:
             self.output.line(f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {TABLE};")
         if self.options.report:

@@ -1,8 +1,10 @@
 """The state of a migration, kept in the database: one row beside the table, gone when all is over.
 
 Each transition is written in the transaction that makes it true, and only by the run that owns the
-row: ``claim`` locks it and compares the run's token, so that a run which was taken over, its process
-dead but its last statement still going, cannot write another row.
+row: ``claim`` locks the table and compares the run's token, so that a run which was taken over, its
+process dead but its last statement still going, cannot write another row. Batches of the copy hold the
+table in ROW EXCLUSIVE mode. It is the table that is locked, not its row: there, who comes first is
+served first, and batches that follow each other closely do not keep a claim waiting.
 """
 
 from __future__ import annotations
@@ -171,20 +173,25 @@ def read(conn: Connection, schema: str) -> State | None:
 
 
 def claim(conn: Connection, schema: str, run_id: uuid.UUID) -> None:
-    """Lock the row to the end of the transaction and make sure that it is this run's.
+    """Lock the state to the end of the transaction and make sure that it is this run's.
 
-    Raises SupersededError when another run has taken over.
+    SHARE ROW EXCLUSIVE on the state's table. Raises SupersededError when another run has taken over.
     """
+    execute(conn, _locked(schema))
     mine = execute(
         conn,
         statement(
-            "SELECT FROM {table} WHERE run_id = {run_id}::uuid FOR UPDATE",
+            "SELECT FROM {table} WHERE run_id = {run_id}::uuid",
             table=name(schema, STATE_TABLE),
             run_id=str(run_id),
         ),
     )
     if mine.one_or_none() is None:
         raise SupersededError("another run has taken this migration over; this one wrote nothing more")
+
+
+def _locked(schema: str) -> Statement:
+    return statement("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE", table=name(schema, STATE_TABLE))
 
 
 def update(conn: Connection, schema: str, **changes: Any) -> None:
@@ -204,6 +211,7 @@ def update(conn: Connection, schema: str, **changes: Any) -> None:
 def take_over(conn: Connection, schema: str, state: State) -> State:
     """Make this run the owner; waits for the last statement of the one before, if any still runs."""
     mine = replace(state, run_id=uuid.uuid4())
+    execute(conn, _locked(schema))
     execute(
         conn,
         statement(

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine
@@ -22,9 +21,9 @@ from sqlalchemy.pool import NullPool
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.demo.writer import LiveWriter
+from tests.command import Run
 from tests.conftest import MakeDatabase, OwnPostgres
 from tests.faults.proxy import Proxy
-from tests.faults.runner import Runner
 from tests.tables import digest, query, relations, value
 from tests.waiting import wait_until
 
@@ -52,14 +51,36 @@ ORDER BY 1, 2, 3
 """
 
 
+class Runner:
+    """Runs of the command line, one after another."""
+
+    pid = 0
+
+    def start(self, url: str, *arguments: str) -> int:
+        """Begin a run; returns its pid."""
+        self._run = Run(url, *arguments)
+        self.pid = self._run.pid
+        return self.pid
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the run's end: its exit code, negative for a signal, and all that it printed."""
+        done = self._run.finish()
+        return done.returncode, done.stdout + done.stderr
+
+    def run(self, url: str, *arguments: str) -> tuple[int, str]:
+        """A run from start to end."""
+        self.start(url, *arguments)
+        return self.finish()
+
+
 @dataclass
 class Stage:
     """A server with a filled, plain webhook_log to copy from, and what an undisturbed run does to it."""
 
     server: str
     template: str
-    runner: Runner
     make_database: MakeDatabase
+    runner: Runner = field(default_factory=Runner)
     plain: list[tuple[object, ...]] = field(default_factory=list)
     plain_relations: set[tuple[str, str]] = field(default_factory=set)
     migrated: list[tuple[object, ...]] = field(default_factory=list)
@@ -81,17 +102,16 @@ class Stage:
 
 
 @pytest.fixture
-def stage(postgres: str, make_database: MakeDatabase, tmp_path: Path) -> Iterator[Stage]:
-    with Runner(tmp_path) as runner:
-        found = Stage(postgres, make_database(), runner, make_database)
-        create_webhook_log(create_engine(found.template, poolclass=NullPool), ROWS, days=17)
-        found.plain, found.plain_relations = query(found.template, SHAPE), relations(found.template)
-        undisturbed = found.copy(found.template)
-        with Proxy(undisturbed) as proxy:
-            assert runner.run(proxy.url, *MIGRATE)[0] == 0
-        found.trace = proxy.statements
-        found.migrated = query(undisturbed, SHAPE)
-        yield found
+def stage(postgres: str, make_database: MakeDatabase) -> Stage:
+    found = Stage(postgres, make_database(), make_database)
+    create_webhook_log(create_engine(found.template, poolclass=NullPool), ROWS, days=17)
+    found.plain, found.plain_relations = query(found.template, SHAPE), relations(found.template)
+    undisturbed = found.copy(found.template)
+    with Proxy(undisturbed) as proxy:
+        assert found.runner.run(proxy.url, *MIGRATE)[0] == 0
+    found.trace = proxy.statements
+    found.migrated = query(undisturbed, SHAPE)
+    return found
 
 
 def points(trace: list[str]) -> list[int]:
@@ -114,7 +134,7 @@ def once_a_step(trace: list[str]) -> list[int]:
     landmarks = (
         "CREATE TABLE",
         "ALTER TABLE {} RENAME",
-        "WITH mine",
+        "WITH batch",
         "ADD PRIMARY KEY",
         "VALIDATE CONSTRAINT",
         "ATTACH PARTITION",
@@ -314,68 +334,68 @@ def test_connections_lost(stage: Stage, fault: str) -> None:
             assert_migrated(url, stage, [writer])
 
 
-def test_server_stopped(own_postgres: OwnPostgres, tmp_path: Path) -> None:
+def test_server_stopped(own_postgres: OwnPostgres) -> None:
     """pg_ctl stop -m immediate in each step: once it is back, one command goes on."""
     server = own_postgres({"fsync": "on", "full_page_writes": "on"})
-    with Runner(tmp_path) as runner:
-        template = server.create_database("filled")
-        create_webhook_log(create_engine(template, poolclass=NullPool), ROWS, days=17)
+    runner = Runner()
+    template = server.create_database("filled")
+    create_webhook_log(create_engine(template, poolclass=NullPool), ROWS, days=17)
 
-        def fresh(name: str) -> str:
-            return server.create_database(name, template="filled")
+    def fresh(name: str) -> str:
+        return server.create_database(name, template="filled")
 
-        with Proxy(fresh("rehearsal")) as rehearsal:
-            assert runner.run(rehearsal.url, *MIGRATE)[0] == 0
-        for number, point in enumerate(once_a_step(rehearsal.statements)):
-            url = fresh(f"stopped_{number}")
-            with (
-                Proxy(url, point, lambda proxy: server.stop("immediate")) as proxy,
-                LiveWriter(url, threads=1, rate=150, past_share=0.2, reconnect=True) as writer,
-            ):
-                wait_until(lambda: writer.commits, 20, "the writer writes")
-                pid = runner.start(proxy.url, *MIGRATE)
-                assert proxy.acted.wait(60)
-                # The operator's terminal goes with the server, so nobody is left to roll back.
-                os.kill(pid, signal.SIGKILL)
-                runner.finish()
-                server.start()
-                writer.catch_up()
-                phase = state_of(url)
-                again = ["--resume"] if phase else []
-                code, output = runner.run(url, *MIGRATE, *again)
-                assert code == (2 if phase == "migrated" else 0), output
-            engine = create_engine(url, poolclass=NullPool)
-            with engine.connect() as conn:
-                presence = writer.check(conn)
-            assert (presence.lost, presence.twice, presence.repeated_ids) == ([], [], [])
-            assert writer.errors == []
-            cutoff, fence = query(url, "SELECT cutoff, fence FROM webhook_log_migration")[0]
-            assert digest(url, "webhook_log_old", f"timestamp >= '{cutoff}'") == digest(
-                url, "webhook_log", f"id <= {fence}"
-            )
-
-
-def test_server_back_in_time_is_rolled_back_by_itself(own_postgres: OwnPostgres, tmp_path: Path) -> None:
-    """A server that restarts while the migration runs: it waits for it, and rolls back, exit 1."""
-    server = own_postgres()
-    with Runner(tmp_path) as runner:
-        url = server.create_database("restarted")
-        create_webhook_log(create_engine(url, poolclass=NullPool), ROWS, days=17)
-        before = query(url, SHAPE), relations(url)
-
-        def restart(proxy: Proxy) -> None:
-            server.stop("immediate")
-            server.start()
-
+    with Proxy(fresh("rehearsal")) as rehearsal:
+        assert runner.run(rehearsal.url, *MIGRATE)[0] == 0
+    for number, point in enumerate(once_a_step(rehearsal.statements)):
+        url = fresh(f"stopped_{number}")
         with (
-            Proxy(url, 400, restart) as proxy,
+            Proxy(url, point, lambda proxy: server.stop("immediate")) as proxy,
             LiveWriter(url, threads=1, rate=150, past_share=0.2, reconnect=True) as writer,
         ):
-            code, output = runner.run(proxy.url, *MIGRATE)
-            assert proxy.acted.is_set()
-        assert code == 1, output
-        assert (query(url, SHAPE), relations(url)) == before
+            wait_until(lambda: writer.commits, 20, "the writer writes")
+            pid = runner.start(proxy.url, *MIGRATE)
+            assert proxy.acted.wait(60)
+            # The operator's terminal goes with the server, so nobody is left to roll back.
+            os.kill(pid, signal.SIGKILL)
+            runner.finish()
+            server.start()
+            writer.catch_up()
+            phase = state_of(url)
+            again = ["--resume"] if phase else []
+            code, output = runner.run(url, *MIGRATE, *again)
+            assert code == (2 if phase == "migrated" else 0), output
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as conn:
             presence = writer.check(conn)
         assert (presence.lost, presence.twice, presence.repeated_ids) == ([], [], [])
+        assert writer.errors == []
+        cutoff, fence = query(url, "SELECT cutoff, fence FROM webhook_log_migration")[0]
+        assert digest(url, "webhook_log_old", f"timestamp >= '{cutoff}'") == digest(
+            url, "webhook_log", f"id <= {fence}"
+        )
+
+
+def test_server_back_in_time_is_rolled_back_by_itself(own_postgres: OwnPostgres) -> None:
+    """A server that restarts while the migration runs: it waits for it, and rolls back, exit 1."""
+    server = own_postgres()
+    runner = Runner()
+    url = server.create_database("restarted")
+    create_webhook_log(create_engine(url, poolclass=NullPool), ROWS, days=17)
+    before = query(url, SHAPE), relations(url)
+
+    def restart(proxy: Proxy) -> None:
+        server.stop("immediate")
+        server.start()
+
+    with (
+        Proxy(url, 400, restart) as proxy,
+        LiveWriter(url, threads=1, rate=150, past_share=0.2, reconnect=True) as writer,
+    ):
+        code, output = runner.run(proxy.url, *MIGRATE)
+        assert proxy.acted.is_set()
+    assert code == 1, output
+    assert (query(url, SHAPE), relations(url)) == before
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as conn:
+        presence = writer.check(conn)
+    assert (presence.lost, presence.twice, presence.repeated_ids) == ([], [], [])
