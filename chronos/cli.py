@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
-from chronos.migration.output import Output
+from chronos.migration.output import Output, in_bytes
 from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.preflight import Survey
 from chronos.migration.rollback import undo
@@ -57,18 +56,23 @@ def _errors_as_lines() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; the second one sets it again and does nothing worse."""
-    stop = threading.Event()
+def _operator() -> Iterator[Operator]:
+    """Somebody who is told things on stdout, and whom Ctrl-C and SIGTERM stop, the second no worse."""
+    operator = Operator(Output())
+    stop = operator.stop
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if not stop.is_set():
-            click.echo("Stopping at the next batch...", err=True)
+            stopping = "Stopping at the next batch..."
+            if operator.output.console.is_terminal:
+                operator.output.line(stopping)  # above the bar, not into it
+            else:
+                click.echo(stopping, err=True)
         stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield operator
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -91,19 +95,11 @@ def _ask(word: str) -> None:
         raise RefusedError(f"{word} was not typed; nothing was changed")
 
 
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
-
-
 def _confirm_migration(url: URL, found: Survey, *, ask: bool) -> None:
     click.echo(
         f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
         f"Table: {found.schema}.{TABLE}   Rows (estimate): {found.rows_estimate:,}"
-        f"   Size: {_bytes(found.bytes)}\n"
+        f"   Size: {in_bytes(found.bytes)}\n"
         f"It will be renamed to {OLD_TABLE}; the rows since {found.cutoff:%Y-%m-%d %H:%M} UTC\n"
         "are copied into daily partitions."
     )
@@ -113,7 +109,20 @@ def _confirm_migration(url: URL, found: Survey, *, ask: bool) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Daily partitions for webhook_log: migrate, look, go back, tidy up."""
+    """Daily partitions for webhook_log: migrate, look, go back, tidy up.
+
+    \b
+    The usual order:
+      python -m chronos demo                see it all on a server of its own
+      python -m chronos migrate --dry-run   the plan and every statement of it
+      python -m chronos migrate             asks for the word MIGRATE
+      python -m chronos status              now, and every day
+      python -m chronos finalize            after some days; until then: rollback
+
+    DATABASE_URL and REDIS_URL come from the environment or from .env. Exit codes: 0 done; 1 failed,
+    the database is as it was (or unhealthy); 2 refused, nothing was changed; 3 stopped half-way,
+    nothing is lost; 4 needs a person.
+    """
 
 
 @cli.command()
@@ -172,13 +181,20 @@ def migrate(
     max_replica_lag: float | None,
     report: Path | None,
 ) -> None:
-    """Turn webhook_log into daily partitions while the application writes on.
+    """Turn webhook_log into daily partitions under live writes.
 
     The table is renamed to webhook_log_old, a partitioned webhook_log takes its place, the rows of
     the last 15 days are copied, compared, and two functions for its upkeep installed. Asks for the
     word MIGRATE first. On failure all is put back as it was.
+
+    \b
+    Examples:
+      python -m chronos migrate --dry-run > plan.sql
+      python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
+      python -m chronos migrate --yes --report report.json
+      python -m chronos migrate --resume
     """
-    with _errors_as_lines(), _stop_on_signals() as stop:
+    with _errors_as_lines(), _operator() as operator:
         settings = get_settings()
         url = settings.database
         telemetry.configure(settings)
@@ -201,7 +217,7 @@ def migrate(
                 max_replica_lag=max_replica_lag,
                 report=report,
             ),
-            Operator(Output(), stop),
+            operator,
             confirm,
         )
 
@@ -210,12 +226,17 @@ def migrate(
 @click.option("--yes", is_flag=True, help="Do not ask for the word ROLLBACK.")
 @click.option("--force", is_flag=True, help="Give up rows that retention has already dropped.")
 def rollback(yes: bool, force: bool) -> None:
-    """Go back to the plain table; the rows written since the swap come along.
+    """Go back to the plain table, with every row written since.
 
     Works from every phase of a migration, cut off or complete, until finalize. Asks for the word
     ROLLBACK first. Cut off, it goes on where it was when it is called again.
+
+    \b
+    Examples:
+      python -m chronos rollback
+      python -m chronos rollback --yes
     """
-    with _errors_as_lines(), _stop_on_signals() as stop:
+    with _errors_as_lines(), _operator() as operator:
         settings = get_settings()
         url = settings.database
         telemetry.configure(settings)
@@ -230,7 +251,7 @@ def rollback(yes: bool, force: bool) -> None:
                 _ask("ROLLBACK")
 
         engine = connect_engine(url, application_name="chronos rollback")
-        undo(engine, Operator(Output(), stop), confirm, force=force)
+        undo(engine, operator, confirm, force=force)
 
 
 @cli.command()
@@ -240,24 +261,30 @@ def finalize(yes: bool) -> None:
 
     Checks first that the migration is complete, that no row within retention is in the old table
     alone, and that nothing depends on it. Asks for the word FINALIZE. There is no way back from here.
+
+    \b
+    Examples:
+      python -m chronos finalize
+      python -m chronos finalize --yes
     """
-    with _errors_as_lines(), _stop_on_signals() as stop:
+    with _errors_as_lines(), _operator() as operator:
         settings = get_settings()
         url = settings.database
         telemetry.configure(settings)
 
-        def confirm(found: State) -> None:
-            click.echo(
-                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
-                f"{DESCRIPTIONS[found.phase]}\n"
-                f"{OLD_TABLE} will be dropped for good, and with it all from before"
-                f" {found.cutoff:%Y-%m-%d %H:%M} UTC."
+        def confirm(found: State, old_is_there: bool) -> None:
+            what = (
+                f"{DESCRIPTIONS[found.phase]}\n{OLD_TABLE} will be dropped for good, and with it all from"
+                f" before {found.cutoff:%Y-%m-%d %H:%M} UTC."
+                if old_is_there
+                else f"{OLD_TABLE} was dropped by hand; what is left of the migration will be removed."
             )
+            click.echo(f"Host: {url.host or 'local socket'}   Database: {url.database}\n{what}")
             if not yes:
                 _ask("FINALIZE")
 
         engine = connect_engine(url, application_name="chronos finalize")
-        finish(engine, Operator(Output(), stop), confirm, settings.webhook_log_retention_days)
+        finish(engine, operator, confirm, settings.webhook_log_retention_days)
 
 
 @cli.command()
@@ -270,10 +297,15 @@ def finalize(yes: bool) -> None:
 )
 @click.option("--keep", is_flag=True, help="Leave the server up, and say how to reach and to stop it.")
 def demo(rows: int, keep: bool) -> None:
-    """Watch a migration on a PostgreSQL that is started for it and removed again.
+    """Watch a migration on a PostgreSQL of its own, removed again.
 
     Sample rows, an application that keeps writing, the migration, and what the application noticed.
     Asks for the word MIGRATE when run on a terminal. Your own databases are not touched.
+
+    \b
+    Examples:
+      python -m chronos demo
+      python -m chronos demo --rows 1000000 --keep
     """
     from chronos.demo.run import demo as run_demo  # here, for no other verb needs what it imports
 
@@ -287,9 +319,14 @@ def demo(rows: int, keep: bool) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
 def status(as_json: bool) -> None:
-    """Say how the table, its partitions and the nightly jobs are; exit 1 when something is wrong.
+    """Say how table, partitions and jobs are; exit 1 on a problem.
 
     Each problem comes with what to type about it. Changes nothing.
+
+    \b
+    Examples:
+      python -m chronos status
+      python -m chronos status --json | jq -r '.problems[]'
     """
     from chronos.status import collect, show  # here, for no other verb needs what it imports
 

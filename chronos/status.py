@@ -23,6 +23,7 @@ from chronos.errors import ChronosError
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
+from chronos.migration.output import in_bytes
 from chronos.migration.preflight import COMMAND, locate
 from chronos.migration.state import DESCRIPTIONS, Phase, State
 from chronos.partitions import (
@@ -495,13 +496,18 @@ class _Page:
             self.line(f"partitions  {len(status.partitions)}, {status.oldest} to {status.newest}")
             self.line(f"runway      {status.runway_days} days")
             self.line(f"missing     {_some(status.missing) or 'none'}")
+            if status.migration and status.migration.phase is Phase.COPYING:
+                back = (status.migration.today - status.migration.first_day).days + 1
+                self.line(f"copied      {len(status.migration.days)} of {back} days")
             self.line(f"next drop   {status.next_drop:%Y-%m-%d %H:%M} UTC: {drops}")
         if status.old_table:
             old = status.old_table
-            self.line(f"old table   {OLD_TABLE}: {old.rows_estimate:,} rows (estimate), {_size(old.bytes)}")
+            self.line(
+                f"old table   {OLD_TABLE}: {old.rows_estimate:,} rows (estimate), {in_bytes(old.bytes)}"
+            )
         if status.partitions:
             self.partitions()
-        if status.jobs is not None:
+        if status.jobs is not None and status.partitioned:
             self.jobs(status.jobs)
         if status.problems:
             self.line("\nproblems" if len(status.problems) > 1 else "\nproblem", "bold red")
@@ -539,11 +545,11 @@ class _Page:
                 table.add_row(
                     self.safe(self.label(p)),
                     f"{p.rows_estimate:,}",
-                    _size(p.bytes),
+                    in_bytes(p.bytes),
                     Text(self.bar(p.bytes / largest), "cyan"),
                 )
         if ahead:
-            table.add_row(f"{len(ahead)} days ahead", "0", _size(sum(p.bytes for p in ahead)), "")
+            table.add_row(f"{len(ahead)} days ahead", "0", in_bytes(sum(p.bytes for p in ahead)), "")
         self.table(table)
 
     def is_empty_day_ahead(self, p: Partition) -> bool:
@@ -554,7 +560,7 @@ class _Page:
         """The day, or the name of a partition that is not one day's."""
         if p.lower and p.upper == p.lower + timedelta(days=1) and not p.detach_pending:
             return f"{p.lower:%Y-%m-%d}"
-        return p.name
+        return p.name if p.lower or p.upper else "(default)"
 
     def bar(self, share: float) -> str:
         """A bar for a share from 0 to 1."""
@@ -592,11 +598,3 @@ class _Page:
         if job.running:
             words.append(f"running: {job.running}")
         return ", ".join(words) or "unknown"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"

@@ -50,7 +50,8 @@ CREATE TABLE webhook_log (
     tags text[] NOT NULL DEFAULT '{{}}',
     CONSTRAINT "Sane Code" CHECK (status_code BETWEEN 0 AND 999),
     CONSTRAINT webhook_log_pkey PRIMARY KEY (id) WITH (fillfactor = 90)
-) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, toast.autovacuum_enabled = false);
+) WITH (autovacuum_enabled = no, fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05,
+        toast.autovacuum_enabled = false);
 ALTER TABLE webhook_log DROP COLUMN gone;
 ALTER TABLE webhook_log
     ALTER COLUMN request_body SET STORAGE EXTERNAL,

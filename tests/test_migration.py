@@ -147,6 +147,16 @@ def test_prints_what_the_guide_shows(database: str) -> None:
         "=" * 80,
         "MIGRATION COMPLETED SUCCESSFULLY!",
         "=" * 80,
+        "",
+        "Day",
+        f"{days[1]}",
+        "",
+        "Step",
+        "4 Migrating data from last 15 days",
+        "",
+        f"{rows:,} rows copied; ",
+        "",
+        "Next: make restart-worker",
     ]
     position = 0
     for line in expected:
@@ -321,8 +331,8 @@ class Blocked(NamedTuple):
 
 
 @contextmanager
-def blocked_after_the_swap(url: str, table: str) -> Iterator[Blocked]:
-    """A migration under way, and a lock on ``table`` ("leaf": a day of the past) that it will need.
+def blocked_after_the_swap(url: str, table: str, mode: str = "ACCESS EXCLUSIVE") -> Iterator[Blocked]:
+    """A migration under way, and a lock on ``table`` ("leaf": a day of the past) that it will run into.
 
     A reader holds the swap back until the table, which the build has made, is locked.
     """
@@ -330,7 +340,6 @@ def blocked_after_the_swap(url: str, table: str) -> Iterator[Blocked]:
         with holding(url, "SELECT FROM webhook_log LIMIT 1"):
             process = stack.enter_context(started(url, "migrate", "--yes", "--workers", "1"))
             wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
-            mode = "ACCESS EXCLUSIVE"
             if table == "leaf":
                 mode = "ACCESS SHARE"  # it can be filled; what follows has to wait
                 day = value(url, "SELECT first_day + 3 FROM webhook_log_migration")
@@ -355,6 +364,50 @@ def assert_plain_again(url: str, before: set[tuple[str, str]], writer: LiveWrite
     ids = [row[0] for row in query(url, "SELECT id FROM webhook_log")]
     assert {commit.id for commit in writer.commits} | set(range(1, ROWS + 1)) == set(ids)
     assert value(url, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
+
+
+def test_a_reader_of_the_output_who_leaves_ends_nothing(database: str) -> None:
+    """As under ``| head``: what was begun is brought to its end."""
+    fill(database)
+    with blocked_after_the_swap(database, "leaf") as migration:
+        waiting_pid(database, migration.table)
+        assert migration.process.stdout is not None
+        migration.process.stdout.close()
+        migration.release()
+        assert migration.process.wait(60) == 0
+    assert value(database, "SELECT phase FROM webhook_log_migration") == "migrated"
+
+
+def test_a_cancelled_round_loses_and_doubles_nothing(database: str) -> None:
+    """By an administrator, or by a statement_timeout of the role: the round is tried again."""
+    fill(database)
+    at_it = "SELECT query_start FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+    with blocked_after_the_swap(database, "webhook_log_migration_live", "SHARE") as migration:
+        pid = waiting_pid(database, migration.table)
+        first = query(database, at_it, pid)
+        query(database, "SELECT pg_cancel_backend(%s)", pid)
+        wait_until(lambda: query(database, at_it, pid) not in ([], first), 20, "the round is tried again")
+        migration.release()
+        output, errors = migration.process.communicate(timeout=60)
+
+    assert migration.process.returncode == 0, output + errors
+    assert digest(database, "webhook_log_old", window(database)) == digest(database)
+
+
+def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
+    """It would hold a lock that the migration needs; afterwards it may do as before."""
+    fill(database)
+    kept_away = (
+        "SELECT count(*), bool_and(coalesce(reloptions, '{}') @> '{autovacuum_enabled=off}'),"
+        " bool_or(reloptions IS NOT NULL) FROM pg_class WHERE relkind = 'r' AND relname LIKE 'webhook_log_y%'"
+    )
+    with blocked_after_the_swap(database, "leaf") as migration:
+        waiting_pid(database, migration.table)
+        assert query(database, kept_away) == [(46, True, True)]
+        migration.release()
+        _, errors = migration.process.communicate(timeout=60)
+    assert migration.process.returncode == 0, errors
+    assert query(database, kept_away) == [(46, False, False)]
 
 
 def test_a_mismatch_names_the_day(database: str) -> None:

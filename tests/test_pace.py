@@ -150,6 +150,17 @@ def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
     assert found["steps"][3]["seconds"] > (found["rows_copied"] - 700) / 700
 
 
+def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:
+    pacer = Pacer(1_000)
+    sizes = []
+    while True:
+        sizes.append(pacer.begin(lambda: None))
+        if not pacer.cut_short(sizes[-1]):
+            break
+    assert sizes == [1_000, 500, 250, 125, 62, 50]
+    assert Pacer(10).cut_short(10) is False
+
+
 class Standby(EmbeddedPostgres):
     """A server that follows another one."""
 

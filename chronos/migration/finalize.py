@@ -50,12 +50,14 @@ ORDER BY 1
 """
 
 
-def finish(engine: Engine, operator: Operator, confirm: Callable[[State], None], retention_days: int) -> None:
+def finish(
+    engine: Engine, operator: Operator, confirm: Callable[[State, bool], None], retention_days: int
+) -> None:
     """Drop webhook_log_old, once nothing needs it any more.
 
     Refuses unless the migration is complete, the new table holds every row of the old one that is
-    not older than ``retention_days``, and nothing depends on the old table. ``confirm`` raises
-    RefusedError to call it off.
+    not older than ``retention_days``, and nothing depends on the old table. ``confirm`` is told the
+    state, and whether the old table is still there; it raises RefusedError to call it off.
     """
     with sole_operator(engine) as (conn, schema):
         with transaction(conn):
@@ -67,7 +69,7 @@ def finish(engine: Engine, operator: Operator, confirm: Callable[[State], None],
             old = None if finalized_by_hand(conn, schema, found) else read_shape(conn, schema, OLD_TABLE)
             if old is not None and found.phase is Phase.MIGRATED:
                 _require_dispensable(conn, old, found, retention_days)
-        confirm(found)
+        confirm(found, old is not None)
         with transaction(conn):
             found = take_over(conn, schema, found)
         with going_on_with(FINISH, "clean-up", engine, schema):

@@ -1,26 +1,64 @@
-"""What the operator reads while it runs: the six steps, and how far the copy has come."""
+"""What the operator reads while it runs: the six steps, how far the copy has come, and what it was in all."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from chronos.migration.pace import Lag
+from chronos.migration.state import DayResult
 
 _RULE = "=" * 80
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes as a person reads it: ``in_bytes(2048)`` is ``2 kB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: its steps with their seconds, the days with what was found when they were compared.
+
+    ``wal_bytes`` is what the whole server wrote meanwhile, None if it did not say; ``lock_s`` the
+    longest, in seconds, that anybody can have stood behind a lock of the migration.
+    """
+
+    steps: list[tuple[str, float]]
+    days: dict[date, DayResult]
+    copied: int
+    wal_bytes: int | None
+    lock_s: float
+
+
+class _Terminal(Console):
+    """A console that falls silent when its reader has gone: that is no reason to end a migration."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by Rich, which would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Output:
     """Prints the migration's lines; a live bar on a terminal, at most a line a second elsewhere."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Terminal(highlight=False, soft_wrap=True)
         self._clock = clock
         encoding = (self.console.encoding or "ascii").lower().replace("-", "")
         self._tick = "✓" if encoding.startswith("utf") else "OK"
@@ -44,6 +82,23 @@ class Output:
         """The line that closes a step."""
         self.line(f"{self._tick} {text}")
 
+    def summary(self, found: Summary) -> None:
+        """Rows of each day, seconds of each step, and what it cost the server."""
+        days = Table("Day", "Rows", "Compared", box=None, pad_edge=False)
+        days.columns[1].justify = "right"
+        for day, result in sorted(found.days.items()):
+            days.add_row(f"{day}", f"{result.new_rows:,}", "equal" if result.hash_equal else "counted")
+        steps = Table("Step", "Seconds", box=None, pad_edge=False)
+        steps.columns[1].justify = "right"
+        for number, (step, seconds) in enumerate(found.steps, 1):
+            steps.add_row(f"{number} {step}", f"{seconds:.2f}")
+        for table in (days, steps):
+            self.line()
+            self.console.print(table)
+        self.line()
+        wal = "" if found.wal_bytes is None else f"{in_bytes(found.wal_bytes)} of WAL on the whole server; "
+        self.line(f"{found.copied:,} rows copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")
+
     @contextmanager
     def copying(self, total: int, done: int = 0) -> Iterator[RowCount]:
         """Count rows while the block runs."""
@@ -55,7 +110,7 @@ class Output:
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>5.1f}%  {task.fields[rate]}"),
+            TextColumn("{task.percentage:>5.1f}% {task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
             console=self.console,
@@ -98,9 +153,9 @@ class RowCount:
                 self._progress.update(
                     self._task,
                     completed=self.rows,
-                    description=f"Migrated {self.rows:,} / {self._total:,} rows",
-                    rate=f"{rate:,.0f} rows/s",
-                    note=f"{day}" if lag is None else f"{day}  lag {lag.seconds:.0f} s",
+                    description=f"{self.rows:,} / {self._total:,} rows",
+                    rate=f"{rate:,.0f}/s",
+                    note=f"{day}" if lag is None else f"{day} lag {lag.seconds:.0f} s",
                 )
             elif now - self._last_line >= 1:
                 self._last_line = now
@@ -109,12 +164,12 @@ class RowCount:
     def pause(self, why: str | None) -> None:
         """Say why the copy stands still; None: it goes on."""
         with self._turn:
-            if self._progress is not None and self._task is not None:
-                self._progress.update(self._task, note=f"paused: {why}" if why else "")
-            elif why is None:
+            if why is None:
                 self._output.line("  going on")
             elif not self._paused:
                 self._output.line(f"  paused: {why}")
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, note="paused" if why else "")
             self._paused = why is not None
 
     def finish(self) -> None:

@@ -32,6 +32,7 @@ from chronos.migration.copy import (
     without_autovacuum,
 )
 from chronos.migration.followers import Follower, followers
+from chronos.migration.output import in_bytes
 from chronos.migration.preflight import Survey, first_state, locate, survey
 from chronos.migration.rollback import definitions
 from chronos.migration.state import STATE_TABLE, Phase, State, record_statement
@@ -425,7 +426,7 @@ class _Report:
         """Which table, how large, and the window."""
         self.title("Plan of a migration; nothing was changed")
         self.item("table", f"{found.schema}.{TABLE}")
-        self.item("size", f"about {found.rows_estimate:,} rows, {_bytes(found.bytes)} with indexes")
+        self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
         self.item(
             "window", f"rows since {found.cutoff:%Y-%m-%d %H:%M} UTC are copied, the others stay behind"
@@ -441,7 +442,7 @@ class _Report:
         table.add_column("rows" if exact else "rows (planner's estimate)", justify="right")
         table.add_column("size", justify="right")
         for day in found_days:
-            table.add_row(f"{day.day}", f"{day.rows:,}", _bytes(day.rows * _row_bytes(found, counted)))
+            table.add_row(f"{day.day}", f"{day.rows:,}", in_bytes(day.rows * _row_bytes(found, counted)))
         lines = Console(width=_WIDTH - 3, color_system=None)
         with lines.capture() as text:
             lines.print(table)
@@ -453,8 +454,8 @@ class _Report:
         size = rows * _row_bytes(found, rows)
         self.title("What it takes (estimates)")
         self.item("rows to copy", f"{rows:,}")
-        self.item("disk", f"about {_bytes(size)}, until finalize drops the old table")
-        self.item("WAL", f"about {_bytes(size)}")
+        self.item("disk", f"about {in_bytes(size)}, until finalize drops the old table")
+        self.item("WAL", f"about {in_bytes(size)}")
         if rate is None:
             self.item("duration", "there are no rows")
         else:
@@ -481,14 +482,6 @@ class _Report:
 def _row_bytes(found: Survey, counted: int) -> float:
     """Bytes a row, indexes included; a table never analyzed has no estimate of its rows."""
     return found.bytes / max(found.rows_estimate, counted, 1)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
 
 
 def _duration(seconds: float) -> str:

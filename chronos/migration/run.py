@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -44,7 +44,7 @@ from chronos.migration.copy import (
     verify_live_day,
 )
 from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
-from chronos.migration.output import RowCount
+from chronos.migration.output import RowCount, Summary
 from chronos.migration.pace import Lag, Pacer, ReplicaLag
 from chronos.migration.preflight import COMMAND, Survey, first_state, survey
 from chronos.migration.rollback import UNDO, definitions, roll_back, tidy_up
@@ -205,7 +205,7 @@ class _Run:
             self.shape = read_shape(conn, self.schema, TABLE if found.phase is Phase.BUILT else OLD_TABLE)
 
     def forward(self, conn: Connection) -> None:
-        """The six steps; on failure, the way back."""
+        """The six steps; on failure, the way back. Once they are done, no failure leads back."""
         try:
             self._forward(conn)
         except (StopRequestedError, KeyboardInterrupt) as error:
@@ -221,6 +221,7 @@ class _Run:
         except Exception as error:
             discard(conn)
             self._undo(error)
+        self._finish(conn)
 
     def _forward(self, conn: Connection) -> None:
         with transaction(conn):
@@ -232,7 +233,6 @@ class _Run:
         self._copy(conn)
         self._install_functions(conn)
         self._verify(conn)
-        self._finish(conn)
 
     def _short(self) -> ShortTransactions:
         return self.operator.short(None if self.state.phase is Phase.BUILT else AN_HOUR)
@@ -361,13 +361,8 @@ class _Run:
                 execute(analyzing, final_statistics(analyzing, self.shape, live))
         except DBAPIError as error:
             self.output.line(f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {TABLE};")
-        if self.options.report:
-            self._write_report(conn, self.options.report)
-        self.output.line()
-        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
-
-    def _write_report(self, conn: Connection, path: Path) -> None:
-        with transaction(conn):
+        wal_bytes = None
+        with suppress(DBAPIError), transaction(conn):
             wal_bytes = execute(
                 conn,
                 statement(
@@ -375,23 +370,38 @@ class _Run:
                     start=self.wal_start,
                 ),
             ).scalar_one()
+        found = Summary(
+            steps=[(step, self.timings.seconds.get(number, 0.0)) for number, step in _STEPS.items()],
+            days=self.state.days,
+            copied=self.rows_copied,
+            wal_bytes=wal_bytes,
+            lock_s=self.longest_lock_s,
+        )
+        if self.options.report:
+            self._write_report(found, self.options.report)
+        self.output.line()
+        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
+        self.output.summary(found)
+        self.output.line()
+        self.output.line("Next: make restart-worker, for the jobs at 01:00 and 02:00; then")
+        self.output.line("  python -m chronos status     how it is, now and every day")
+        self.output.line(f"  python -m chronos finalize   after some days: drops {OLD_TABLE}")
+        self.output.line("  python -m chronos rollback   until then: the plain table again, with every row")
+
+    def _write_report(self, found: Summary, path: Path) -> None:
         report: dict[str, Any] = {
             "strategy": self.state.strategy,
             "cutoff": self.state.cutoff.isoformat(),
             "fence": self.state.fence,
             "steps": [
-                {
-                    "step": number,
-                    "name": step,
-                    "seconds": round(self.timings.seconds.get(number, 0.0), 3),
-                }
-                for number, step in _STEPS.items()
+                {"step": number, "name": step, "seconds": round(seconds, 3)}
+                for number, (step, seconds) in enumerate(found.steps, 1)
             ],
-            "rows_copied": self.rows_copied,
-            "wal_bytes": wal_bytes,
-            "longest_lock_wait_seconds": round(self.longest_lock_s, 4),
+            "rows_copied": found.copied,
+            "wal_bytes": found.wal_bytes,
+            "longest_lock_wait_seconds": round(found.lock_s, 4),
             "days": [
-                {"day": day.isoformat(), **asdict(result)} for day, result in sorted(self.state.days.items())
+                {"day": day.isoformat(), **asdict(result)} for day, result in sorted(found.days.items())
             ],
         }
         try:
