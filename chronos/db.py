@@ -89,6 +89,9 @@ def execute(conn: Connection, query: Statement) -> CursorResult[*tuple[Any, ...]
 def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Connection]:
     """One transaction with UTC, no row filtering and the given ``lock_timeout`` (0: none).
 
+    READ COMMITTED, whatever the role or the database has as its default: what is read after a lock was
+    waited for must be what is there by then.
+
     Its search path is pg_catalog alone: each name is written with its schema, and the server prints
     it so. The settings are local to the transaction, so a pooler that hands the server connection on
     leaves them behind.
@@ -101,6 +104,7 @@ def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Conne
 def session_settings(lock_timeout_ms: int = 0) -> Statement:
     """What ``transaction`` begins with."""
     return statement(
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;\n"
         "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),"
         " set_config('search_path', 'pg_catalog, pg_temp', true),"
         " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
@@ -108,6 +112,16 @@ def session_settings(lock_timeout_ms: int = 0) -> Statement:
         " set_config('lock_timeout', {timeout}, true)",
         timeout=str(lock_timeout_ms),
     )
+
+
+def application_path() -> Statement:
+    """For what moves rows: functions in the table's checks may count on the role's own search path."""
+    return statement("SET LOCAL search_path TO DEFAULT")
+
+
+def our_path() -> Statement:
+    """Back to that of ``transaction``."""
+    return statement("SELECT set_config('search_path', 'pg_catalog, pg_temp', true)")
 
 
 @contextmanager

@@ -46,5 +46,9 @@ class LockUnavailableError(ChronosError):
     """A lock could not be had within the patience given; the message names who holds it."""
 
 
+class CutShortError(ChronosError):
+    """The server cancelled what we asked of it, again and again."""
+
+
 class SupersededError(ChronosError):
     """Another run has taken this migration over; this one must not write another row."""

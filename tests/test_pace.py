@@ -151,14 +151,32 @@ def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
 
 
 def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:
-    pacer = Pacer(1_000)
+    time = Time()
+    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
     sizes = []
-    while True:
+    for _ in range(7):
         sizes.append(pacer.begin(lambda: None))
-        if not pacer.cut_short(sizes[-1]):
-            break
-    assert sizes == [1_000, 500, 250, 125, 62, 50]
-    assert Pacer(10).cut_short(10) is False
+        pacer.cut_short(sizes[-1], lambda: None)
+    assert sizes == [1_000, 500, 250, 125, 62, 50, 50]
+    assert time.now == 1_007.0
+    pacer.end(50, 50, 0.001)
+    assert pacer.begin(lambda: None) == 50
+
+    small = Pacer(10, clock=time.clock, sleep=time.sleep)
+    small.cut_short(10, lambda: None)
+    assert small.begin(lambda: None) == 10
+
+
+def test_who_waits_after_a_cancelled_batch_can_stop() -> None:
+    time = Time()
+    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+
+    def stop() -> None:
+        raise StopRequestedError
+
+    with pytest.raises(StopRequestedError):
+        pacer.cut_short(1_000, stop)
+    assert time.now < 1_001.0
 
 
 class Standby(EmbeddedPostgres):

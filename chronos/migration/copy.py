@@ -9,6 +9,7 @@ Today's rows go straight into the partition that the application writes.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,18 +25,19 @@ from sqlalchemy.exc import DBAPIError
 from chronos.db import (
     ShortTransactions,
     Statement,
+    application_path,
     autocommit,
     execute,
     joined,
     name,
     opened,
+    our_path,
     render,
-    session_settings,
     sqlstate,
     statement,
     transaction,
 )
-from chronos.errors import ChronosError, SupersededError
+from chronos.errors import ChronosError, CutShortError, SupersededError
 from chronos.migration.operator import StopRequestedError
 from chronos.migration.pace import Pacer
 from chronos.migration.state import STATE_TABLE, DayResult, State, claim, record_day
@@ -54,6 +56,8 @@ from chronos.migration.swap import (
 from chronos.migration.table_shape import COPYING_FLAG, ForeignKey, TableShape
 from chronos.migration.verify import compare_history_day, compare_live_day, matches
 from chronos.partitions import OLD_TABLE, TABLE, days, midnight, partition_name
+
+_ATTEMPTS = 60  # of a round that the server cuts short, with a pause after each
 
 
 class VerificationError(ChronosError):
@@ -130,8 +134,8 @@ _ROUND = """
 #variable_conflict use_column
 <<copying>>
 DECLARE
-    after {old}."timestamp"%TYPE := {after};
-    last {old}."timestamp"%TYPE;
+    after {instant} := {after};
+    last {instant};
     mine boolean;
     taken bigint;
     rows bigint := 0;
@@ -140,6 +144,8 @@ DECLARE
         {seconds} * interval '1 second', nullif(current_setting('statement_timeout'), '0')::interval / 2);
 BEGIN
     LOOP
+        COMMIT; -- of nothing but the snapshot that the isolation level must be set before
+        SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
         EXECUTE {settings};
         LOCK TABLE {state} IN ROW EXCLUSIVE MODE;
         SELECT EXISTS (SELECT FROM {state} WHERE run_id = {run_id}::uuid) INTO copying.mine;
@@ -161,13 +167,14 @@ BEGIN
         EXIT WHEN taken < {batch_size} OR clock_timestamp() >= ends;
     END LOOP;
     -- Of all levels this one is always sent to the client, and never written to the log by default.
-    RAISE INFO '%', json_build_object(
+    RAISE INFO 'chronos %', json_build_object(
         'mine', mine, 'last', after, 'rows', rows, 'batches', batches, 'more', taken >= {batch_size});
 END
 """
 
 _BATCH_SETTINGS = """
 SELECT set_config('synchronous_commit', 'off', true), set_config({flag}, 'on', true),
+       set_config('row_security', 'off', true), set_config('lock_timeout', '0', true),
        set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
        set_config('jit', 'off', true)
 """
@@ -195,11 +202,12 @@ class _Inbox:
     """Takes what the server tells besides results; no list, for SQLAlchemy would empty that."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.report: str | None = None
 
     def append(self, text: str) -> None:
-        """Called by the driver, for each message."""
-        self.text = text
+        """Called by the driver for each message; a log may come along as well, the statement in it."""
+        if found := re.match(r"[^:\n]*:\s*chronos (\{.*\})", text):
+            self.report = found[1]
 
 
 @dataclass
@@ -245,6 +253,8 @@ class DayCopy:
         does not come back. A row that it has written under the same key is left alone.
         """
         self._fill(self._live_copied, live=True)
+        with transaction(self.conn):
+            execute(self.conn, statistics_statement(self.shape, self._qualified()))
 
     def _history_copied(self) -> datetime:
         """How far the filling came before: batches are taken in the order of the timestamps."""
@@ -290,12 +300,21 @@ class DayCopy:
         )
 
     def _fill(self, copied: Callable[[], datetime], *, live: bool) -> None:
-        """Rounds of batches until no row is left, from where ``copied`` says that the copy is."""
-        while not self._rounds(copied(), live=live):
-            pass
+        """Rounds of batches until no row is left, from where ``copied`` says that the copy is.
+
+        Raises CutShortError when one is cut short again and again and nothing is gained.
+        """
+        attempts, reached = 0, None
+        while not self._rounds(after := copied(), live=live):
+            attempts, reached = (attempts + 1 if after == reached else 1), after
+            if attempts == _ATTEMPTS:
+                raise CutShortError(
+                    f"the server cancelled the copy of {self.day} {attempts} times in a row;"
+                    " look at statement_timeout, and at who locks the tables"
+                )
 
     def _rounds(self, after: datetime, *, live: bool) -> bool:
-        """Whether the end was reached; false when the server cut a round short and wants smaller batches."""
+        """Whether the end was reached; false when a round was cut short, and where it ended is to be seen."""
         pacer = self.manner.pacer
         with autocommit(self.conn):
             while True:
@@ -304,9 +323,12 @@ class DayCopy:
                 try:
                     done = self._round(after, size, live=live)
                 except DBAPIError as error:
-                    if sqlstate(error) == errorcodes.QUERY_CANCELED and pacer.cut_short(size):
-                        return False
-                    raise
+                    if sqlstate(error) != errorcodes.QUERY_CANCELED:
+                        raise
+                    done = None
+                if done is None:
+                    pacer.cut_short(size, self.manner.check_stop)
+                    return False
                 if not done.mine:
                     raise SupersededError("another run has taken this migration over")
                 pacer.end(size, done.rows, (time.monotonic() - began) / done.batches)
@@ -315,12 +337,12 @@ class DayCopy:
                     return True
                 after = done.last
 
-    def _round(self, after: datetime, size: int, *, live: bool) -> _Round:
-        """As many batches as fit into a moment, over one round trip."""
-        settings = joined([session_settings(), statement(_BATCH_SETTINGS, flag=COPYING_FLAG)], ";")
+    def _round(self, after: datetime, size: int, *, live: bool) -> _Round | None:
+        """As many batches as fit into a moment, over one round trip; None when the report got lost."""
         body = statement(
             _ROUND,
-            settings=render(self.conn, settings),
+            instant=sql.SQL("timestamptz" if self.shape.time_zoned else "timestamp"),
+            settings=render(self.conn, statement(_BATCH_SETTINGS, flag=COPYING_FLAG)),
             seconds=self.manner.pacer.round_s,
             state=name(self.shape.schema, STATE_TABLE),
             run_id=str(self.state.run_id),
@@ -342,7 +364,9 @@ class DayCopy:
         driver: Any = self.conn.connection.dbapi_connection
         driver.notices = inbox
         execute(self.conn, statement("DO {body}", body=render(self.conn, body)))
-        found = json.loads(inbox.text[inbox.text.index("{") : inbox.text.rindex("}") + 1])
+        if inbox.report is None:
+            return None
+        found = json.loads(inbox.report)
         return _Round(**{**found, "last": _utc(datetime.fromisoformat(found["last"]))})
 
     def _index(self) -> None:
@@ -356,6 +380,7 @@ class DayCopy:
             execute(self.conn, lock_table(self.shape.schema, self._leaf, "ACCESS EXCLUSIVE"))
             if self._has_primary_key():
                 return
+            execute(self.conn, application_path())
             for query in index_statements(self.shape, self._qualified()):
                 execute(self.conn, query)
 
@@ -440,11 +465,11 @@ def statistics_statement(shape: TableShape, leaf: Statement) -> Statement:
 def final_statistics(conn: Connection, shape: TableShape, live: Iterable[date]) -> Statement:
     """Statistics of the table as a whole, which autovacuum never gathers, and of the ``live`` days.
 
-    The other partitions have some, and autovacuum will do better; but only a server of version 18 or
-    newer can leave them out.
+    The other partitions have some, and autovacuum will do better, unless it is off for the table; but
+    only a server of version 18 or newer can leave them out.
     """
     table = name(shape.schema, TABLE)
-    if (conn.dialect.server_version_info or (0,)) < (18,):
+    if (conn.dialect.server_version_info or (0,)) < (18,) or _own_autovacuum(shape):
         return statement("ANALYZE {table}", table=table)
     leaves = [name(shape.schema, partition_name(day)) for day in sorted(live)]
     return statement("ANALYZE ONLY {tables}", tables=joined([table, *leaves]))
@@ -471,6 +496,7 @@ def attach_statements(shape: TableShape, day: date) -> list[Statement]:
             lower=shape.instant(midnight(day)),
             upper=shape.instant(midnight(day + timedelta(days=1))),
         ),
+        our_path(),
         statement(
             "ALTER TABLE {table} ATTACH PARTITION {leaf} {bounds}",
             table=name(shape.schema, TABLE),
@@ -488,7 +514,8 @@ def attach_statements(shape: TableShape, day: date) -> list[Statement]:
 def without_autovacuum(shape: TableShape, state: State) -> list[Statement]:
     """Keep autovacuum away from the partitions while days are copied; SHARE UPDATE EXCLUSIVE on each.
 
-    Not from those that retention has dropped since, in a migration that is resumed late.
+    Not from those that retention has dropped since, in a migration that is resumed late; nor is it off
+    on days ahead, from which those made later take their settings.
 
     It would come to those that have just been filled, and hold a lock for minutes that the next step
     needs for a moment: the server calls it off for whoever waits a second, and so long we let nobody wait.
@@ -501,16 +528,20 @@ def without_autovacuum(shape: TableShape, state: State) -> list[Statement]:
 
 def autovacuum_as_before(shape: TableShape, state: State) -> list[Statement]:
     """The partitions' setting for autovacuum is that of the old table again."""
-    own = [option for option in shape.options if option.startswith("autovacuum_enabled ")]
-    change = sql.SQL(f"SET ({own[0]})" if own else "RESET (autovacuum_enabled)")
+    own = _own_autovacuum(shape)
+    change = sql.SQL(f"SET ({own})" if own else "RESET (autovacuum_enabled)")
     return [
         statement("ALTER TABLE IF EXISTS {leaf} {change}", leaf=leaf, change=change)
         for leaf in _leaves(shape, state)
     ]
 
 
+def _own_autovacuum(shape: TableShape) -> str | None:
+    return next((option for option in shape.options if option.startswith("autovacuum_enabled ")), None)
+
+
 def _leaves(shape: TableShape, state: State) -> list[sql.Identifier]:
-    return [name(shape.schema, partition_name(day)) for day in days(state.first_day, state.last_day)]
+    return [name(shape.schema, partition_name(day)) for day in days(state.first_day, state.today)]
 
 
 def drop_default_statements(shape: TableShape) -> list[Statement]:
@@ -566,10 +597,13 @@ def need_not_wait_for_the_disk(conn: Connection) -> None:
 def silence() -> sql.Composed:
     """For this transaction: what we write is no change of the application's, and fires no trigger of its.
 
-    Foreign keys are checked at once: a check that is still to come would bar ATTACH.
+    Foreign keys are checked at once: a check that is still to come would bar ATTACH. Other checks find
+    the functions that they call as they do when the application writes.
     """
     return statement(
-        "SELECT set_config({flag}, 'on', true); SET CONSTRAINTS ALL IMMEDIATE", flag=COPYING_FLAG
+        "SELECT set_config({flag}, 'on', true); SET CONSTRAINTS ALL IMMEDIATE; {path}",
+        flag=COPYING_FLAG,
+        path=application_path(),
     )
 
 

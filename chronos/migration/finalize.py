@@ -25,7 +25,7 @@ from chronos.migration.state import (
 from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, LIVE_TABLE, NOTED_FUNCTION, lock_table
 from chronos.migration.table_shape import CHANGE_TRIGGERS, TableShape
 from chronos.migration.table_shape import read as read_shape
-from chronos.migration.verify import old_rows
+from chronos.migration.verify import beyond_the_fence, old_rows
 from chronos.partitions import OLD_TABLE, TABLE, days, midnight
 
 FINISH = "python -m chronos finalize"
@@ -91,6 +91,12 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
         raise RefusedError(
             f"{OLD_TABLE} is still needed by {', '.join(dependents)}; nothing was changed."
             " Drop or redefine that first"
+        )
+    late = beyond_the_fence(conn, old.schema, found)
+    if late:
+        raise RefusedError(
+            f"{late:,} rows were written to {OLD_TABLE} after the swap (ids above {found.fence});"
+            f" nothing was changed. See whether {TABLE} has them, insert what it lacks, and delete them there"
         )
     lost = missing_rows(conn, old, found, retention_days)
     if lost:

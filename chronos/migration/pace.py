@@ -89,13 +89,17 @@ class Pacer:
             elif seconds < _SLOW_BATCH_S / 4:
                 self._size = min(self._most, self._size * 2)
 
-    def cut_short(self, size: int) -> bool:
-        """Make the batches smaller, after the server has cancelled one; false when they cannot be."""
+    def cut_short(self, size: int, check_stop: Callable[[], None]) -> None:
+        """Note that the server has cancelled a batch of ``size`` rows: none gets as large again.
+
+        Waits a second, for it may be a lock that was waited for in vain.
+        """
         with self._turn:
             self._free_at -= self._seconds(size)
-            smaller = max(min(_SMALLEST_BATCH, self._most), size // 2)
-            self._size = min(self._size, smaller)
-            return smaller < size
+            self._most = min(self._most, max(_SMALLEST_BATCH, size // 2))
+            self._size = min(self._size, self._most)
+        for _ in range(round(_POLL_S / _NAP_S)):
+            self._nap(_NAP_S, check_stop)
 
     def _seconds(self, rows: int) -> float:
         return rows / self._rate_limit if self._rate_limit else 0.0

@@ -14,7 +14,17 @@ from datetime import date
 from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import ShortTransactions, Statement, execute, joined, name, statement, transaction
+from chronos.db import (
+    ShortTransactions,
+    Statement,
+    application_path,
+    execute,
+    joined,
+    name,
+    our_path,
+    statement,
+    transaction,
+)
 from chronos.errors import ChronosError, RefusedError
 from chronos.migration import state as migration_state
 from chronos.migration.followers import follow_statements, followers
@@ -44,7 +54,6 @@ UNDO = "python -m chronos rollback"
 
 _BATCH = 5_000
 _FEW = 500
-_NOTHING = sql.SQL("SELECT")
 
 
 def undo(
@@ -183,7 +192,7 @@ def _carry_rows(
         before_batch()
         with transaction(conn):
             claim(conn, shape.schema, state.run_id)
-            execute(conn, joined(unheard(shape, old), ";\n"))
+            execute(conn, joined([*unheard(shape, old), application_path()], ";\n"))
             last, rows, ids, put = execute(
                 conn,
                 statement(
@@ -202,7 +211,7 @@ def _carry_rows(
                     limit=_BATCH,
                 ),
             ).one()
-            execute(conn, joined([_NOTHING, *heard_again(shape, old)], ";\n"))
+            execute(conn, joined([our_path(), *heard_again(shape, old)], ";\n"))
             if rows != ids:
                 raise ChronosError(
                     f"rows written since the swap share an id, up to {last}, and the plain table's key is the"
@@ -237,7 +246,7 @@ def _replay(conn: Connection, shape: TableShape) -> int:
     if not notes:
         return 0
     keys = sql.SQL(", ").join(statement("({id}, {ts})", id=key, ts=instant) for key, instant in set(notes))
-    execute(conn, joined(unheard(shape, old), ";\n"))
+    execute(conn, joined([*unheard(shape, old), application_path()], ";\n"))
     execute(
         conn,
         statement(
@@ -260,7 +269,7 @@ def _replay(conn: Connection, shape: TableShape) -> int:
             columns=_columns(shape, "n"),
         ),
     )
-    execute(conn, joined([_NOTHING, *heard_again(shape, old)], ";\n"))
+    execute(conn, joined([our_path(), *heard_again(shape, old)], ";\n"))
     return len(notes)
 
 

@@ -27,6 +27,7 @@ from chronos.db import (
 )
 from chronos.errors import (
     ChronosError,
+    CutShortError,
     InterruptedRunError,
     LockUnavailableError,
     NeedsPersonError,
@@ -59,6 +60,7 @@ from chronos.migration.swap import (
 )
 from chronos.migration.table_shape import TableShape
 from chronos.migration.table_shape import read as read_shape
+from chronos.migration.verify import beyond_the_fence
 from chronos.partitions import (
     DAYS_BACK,
     OLD_TABLE,
@@ -212,8 +214,8 @@ class _Run:
             raise InterruptedRunError(self._cut_off("stopped as asked")) from error
         except SupersededError as error:
             raise InterruptedRunError(f"{error}; that run goes on") from error
-        except LockUnavailableError as error:
-            # After the swap the way back needs the same lock; what is copied is worth waiting for.
+        except (LockUnavailableError, CutShortError) as error:
+            # After the swap the way back needs the same locks; what is copied is worth waiting for.
             if self.state.phase is not Phase.BUILT:
                 raise InterruptedRunError(self._cut_off(str(error))) from error
             discard(conn)
@@ -347,6 +349,9 @@ class _Run:
                 raise ChronosError(f"verification failed for {day}: its rows were not compared")
             with transaction(conn):
                 migration_state.claim(conn, self.schema, self.state.run_id)
+                late = beyond_the_fence(conn, self.schema, self.state)
+                if late:
+                    raise ChronosError(f"{late:,} rows were written to {OLD_TABLE} after the swap")
                 migration_state.update(conn, self.schema, phase=Phase.MIGRATED.value, window_rows=old)
             self._refresh(conn)
         what = "row counts and contents match" if self.options.content else "row counts match"

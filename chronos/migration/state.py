@@ -209,7 +209,7 @@ def update(conn: Connection, schema: str, **changes: Any) -> None:
 
 
 def take_over(conn: Connection, schema: str, state: State) -> State:
-    """Make this run the owner; waits for the last statement of the one before, if any still runs."""
+    """Make this run the owner; waits for the last batch of the one before, if any still runs."""
     mine = replace(state, run_id=uuid.uuid4())
     execute(conn, _locked(schema))
     execute(
@@ -253,7 +253,7 @@ def where(engine: Engine, schema: str) -> str:
 def own(conn: Connection, schema: str, run_id: uuid.UUID) -> State | None:
     """The state as it is now, None when there is none, in a transaction of its own.
 
-    Waits for the last statement that another connection of this run still executes. Raises
+    Waits for the batch that another connection of this run may still execute. Raises
     SupersededError when the migration is another run's by now.
     """
     with transaction(conn):

@@ -38,6 +38,17 @@ def fence(shape: TableShape, state: State) -> Statement:
     return sql.Literal(state.fence)
 
 
+def beyond_the_fence(conn: Connection, schema: str, state: State) -> int:
+    """How many rows were written to the old table after the swap: none, unless somebody did on purpose."""
+    found: int = execute(
+        conn,
+        statement(
+            "SELECT count(*) FROM {old} WHERE id > {fence}", old=name(schema, OLD_TABLE), fence=state.fence
+        ),
+    ).scalar_one()
+    return found
+
+
 def compare_history_day(
     conn: Connection, shape: TableShape, state: State, day: date, *, content: bool
 ) -> DayResult:
