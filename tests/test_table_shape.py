@@ -103,7 +103,7 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert leaves == [
         (
             "Chronos Owner",
-            ["fillfactor=80", "autovacuum_vacuum_scale_factor=0.05", "autovacuum_enabled=no"],
+            ["autovacuum_enabled=no", "fillfactor=80", "autovacuum_vacuum_scale_factor=0.05"],
             ["autovacuum_enabled=false"],
             "f",
             0,

@@ -528,16 +528,19 @@ def without_autovacuum(shape: TableShape, state: State) -> list[Statement]:
 
 def autovacuum_as_before(shape: TableShape, state: State) -> list[Statement]:
     """The partitions' setting for autovacuum is that of the old table again."""
-    own = _own_autovacuum(shape)
-    change = sql.SQL(f"SET ({own})" if own else "RESET (autovacuum_enabled)")
+    change: Statement = sql.SQL("RESET (autovacuum_enabled)")
+    if _own_autovacuum(shape):
+        # All of them, so that they also stand in their old order.
+        options = joined([sql.SQL(option) for option in shape.options])
+        change = statement("SET ({options})", options=options)
     return [
         statement("ALTER TABLE IF EXISTS {leaf} {change}", leaf=leaf, change=change)
         for leaf in _leaves(shape, state)
     ]
 
 
-def _own_autovacuum(shape: TableShape) -> str | None:
-    return next((option for option in shape.options if option.startswith("autovacuum_enabled ")), None)
+def _own_autovacuum(shape: TableShape) -> bool:
+    return any(option.startswith("autovacuum_enabled ") for option in shape.options)
 
 
 def _leaves(shape: TableShape, state: State) -> list[sql.Identifier]:
