@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
-from chronos.migration.output import Output, in_bytes
+from chronos.migration.output import Output, for_reading, in_bytes
 from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.preflight import Survey
 from chronos.migration.rollback import undo
@@ -32,25 +33,29 @@ from chronos.partitions import OLD_TABLE, TABLE
 from chronos.settings import get_settings
 
 
+def _say(error: str) -> None:
+    """One line on stderr; on a terminal as many as it takes, for it would break them within words."""
+    text = f"Error: {error}"
+    if sys.stderr.isatty():
+        text = for_reading(text, shutil.get_terminal_size().columns - 1)
+    click.echo(text, err=True)
+
+
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
     """Every error becomes one line on stderr and its exit code; a traceback helps nobody at 2 AM."""
     try:
         yield
     except ChronosError as error:
-        click.echo(f"Error: {error}", err=True)
+        _say(str(error))
         sys.exit(error.exit_code)
     except DBAPIError as error:
-        click.echo(
-            f"Error: {one_line(error)}; nothing was changed. Check the server and the database URL",
-            err=True,
-        )
+        _say(f"{one_line(error)}; nothing was changed. Check the server and the database URL")
         sys.exit(ExitCode.FAILED)
     except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
-        click.echo(
-            f"Error: unexpected {type(error).__name__}: {one_line(error)}."
-            " What state the tables are in: python -m chronos status",
-            err=True,
+        _say(
+            f"unexpected {type(error).__name__}: {one_line(error)}."
+            " What state the tables are in: python -m chronos status"
         )
         sys.exit(ExitCode.FAILED)
 
@@ -274,8 +279,8 @@ def finalize(yes: bool) -> None:
 
         def confirm(found: State, old_is_there: bool) -> None:
             what = (
-                f"{DESCRIPTIONS[found.phase]}\n{OLD_TABLE} will be dropped for good, and with it all from"
-                f" before {found.cutoff:%Y-%m-%d %H:%M} UTC."
+                f"{DESCRIPTIONS[found.phase]}\n{OLD_TABLE} will be dropped for good,"
+                f" and with it all from\nbefore {found.cutoff:%Y-%m-%d %H:%M} UTC."
                 if old_is_there
                 else f"{OLD_TABLE} was dropped by hand; what is left of the migration will be removed."
             )

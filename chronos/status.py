@@ -23,7 +23,7 @@ from chronos.errors import ChronosError
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
-from chronos.migration.output import in_bytes
+from chronos.migration.output import for_reading, in_bytes
 from chronos.migration.preflight import COMMAND, locate
 from chronos.migration.state import DESCRIPTIONS, Phase, State
 from chronos.partitions import (
@@ -512,7 +512,10 @@ class _Page:
         if status.problems:
             self.line("\nproblems" if len(status.problems) > 1 else "\nproblem", "bold red")
             for problem in status.problems:
-                self.line(f"- {problem}", "red")
+                text = f"- {problem}"
+                if self.console.is_terminal:
+                    text = for_reading(text, self.console.width - 1)
+                self.line(text, "red")
         else:
             self.line("\nhealthy", "bold green")
 
@@ -597,4 +600,4 @@ class _Page:
             words.append(f"{len(report['contended'])} left")
         if job.running:
             words.append(f"running: {job.running}")
-        return ", ".join(words) or "unknown"
+        return ", ".join(words) or "-"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +32,28 @@ def in_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+_COMMAND = re.compile(r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status))?(?: --[a-z-]+)*)")
+
+
+def for_reading(text: str, width: int) -> str:
+    """``text`` in lines of ``width``, broken between words; each command by itself, to be copied."""
+    lines: list[str] = []
+    for number, piece in enumerate(_COMMAND.split(text)):
+        if number % 2:
+            lines.append(f"  {piece}")
+        else:
+            prose = piece.lstrip(";,. ") if number else piece
+            lines += textwrap.wrap(prose, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a run did: its steps with their seconds, the days with what was found when they were compared.
 
-    ``wal_bytes`` is what the whole server wrote meanwhile, None if it did not say; ``lock_s`` the
-    longest, in seconds, that anybody can have stood behind a lock of the migration.
+    A step that an earlier run did has 0 seconds. ``wal_bytes`` is what the whole server wrote meanwhile,
+    None if it did not say; ``lock_s`` the longest, in seconds, that anybody can have stood behind a lock
+    of the migration.
     """
 
     steps: list[tuple[str, float]]
@@ -91,7 +109,7 @@ class Output:
         steps = Table("Step", "Seconds", box=None, pad_edge=False)
         steps.columns[1].justify = "right"
         for number, (step, seconds) in enumerate(found.steps, 1):
-            steps.add_row(f"{number} {step}", f"{seconds:.2f}")
+            steps.add_row(f"{number} {step}", f"{seconds:.2f}" if seconds else "earlier")
         for table in (days, steps):
             self.line()
             self.console.print(table)

@@ -174,7 +174,6 @@ class _Run:
         self.state: State
         self.longest_lock_s = 0.0
         self.wal_start: str | None = None
-        self.rows_copied = 0
         self.rows: dict[date, int] = {}
 
     def prepare(self, found: Survey) -> None:
@@ -296,7 +295,6 @@ class _Run:
             with self.output.copying(total, done) as count, self._manner(count) as manner:
                 copy = Copy(self.engine, self.shape, self.state, manner, self._short)
                 self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
-            self.rows_copied = count.rows
             close_history(conn, self.shape, self.state, short)
             self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
             self._refresh(conn)
@@ -378,7 +376,7 @@ class _Run:
         found = Summary(
             steps=[(step, self.timings.seconds.get(number, 0.0)) for number, step in _STEPS.items()],
             days=self.state.days,
-            copied=self.rows_copied,
+            copied=sum(result.new_rows for result in self.state.days.values()),
             wal_bytes=wal_bytes,
             lock_s=self.longest_lock_s,
         )
