@@ -271,6 +271,9 @@ def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType
     status = chronos(database, "status")
     assert status.returncode == 1
     assert "by hand" in status.stdout
+    plan = chronos(database, "migrate", "--dry-run")
+    assert plan.returncode == 2
+    assert "for a plan, remove them with: python -m chronos rollback" in plan.stderr
     migrate(database)
     assert value(database, INSERT) not in given_out
     rolled_back = chronos(database, "rollback", "--yes")

@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from chronos.db import Statement, execute, joined, name, render, session_settings, statement, transaction
 from chronos.errors import RefusedError
+from chronos.migration import state as migration_state
 from chronos.migration.copy import (
     adopt_statements,
     attach_statements,
@@ -34,7 +35,7 @@ from chronos.migration.copy import (
 from chronos.migration.followers import Follower, followers
 from chronos.migration.output import in_bytes
 from chronos.migration.preflight import Survey, first_state, locate, survey
-from chronos.migration.rollback import definitions
+from chronos.migration.rollback import UNDO, definitions
 from chronos.migration.state import STATE_TABLE, Phase, State, record_statement
 from chronos.migration.surroundings import warnings
 from chronos.migration.swap import (
@@ -94,6 +95,12 @@ def dry_run(engine: Engine, console: Console) -> None:
         with transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY"))
             found = survey(conn, schema)
+            earlier = migration_state.read(conn, schema)
+            if earlier is not None and migration_state.undone_by_hand(conn, schema, earlier):
+                raise RefusedError(
+                    f"an earlier migration of {TABLE} was undone by hand; nothing was changed. To migrate"
+                    f" removes its remains first; for a plan, remove them with: {UNDO}"
+                )
             report = _Report(console)
             report.head(found)
             if found.shape is not None and not found.blockers:
