@@ -32,6 +32,12 @@ from chronos.migration.state import DESCRIPTIONS, State
 from chronos.partitions import OLD_TABLE, TABLE
 from chronos.settings import get_settings
 
+_NEXT = f"""
+Next: make restart-worker, for the jobs at 01:00 and 02:00; then
+  python -m chronos status     how it is, now and every day
+  python -m chronos finalize   after some days: drops {OLD_TABLE}
+  python -m chronos rollback   until then: the plain table again, with every row"""
+
 
 def _say(error: str) -> None:
     """One line on stderr; on a terminal as many as it takes, for it would break them within words."""
@@ -225,6 +231,7 @@ def migrate(
             operator,
             confirm,
         )
+        operator.output.line(_NEXT)
 
 
 @cli.command()

@@ -385,11 +385,6 @@ class _Run:
         self.output.line()
         self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
         self.output.summary(found)
-        self.output.line()
-        self.output.line("Next: make restart-worker, for the jobs at 01:00 and 02:00; then")
-        self.output.line("  python -m chronos status     how it is, now and every day")
-        self.output.line(f"  python -m chronos finalize   after some days: drops {OLD_TABLE}")
-        self.output.line("  python -m chronos rollback   until then: the plain table again, with every row")
 
     def _write_report(self, found: Summary, path: Path) -> None:
         report: dict[str, Any] = {
