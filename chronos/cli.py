@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,9 +42,15 @@ Next: make restart-worker, for the jobs at 01:00 and 02:00; then
 def _say(error: str) -> None:
     """One line on stderr; on a terminal as many as it takes, for it would break them within words."""
     text = f"Error: {error}"
-    if sys.stderr.isatty():
-        text = for_reading(text, shutil.get_terminal_size().columns - 1)
-    click.echo(text, err=True)
+    if sys.stderr is not None and sys.stderr.isatty():
+        text = for_reading(text, max(20, shutil.get_terminal_size().columns - 1))
+    _to_stderr(text)
+
+
+def _to_stderr(text: str) -> None:
+    """Whether anybody can read it or not: the exit code counts, and what was begun goes on."""
+    with suppress(OSError, ValueError):
+        click.echo(text, err=True)
 
 
 @contextmanager
@@ -73,13 +79,14 @@ def _operator() -> Iterator[Operator]:
     stop = operator.stop
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if not stop.is_set():
+        first = not stop.is_set()
+        stop.set()
+        if first:
             stopping = "Stopping at the next batch..."
             if operator.output.console.is_terminal:
                 operator.output.line(stopping)  # above the bar, not into it
             else:
-                click.echo(stopping, err=True)
-        stop.set()
+                _to_stderr(stopping)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -109,8 +109,17 @@ def session_settings(lock_timeout_ms: int = 0) -> Statement:
         " set_config('search_path', 'pg_catalog, pg_temp', true),"
         " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
         " set_config('idle_in_transaction_session_timeout', '0', true),"
-        " set_config('lock_timeout', {timeout}, true)",
+        " set_config('lock_timeout', {timeout}, true), {no_timeout}",
         timeout=str(lock_timeout_ms),
+        no_timeout=no_transaction_timeout(),
+    )
+
+
+def no_transaction_timeout() -> Statement:
+    """Switches off for this transaction what servers before 17 do not know."""
+    return statement(
+        "CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL"
+        " THEN set_config('transaction_timeout', '0', true) END"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -15,14 +16,18 @@ from typing import NamedTuple
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.pool import NullPool
 from sqlmodel import Session, select
 
+from chronos.db import connect_engine
 from chronos.demo.rows import KeyType, TimestampType, create_webhook_log
 from chronos.demo.writer import LiveWriter
+from chronos.migration import run as migration_run
+from chronos.migration.operator import Operator
+from chronos.migration.output import Output
 from chronos.sql_models import WebhookEndpoint, WebhookLog
-from tests.command import chronos, started
+from tests.command import chronos, chronos_environment, started
 from tests.conftest import MakeDatabase
 from tests.tables import connected, digest, exists, holding, query, relations, value, waiting_pid
 from tests.waiting import wait_until
@@ -469,6 +474,83 @@ def test_rows_that_come_late_into_the_old_table_are_seen(database: str) -> None:
     refused = chronos(database, "finalize", "--yes")
     assert refused.returncode == 2
     assert f"ids above {late - 1}" in refused.stderr
+
+
+def test_a_rollback_does_not_mistake_what_others_wrote_into_the_old_table(database: str) -> None:
+    fill(database)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "INSERT INTO webhook_log (status, timestamp) VALUES ('new', now())")
+    query(database, "INSERT INTO webhook_log_old SELECT * FROM webhook_log WHERE status = 'new'")
+    query(database, "UPDATE webhook_log SET status = 'changed' WHERE status = 'new'")
+
+    refused = chronos(database, "rollback", "--yes")
+    assert refused.returncode == 3
+    assert (
+        "1 rows were written to webhook_log_old after the swap with ids that webhook_log has"
+        in refused.stderr
+    )
+
+    query(database, "DELETE FROM webhook_log_old WHERE status = 'new'")
+    assert chronos(database, "rollback", "--yes").returncode == 0
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'changed'") == 1
+
+
+def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
+    """As under ``2>&1 | tee``, whose end comes first."""
+    fill(database)
+    with blocked_after_the_swap(database, "leaf") as migration:
+        waiting_pid(database, migration.table)
+        assert migration.process.stdout is not None
+        assert migration.process.stderr is not None
+        migration.process.stdout.close()
+        migration.process.stderr.close()
+        migration.process.send_signal(signal.SIGTERM)
+        migration.release()
+        assert migration.process.wait(60) == 3
+    assert value(database, "SELECT phase FROM webhook_log_migration") == "copying"
+    assert chronos(database, "migrate", "--resume").returncode == 0
+
+
+def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Path) -> None:
+    """As on a disk that runs full: the file takes the first lines and no more."""
+    fill(database)
+    command = 'ulimit -f 2; exec "$0" -m chronos migrate --yes > "$1"'
+    migration = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(tmp_path / "log")],
+        env=chronos_environment(database),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert migration.returncode == 0, migration.stderr
+    assert "COMPLETED" not in (tmp_path / "log").read_text("utf-8")
+    assert value(database, "SELECT phase FROM webhook_log_migration") == "migrated"
+
+
+def test_a_migration_that_was_complete_is_not_undone(
+    database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last commit made, and the connection lost before we were told."""
+    fill(database)
+    refresh = migration_run._Run._refresh
+
+    def cut(run: migration_run._Run, conn: Connection) -> None:
+        if value(database, "SELECT phase FROM webhook_log_migration") == "migrated":
+            query(
+                database,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            )
+        refresh(run, conn)
+
+    monkeypatch.setattr(migration_run._Run, "_refresh", cut)
+    url = make_url(database)
+    migration_run.migrate(
+        connect_engine(url), migration_run.Options(), Operator(Output()), lambda found: None
+    )
+    assert "nothing is undone" in capsys.readouterr().out
+    assert value(database, "SELECT phase FROM webhook_log_migration") == "migrated"
 
 
 def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:

@@ -522,7 +522,7 @@ def without_autovacuum(shape: TableShape, state: State) -> list[Statement]:
     """
     return [
         statement("ALTER TABLE IF EXISTS {leaf} SET (autovacuum_enabled = off)", leaf=leaf)
-        for leaf in _leaves(shape, state)
+        for leaf in _leaves(shape, state.first_day, state.today)
     ]
 
 
@@ -535,7 +535,7 @@ def autovacuum_as_before(shape: TableShape, state: State) -> list[Statement]:
         change = statement("SET ({options})", options=options)
     return [
         statement("ALTER TABLE IF EXISTS {leaf} {change}", leaf=leaf, change=change)
-        for leaf in _leaves(shape, state)
+        for leaf in _leaves(shape, state.first_day, state.last_day)
     ]
 
 
@@ -543,8 +543,8 @@ def _own_autovacuum(shape: TableShape) -> bool:
     return any(option.startswith("autovacuum_enabled ") for option in shape.options)
 
 
-def _leaves(shape: TableShape, state: State) -> list[sql.Identifier]:
-    return [name(shape.schema, partition_name(day)) for day in days(state.first_day, state.today)]
+def _leaves(shape: TableShape, first: date, last: date) -> list[sql.Identifier]:
+    return [name(shape.schema, partition_name(day)) for day in days(first, last)]
 
 
 def drop_default_statements(shape: TableShape) -> list[Statement]:

@@ -8,7 +8,7 @@ from datetime import date
 from sqlalchemy.engine import Connection, Engine
 
 from chronos.db import ShortTransactions, execute, name, statement, transaction
-from chronos.errors import RefusedError
+from chronos.errors import ChronosError, RefusedError
 from chronos.migration import state as migration_state
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.rollback import UNDO
@@ -220,6 +220,9 @@ def _drop_old(conn: Connection, old: TableShape, state: State, short: ShortTrans
 
     def drop(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
+        execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
+        if late := beyond_the_fence(conn, schema, state):
+            raise ChronosError(f"{late:,} rows have just been written to {OLD_TABLE}")
         execute(conn, statement("DROP TABLE {table}", table=table))
 
     if referred:

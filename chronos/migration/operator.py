@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.db import Patience, ShortTransactions, execute, one_line, opened, statement
+from chronos.db import (
+    Patience,
+    ShortTransactions,
+    execute,
+    no_transaction_timeout,
+    one_line,
+    opened,
+    statement,
+)
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
 from chronos.migration.output import Output
 from chronos.migration.preflight import locate
@@ -18,8 +26,9 @@ from chronos.migration.state import where
 from chronos.partitions import TABLE
 
 _TAKE = """
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SELECT set_config('idle_in_transaction_session_timeout', '0', true), {no_timeout};
 SELECT pg_try_advisory_xact_lock({key})
-FROM (SELECT set_config('idle_in_transaction_session_timeout', '0', true)) AS stays_open
 """
 
 _HOLDER = """
@@ -84,7 +93,7 @@ def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
             )
         key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.{TABLE}")
         holding.begin()
-        mine = execute(holding, statement(_TAKE, key=key)).scalar_one()
+        mine = execute(holding, statement(_TAKE, key=key, no_timeout=no_transaction_timeout())).scalar_one()
         if not mine:
             other = execute(holding, statement(_HOLDER, key=key)).scalar()
             raise RefusedError(

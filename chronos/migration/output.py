@@ -9,7 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 
@@ -64,12 +64,22 @@ class Summary:
 
 
 class _Terminal(Console):
-    """A console that falls silent when its reader has gone: that is no reason to end a migration."""
+    """A console that falls silent when its reader has gone, or its disk is full.
+
+    That is no reason to end a migration.
+    """
 
     def on_broken_pipe(self) -> None:
         """Called by Rich, which would end the process."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
 
 
 class Output:

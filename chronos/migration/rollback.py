@@ -166,10 +166,33 @@ def _note_every_change(conn: Connection, shape: TableShape, state: State, short:
     def widen(conn: Connection) -> None:
         claim(conn, schema, state.run_id)
         execute(conn, lock_table(schema, TABLE, "SHARE ROW EXCLUSIVE"))
+        _require_no_rivals(conn, schema, state)
         execute(conn, note_everything(schema))
         migration_state.update(conn, schema, phase=Phase.UNDOING.value)
 
     short.run(conn, widen, tables=[(schema, TABLE)])
+
+
+def _require_no_rivals(conn: Connection, schema: str, state: State) -> None:
+    """Raise ChronosError when somebody has given the frozen table rows with ids of the new one's.
+
+    Later on such a row would pass for one that an earlier attempt has carried over.
+    """
+    rivals = execute(
+        conn,
+        statement(
+            "SELECT count(*), min(id) FROM {old} AS o"
+            " WHERE id > {fence} AND EXISTS (SELECT FROM {new} AS n WHERE n.id = o.id)",
+            old=name(schema, OLD_TABLE),
+            new=name(schema, TABLE),
+            fence=state.fence,
+        ),
+    ).one()
+    if rivals[0]:
+        raise ChronosError(
+            f"{rivals[0]:,} rows were written to {OLD_TABLE} after the swap with ids that {TABLE} has as well"
+            f" ({rivals[1]} the first); delete them there, or give them others"
+        )
 
 
 def _columns(shape: TableShape, alias: str) -> Statement:

@@ -222,7 +222,10 @@ class _Run:
         except Exception as error:
             discard(conn)
             self._undo(error)
-        self._finish(conn)
+            with opened(self.engine) as again:
+                self._finish(again)
+        else:
+            self._finish(conn)
 
     def _forward(self, conn: Connection) -> None:
         with transaction(conn):
@@ -431,7 +434,11 @@ class _Run:
         )
 
     def _undo(self, error: Exception) -> None:
-        """Bring everything back after a failure, over a new connection; always raises."""
+        """Bring everything back after a failure, over a new connection, and raise.
+
+        Returns only if the migration turns out to be complete: its last commit may have been made
+        though we were never told.
+        """
         what = f"step {self.step} ({_STEPS[self.step]}) failed: {one_line(error)}"
         self.output.line()
         self.output.line(f"{what}.")
@@ -444,6 +451,10 @@ class _Run:
         try:
             try:
                 found = migration_state.own(conn, self.schema, self.state.run_id)
+                if found is not None and found.phase is Phase.MIGRATED:
+                    self.state = found
+                    self.output.line("All was in its place by then; nothing is undone.")
+                    return
                 if found is not None:
                     self.output.line("Rolling back...")
                     short = self.operator.short(may_stop=False)
