@@ -20,22 +20,23 @@ from sqlalchemy.exc import DBAPIError
 from chronos import telemetry
 from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos.locks import Patience
+from chronos.migration.checks import Survey
+from chronos.migration.console import Output, for_reading, in_bytes
 from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
-from chronos.migration.output import Output, for_reading, in_bytes
 from chronos.migration.plan import dry_run as print_plan
-from chronos.migration.preflight import Survey
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import DESCRIPTIONS, State
-from chronos.partitions import OLD_TABLE, TABLE
-from chronos.settings import get_settings
+from chronos.migration.state import State, describe
+from chronos.settings import Settings, get_settings
+from chronos.table import TableSpec
 
-_NEXT = f"""
+_NEXT = """
 Next: make restart-worker, for the jobs at 01:00 and 02:00; then
   python -m chronos status     how it is, now and every day
-  python -m chronos finalize   after some days: drops {OLD_TABLE}
+  python -m chronos finalize   after some days: drops {old}
   python -m chronos rollback   until then: the plain table again, with every row"""
 
 
@@ -73,9 +74,9 @@ def _errors_as_lines() -> Iterator[None]:
 
 
 @contextmanager
-def _operator() -> Iterator[Operator]:
+def _operator(max_lock_wait: float = 1.0) -> Iterator[Operator]:
     """Somebody who is told things on stdout, and whom Ctrl-C and SIGTERM stop, the second no worse."""
-    operator = Operator(Output())
+    operator = Operator(Output(), patience=Patience(longest_s=max_lock_wait))
     stop = operator.stop
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -96,6 +97,11 @@ def _operator() -> Iterator[Operator]:
             signal.signal(number, handler)
 
 
+def _table(settings: Settings) -> TableSpec:
+    """The table to work on: the only one that is configured."""
+    return settings.tables[0]
+
+
 def _ask(word: str) -> None:
     """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
     click.echo(f"Type {word} to go on: ", nl=False)
@@ -113,13 +119,27 @@ def _ask(word: str) -> None:
         raise RefusedError(f"{word} was not typed; nothing was changed")
 
 
-def _confirm_migration(url: URL, found: Survey, *, ask: bool) -> None:
+def _target(url: URL, settings: Settings | None) -> str:
+    """Where a verb is about to work; never the password."""
+    testing = "" if settings is None else f"   TESTING: {str(settings.testing).lower()}"
+    return (
+        f"Host: {url.host or 'local socket'}   Port: {url.port or 5432}   Database: {url.database}\n"
+        f"User: {url.username or 'of this system'}{testing}"
+    )
+
+
+def _confirm_migration(
+    url: URL, found: Survey, *, ask: bool, settings: Settings | None = None, max_lock_wait: float = 1.0
+) -> None:
+    table = found.spec
     click.echo(
-        f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
-        f"Table: {found.schema}.{TABLE}   Rows (estimate): {found.rows_estimate:,}"
+        f"{_target(url, settings)}\n"
+        f"Table: {found.spec.schema}.{table}   Rows (estimate): {found.rows_estimate:,}"
         f"   Size: {in_bytes(found.bytes)}\n"
-        f"It will be renamed to {OLD_TABLE}; the rows since {found.cutoff:%Y-%m-%d %H:%M} UTC\n"
-        "are copied into daily partitions."
+        f"The rows since {found.cutoff:%Y-%m-%d %H:%M} UTC are copied into partitions beside it\n"
+        f"and compared; then {table} is renamed to {table.old}, and the partitioned table\n"
+        f"takes its name.\n"
+        f"Writers wait for a lock at most {max_lock_wait:g} s at a time (--max-lock-wait)."
     )
     if ask:
         _ask("MIGRATE")
@@ -148,7 +168,20 @@ def cli() -> None:
     "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
 )
 @click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
-@click.option("--resume", is_flag=True, help="Carry on an interrupted migration.")
+@click.option("--resume", is_flag=True, help="Carry on an interrupted or held migration.")
+@click.option(
+    "--hold",
+    is_flag=True,
+    help="End before the names change, with all else done; --resume does the rest, minutes or days later.",
+)
+@click.option(
+    "--max-lock-wait",
+    type=click.FloatRange(0.05, 60),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="The longest that anybody may have to wait behind an attempt at a lock.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 1_000_000),
@@ -161,7 +194,7 @@ def cli() -> None:
     type=click.IntRange(1, 16),
     default=2,
     show_default=True,
-    help="Days copied at the same time.",
+    help="Partitions filled at the same time.",
 )
 @click.option(
     "--verify",
@@ -192,6 +225,8 @@ def migrate(
     dry_run: bool,
     yes: bool,
     resume: bool,
+    hold: bool,
+    max_lock_wait: float,
     batch_size: int,
     workers: int,
     verify: str,
@@ -201,33 +236,37 @@ def migrate(
 ) -> None:
     """Turn webhook_log into daily partitions under live writes.
 
-    The table is renamed to webhook_log_old, a partitioned webhook_log takes its place, the rows of
-    the last 15 days are copied, compared, and two functions for its upkeep installed. Asks for the
-    word MIGRATE first. On failure all is put back as it was.
+    The rows of the last 15 days are copied into partitions beside the table and compared, while the
+    table stays in use; then the names change, in milliseconds, and the table that was is kept as
+    webhook_log_old. Asks for the word MIGRATE first. On failure all is put back as it was.
 
     \b
     Examples:
       python -m chronos migrate --dry-run > plan.sql
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
       python -m chronos migrate --yes --report report.json
+      python -m chronos migrate --hold
       python -m chronos migrate --resume
     """
-    with _errors_as_lines(), _operator() as operator:
+    with _errors_as_lines(), _operator(max_lock_wait) as operator:
         settings = get_settings()
         url = settings.database
         telemetry.configure(settings)
 
         def confirm(found: Survey) -> None:
-            _confirm_migration(url, found, ask=not yes)
+            _confirm_migration(url, found, ask=not yes, settings=settings, max_lock_wait=max_lock_wait)
 
+        table = _table(settings)
         engine = connect_engine(url, application_name="chronos migrate")
         if dry_run:
-            print_plan(engine, Console())
+            print_plan(engine, table, Console())
             return
         run_migration(
             engine,
+            table,
             Options(
                 resume=resume,
+                hold=hold,
                 batch_size=batch_size,
                 workers=workers,
                 content=verify == "full",
@@ -238,7 +277,8 @@ def migrate(
             operator,
             confirm,
         )
-        operator.output.line(_NEXT)
+        if not hold:
+            operator.output.line(_NEXT.format(old=table.old))
 
 
 @cli.command()
@@ -262,15 +302,15 @@ def rollback(yes: bool, force: bool) -> None:
 
         def confirm(found: State) -> None:
             click.echo(
-                f"Host: {url.host or 'local socket'}   Database: {url.database}\n"
-                f"{DESCRIPTIONS[found.phase]}\n"
-                f"{TABLE} will be the plain table again, with the rows written since the swap."
+                f"{_target(url, settings)}\n"
+                f"{describe(found.table, found.phase)}\n"
+                f"{found.table} will be the plain table again, with the rows written since the swap."
             )
             if not yes:
                 _ask("ROLLBACK")
 
         engine = connect_engine(url, application_name="chronos rollback")
-        undo(engine, operator, confirm, force=force)
+        undo(engine, _table(settings), operator, confirm, force=force)
 
 
 @cli.command()
@@ -293,17 +333,17 @@ def finalize(yes: bool) -> None:
 
         def confirm(found: State, old_is_there: bool) -> None:
             what = (
-                f"{DESCRIPTIONS[found.phase]}\n{OLD_TABLE} will be dropped for good,"
-                f" and with it all from\nbefore {found.cutoff:%Y-%m-%d %H:%M} UTC."
+                f"{describe(found.table, found.phase)}\n{found.table.old} will be dropped for good,"
+                f" and with it all from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC."
                 if old_is_there
-                else f"{OLD_TABLE} was dropped by hand; what is left of the migration will be removed."
+                else f"{found.table.old} was dropped by hand; what is left of the migration will be removed."
             )
-            click.echo(f"Host: {url.host or 'local socket'}   Database: {url.database}\n{what}")
+            click.echo(f"{_target(url, settings)}\n{what}")
             if not yes:
                 _ask("FINALIZE")
 
         engine = connect_engine(url, application_name="chronos finalize")
-        finish(engine, operator, confirm, settings.webhook_log_retention_days)
+        finish(engine, _table(settings), operator, confirm)
 
 
 @cli.command()

@@ -1,13 +1,10 @@
-"""Connections, statements with quoted names, and short transactions that wait for a lock with patience."""
+"""Connections, transactions, and statements whose names and values the driver quotes."""
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import psycopg2
 from psycopg2 import errorcodes, sql
@@ -16,10 +13,7 @@ from sqlalchemy.engine import URL, Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.pool import NullPool
 
-from chronos.errors import LockUnavailableError
-
 Statement = sql.Composable
-T = TypeVar("T")
 
 
 def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
@@ -97,8 +91,13 @@ def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Conne
     leaves them behind.
     """
     with conn.begin():
-        execute(conn, session_settings(lock_timeout_ms))
+        begin(conn, lock_timeout_ms=lock_timeout_ms)
         yield conn
+
+
+def begin(conn: Connection, *, lock_timeout_ms: int = 0) -> None:
+    """The settings of ``transaction``, for one that is open already and has done nothing yet."""
+    execute(conn, session_settings(lock_timeout_ms))
 
 
 def session_settings(lock_timeout_ms: int = 0) -> Statement:
@@ -124,8 +123,19 @@ def no_transaction_timeout() -> Statement:
 
 
 def application_path() -> Statement:
-    """For what moves rows: functions in the table's checks may count on the role's own search path."""
-    return statement("SET LOCAL search_path TO DEFAULT")
+    """For what moves rows: functions in the table's checks may count on the role's own search path.
+
+    It comes behind pg_catalog, so that no operator or function of anybody's stands before those we mean.
+    """
+    return statement("SELECT {setting}", setting=application_path_setting())
+
+
+def application_path_setting() -> Statement:
+    """The expression that sets what ``application_path`` sets, safe under any search path."""
+    return statement(
+        "pg_catalog.set_config('search_path', pg_catalog.concat('pg_catalog, ', (SELECT reset_val"
+        " FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'search_path')), true)"
+    )
 
 
 def our_path() -> Statement:
@@ -147,116 +157,6 @@ def autocommit(conn: Connection) -> Iterator[Connection]:
         finally:
             with suppress(psycopg2.Error):  # the connection may be gone
                 driver.autocommit = False
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for a lock, and how often.
-
-    ``lock_timeout_ms`` bounds each attempt, and with it the time that others queue behind us;
-    ``attempts`` bounds the whole. The pause between two attempts doubles up to ``longest_pause_s``
-    and is jittered, so that two waiters do not meet again and again.
-    """
-
-    lock_timeout_ms: int = 100
-    attempts: int = 60
-    first_pause_s: float = 0.1
-    longest_pause_s: float = 5.0
-    sleep: Callable[[float], None] = time.sleep
-
-    def pause_s(self, attempt: int) -> float:
-        """Seconds to wait after the attempt with this number (from 1)."""
-        ceiling = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(attempt - 1, 16))
-        return ceiling * random.uniform(0.5, 1.0)  # jitter, not cryptography
-
-
-@dataclass(frozen=True)
-class LockHolder:
-    """A session that holds a lock on a table we wait for."""
-
-    pid: int
-    application: str
-    state: str
-    seconds: float
-
-    def __str__(self) -> str:
-        who = f"pid {self.pid}"
-        if self.application:
-            who += f" ({self.application})"
-        return f"{who}, {self.state or 'in a transaction'} for {self.seconds:.0f} s"
-
-
-def lock_holders(conn: Connection, tables: list[tuple[str, str]]) -> list[LockHolder]:
-    """Who holds locks on ``tables`` (schema, name), the oldest transaction first; takes no lock itself."""
-    wanted = joined([statement("({schema}, {table})", schema=s, table=t) for s, t in tables])
-    rows = execute(
-        conn,
-        statement(
-            "SELECT a.pid, coalesce(a.application_name, ''), coalesce(a.state, ''),"
-            " coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8"
-            " FROM pg_stat_activity a"
-            " WHERE a.pid <> pg_backend_pid() AND EXISTS ("
-            "  SELECT FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
-            "  JOIN pg_namespace n ON n.oid = c.relnamespace"
-            "  WHERE l.pid = a.pid AND l.granted"
-            "  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            "  AND (n.nspname, c.relname) IN ({wanted}))"
-            " ORDER BY a.xact_start NULLS LAST",
-            wanted=wanted,
-        ),
-    ).all()
-    return [LockHolder(*row) for row in rows]
-
-
-class ShortTransactions:
-    """Runs transactions that need a strong lock: briefly, again and again, never queueing for long.
-
-    ``on_blocked`` is told of each attempt that came to nothing; it may raise to give up.
-    ``longest_s`` is the longest that any attempt lasted from the moment it asked for the strong lock,
-    waiting and working together: nobody can have stood behind one of ours for longer than that.
-    """
-
-    def __init__(
-        self,
-        patience: Patience | None = None,
-        on_blocked: Callable[[str, int], None] | None = None,
-    ) -> None:
-        self.patience = patience or Patience()
-        self.longest_s = 0.0
-        self._asked = 0.0
-        self._on_blocked = on_blocked or (lambda message, attempt: None)
-
-    def asks_now(self) -> None:
-        """For work that first looks around: only from here on does anybody wait."""
-        self._asked = time.monotonic()
-
-    def run(self, conn: Connection, work: Callable[[Connection], T], *, tables: list[tuple[str, str]]) -> T:
-        """``work(conn)`` in one transaction, tried again while a lock on ``tables`` is not to be had.
-
-        Raises LockUnavailableError, with the holders, when the attempts are used up.
-        """
-        for attempt in range(1, self.patience.attempts + 1):
-            self.asks_now()
-            try:
-                with transaction(conn, lock_timeout_ms=self.patience.lock_timeout_ms):
-                    # Nobody behind our lock need wait for the disk as well: a commit that anybody makes
-                    # after ours takes ours along to the disk, so after a crash both are there, or neither.
-                    execute(conn, statement("SELECT set_config('synchronous_commit', 'off', true)"))
-                    return work(conn)
-            except DBAPIError as error:
-                if not is_lock_failure(error):
-                    raise
-            finally:
-                self.longest_s = max(self.longest_s, time.monotonic() - self._asked)
-            with transaction(conn):
-                holders = lock_holders(conn, tables)
-            what = " and ".join(table for _, table in tables)
-            who = "; ".join(map(str, holders[:3])) or "a session that is gone by now"
-            message = f"waiting for a lock on {what}, held by {who}"
-            if attempt < self.patience.attempts:
-                self._on_blocked(message, attempt)
-                self.patience.sleep(self.patience.pause_s(attempt))
-        raise LockUnavailableError(f"gave up {message} ({attempt} attempts)")
 
 
 def sqlstate(error: BaseException) -> str | None:

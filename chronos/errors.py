@@ -52,3 +52,11 @@ class CutShortError(ChronosError):
 
 class SupersededError(ChronosError):
     """Another run has taken this migration over; this one must not write another row."""
+
+
+class ShapeError(ChronosError):
+    """A table that is to take another's place is not what that one was."""
+
+
+class StrayRowError(ChronosError):
+    """A row was written during the migration for a time that no partition takes."""

@@ -1,9 +1,10 @@
 """What a nightly job does, from the message that starts it to the report it leaves; Celery is in worker.py.
 
 One attempt follows another until all is done, an hour is over, or something fails that waiting does not
-mend. An attempt holds the lease (job_lock.py) and calls the SQL function in transactions of a bounded
-size. What it came to is the result of the task, a line in the log, and a report in Redis under
-`{job}:last`, which `status` shows.
+mend. An attempt holds the lease (job_lock.py) and takes every table of the settings in turn, whatever has
+become of the one before: it calls the table's SQL function in transactions of a bounded size. What it came
+to is the result of the task, a line in the log, and a report in Redis under `{job}:last`, which `status`
+shows.
 
 A night counts once, however many messages ask for it: two beats send two, a worker that was off finds
 one for each night it missed, and a broker may deliver one again. The report says which night was done,
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NoReturn
@@ -24,13 +25,14 @@ import redis
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos import telemetry
+from chronos import commands, telemetry
+from chronos.catalog.locate import locate
+from chronos.catalog.partitions import Partition, attached, droppable, missing, runway
 from chronos.db import (
     connect_engine,
     execute,
     is_disconnect,
     is_lock_failure,
-    lock_holders,
     name,
     one_line,
     sqlstate,
@@ -39,19 +41,9 @@ from chronos.db import (
 )
 from chronos.errors import ChronosError, RefusedError
 from chronos.job_lock import Lease, LeaseHeldError, connect, keep_lease
-from chronos.migration.preflight import locate
-from chronos.partitions import (
-    FUNCTIONS,
-    TABLE,
-    Partition,
-    attached,
-    days,
-    droppable,
-    missing,
-    partition_name,
-    runway,
-)
+from chronos.locks import lock_holders
 from chronos.settings import Settings
+from chronos.table import Interval, Period, TableSpec
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +53,7 @@ Report = dict[str, Any]
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, *[300.0] * 9)
 
 # Days made in one transaction: until it ends, nobody can write the table that the foreign key refers to.
-_STEP_DAYS = 7
+_STEP_DAYS = {Interval.HOUR: 1, Interval.DAY: 7, Interval.WEEK: 49, Interval.MONTH: 210}
 
 # Clocks differ, and a worker's may be behind that of the beat whose message it answers.
 _CLOCK_SLACK = timedelta(minutes=5)
@@ -71,11 +63,14 @@ _LOOK_LOCK_TIMEOUT_MS = 500
 
 @dataclass(frozen=True)
 class Job:
-    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, the SQL function it calls."""
+    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, a table's SQL function that it calls.
+
+    ``did`` is what the function has done to the partitions whose names it returns.
+    """
 
     name: str
     hour: int
-    function: str
+    function: Callable[[TableSpec], str]
     did: str
 
     @property
@@ -84,8 +79,8 @@ class Job:
         return f"{self.name}:last"
 
 
-CREATE = Job("create_future_partitions_job", 1, FUNCTIONS[0], "created")
-DROP = Job("drop_old_partitions_job", 2, FUNCTIONS[1], "dropped")
+CREATE = Job("create_future_partitions_job", 1, lambda table: table.create_function, "created")
+DROP = Job("drop_old_partitions_job", 2, lambda table: table.drop_function, "dropped")
 JOBS = (CREATE, DROP)
 
 
@@ -121,6 +116,11 @@ class _UnfinishedError(Exception):
     def __init__(self, reason: str, undone: list[str]) -> None:
         super().__init__(reason)
         self.undone = undone
+
+
+def _joined(reasons: list[str]) -> str:
+    """Each reason once."""
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def last_due(job: Job, settings: Settings, now: datetime) -> datetime:
@@ -234,70 +234,83 @@ class _Attempt:
 
     def run(self) -> Report:
         """Do the work and leave the report. Returns it, or raises as ``attempt`` does."""
-        try:
-            self._work()
-        except _NotReadyError as error:
-            logger.warning("%s skipped: %s", self.job.name, error)
-            return self._report("skipped", reason=str(error))
-        except _UnfinishedError as error:
-            return self._later(str(error), error.undone)
-        except DBAPIError as error:
-            if is_disconnect(error):
-                return self._later(f"PostgreSQL does not answer: {one_line(error)}", None)
-            self._fail(one_line(error))
-        except RefusedError as error:
-            self._fail(str(error))
+        not_ready: list[str] = []
+        unfinished: list[str] = []
+        failed: list[str] = []
+        undone: list[str] = []
+        tables = self.settings.tables
+        for table in tables:
+            try:
+                self._upkeep(table)
+            except _NotReadyError as error:
+                not_ready.append(str(error))
+                logger.warning("%s skipped: %s", self.job.name, error)
+            except _UnfinishedError as error:
+                unfinished.append(str(error))
+                undone += error.undone
+            except DBAPIError as error:
+                if is_disconnect(error):
+                    return self._later(f"PostgreSQL does not answer: {one_line(error)}", None)
+                failed.append(one_line(error))
+            except RefusedError as error:
+                failed.append(str(error))
+        if unfinished and (self.pause_s is not None or not failed):
+            return self._later(_joined(unfinished), undone)
+        if failed:
+            self._fail(_joined(failed))
+        if len(not_ready) == len(tables):
+            return self._report("skipped", reason=_joined(not_ready))
         logger.info("%s %s %s", self.job.name, self.job.did, ", ".join(self.names) or "nothing")
-        return self._report("done")
+        return self._report("done", **({"reason": _joined(not_ready)} if not_ready else {}))
 
-    def _work(self) -> None:
+    def _upkeep(self, spec: TableSpec) -> None:
+        """The job for one table."""
         url = self.settings.database
         with connect_engine(url, application_name=f"chronos {self.job.name}").connect() as conn:
-            schema = locate(conn)
-            if schema is None:
-                raise _NotReadyError(
-                    f"there is no table {TABLE} in this database; see python -m chronos status"
-                )
+            table = locate(conn, spec)
+            if table is None:
+                raise _NotReadyError(f"there is no table {spec} in this database; see {commands.status()}")
             try:
-                for names in self._calls(conn, schema):
+                for names in self._calls(conn, table):
                     self.names += names
-                self._look(conn, schema)
+                self._look(conn, table)
             except DBAPIError as error:
                 if sqlstate(error) == "55000":  # what the functions say of a table that is plain
                     raise _NotReadyError(one_line(error)) from None
                 if not is_lock_failure(error):
                     raise
-                undone = self._look(conn, schema)
+                undone = self._look(conn, table)
                 with transaction(conn):
-                    holders = lock_holders(conn, [(schema, table) for table in (TABLE, *undone)])
-                reason = f"{one_line(error)}; {TABLE} is in use by "
+                    holders = lock_holders(conn, [(table.home, name) for name in (table.name, *undone)])
+                reason = f"{one_line(error)}; {table} is in use by "
                 reason += "; ".join(map(str, holders[:3])) or "nobody any more"
                 raise _UnfinishedError(reason, undone) from None
 
-    def _calls(self, conn: Connection, schema: str) -> Iterator[list[str]]:
+    def _calls(self, conn: Connection, table: TableSpec) -> Iterator[list[str]]:
         """The names that each call of the function returned; one transaction a call."""
+        function = self.job.function(table)
         with transaction(conn):
             installed = execute(
                 conn,
                 statement(
                     "SELECT to_regprocedure(format('%I.%I(integer)', {schema}, {function}))",
-                    schema=schema,
-                    function=self.job.function,
+                    schema=table.home,
+                    function=function,
                 ),
             ).scalar_one()
         if installed is None:
             raise _NotReadyError(
-                f"the function {self.job.function} is not installed; migrate first: python -m chronos migrate"
+                f"the function {function} is not installed; migrate first: {commands.migrate(table)}"
             )
         if self.job is CREATE:
-            ahead = self.settings.webhook_log_days_ahead
-            for step in [*range(_STEP_DAYS, ahead, _STEP_DAYS), ahead]:
-                yield self._call(conn, schema, step)
-        else:
-            while names := self._call(conn, schema, self.settings.webhook_log_retention_days):
+            step = _STEP_DAYS[table.every]
+            for days in [*range(step, table.ahead_days, step), table.ahead_days]:
+                yield self._call(conn, table, days)
+        elif table.retention_days is not None:
+            while names := self._call(conn, table, table.retention_days):
                 yield names
 
-    def _call(self, conn: Connection, schema: str, argument: int) -> list[str]:
+    def _call(self, conn: Connection, table: TableSpec, days: int) -> list[str]:
         self.lease.renew()
         if self.lease.lost:
             raise _UnfinishedError("the lease was lost", [])
@@ -305,14 +318,14 @@ class _Attempt:
             rows = execute(
                 conn,
                 statement(
-                    "SELECT * FROM {function}({argument})",
-                    function=name(schema, self.job.function),
-                    argument=argument,
+                    "SELECT * FROM {function}({days})",
+                    function=name(table.home, self.job.function(table)),
+                    days=days,
                 ),
             ).all()
         return [str(row[0]) for row in rows]
 
-    def _look(self, conn: Connection, schema: str) -> list[str]:
+    def _look(self, conn: Connection, table: TableSpec) -> list[str]:
         """Measure what there is, and return the names of what this job has still to do.
 
         ACCESS SHARE on the partitions; where that is not to be had soon, nothing is measured.
@@ -320,27 +333,30 @@ class _Attempt:
         try:
             with transaction(conn, lock_timeout_ms=_LOOK_LOCK_TIMEOUT_MS):
                 now: datetime = execute(conn, statement("SELECT now()")).scalar_one()
-                existing = attached(conn, schema)
+                existing = attached(conn, table)
         except DBAPIError as error:
             if is_lock_failure(error):
                 return []
             raise
-        today = now.astimezone(UTC).date()
-        lacking = missing(existing, days(today, today + timedelta(days=self.settings.webhook_log_days_ahead)))
-        self._measure(existing, today, lacking)
+        lacking = missing(existing, table.wanted(now, back=False))
+        self._measure(table, existing, now, lacking)
         if self.job is CREATE:
-            return [partition_name(day) for day in lacking]
-        return [p.name for p in droppable(existing, today, self.settings.webhook_log_retention_days)]
+            return [table.partition(period) for period in lacking]
+        today = now.astimezone(UTC).date()
+        return [p.name for p in droppable(existing, today, table.retention_days)]
 
-    def _measure(self, existing: list[Partition], today: date, lacking: list[date]) -> None:
-        """Three gauges to be alerted on, in days; they go where the spans go."""
+    def _measure(
+        self, table: TableSpec, existing: list[Partition], now: datetime, lacking: list[Period]
+    ) -> None:
+        """Three gauges to be alerted on; they go where the spans go."""
         import logfire  # here, because it takes long to load and only a worker gets here
 
-        measured = {"ahead": runway(existing, today), "missing": len(lacking)}
+        measured = {"ahead": runway(existing, table, now), "missing": len(lacking)}
         if lowest := min((p.lower for p in existing if p.lower), default=None):
-            measured["oldest_age"] = (today - lowest.date()).days
+            measured["oldest_age"] = (now.astimezone(UTC).date() - lowest.date()).days
         for gauge, value in measured.items():
-            logfire.metric_gauge(f"chronos.partitions.{gauge}", unit="d").set(value)
+            unit = "{partition}" if gauge == "missing" else "d"
+            logfire.metric_gauge(f"chronos.partitions.{gauge}", unit=unit).set(value, {"table": table.name})
 
     def _later(self, reason: str, undone: list[str] | None) -> Report:
         """Ask for another attempt; after the last, report what is undone, or fail if nobody could look."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -12,6 +13,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from chronos.errors import RefusedError
+from chronos.table import WEBHOOK_LOG, TableSpec
 
 _POSTGRES_SCHEMES = {"postgres", "postgresql", "postgresql+psycopg2"}
 
@@ -44,6 +46,17 @@ class Settings(BaseSettings):
     webhook_log_retention_days: int = Field(default=15, ge=0, le=36_500)
     webhook_log_days_ahead: int = Field(default=30, ge=0, le=3_650)
     beat_timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
+
+    @property
+    def tables(self) -> tuple[TableSpec, ...]:
+        """The tables that are kept in partitions; their schemas are still to be located."""
+        return (
+            replace(
+                WEBHOOK_LOG,
+                retention_days=self.webhook_log_retention_days,
+                ahead_days=self.webhook_log_days_ahead,
+            ),
+        )
 
     @property
     def database(self) -> URL:

@@ -18,29 +18,18 @@ from rich.text import Text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
+from chronos import commands
+from chronos.catalog.locate import locate
+from chronos.catalog.partitions import Partition, attached, droppable, expired, missing, runway
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
 from chronos.errors import ChronosError
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
-from chronos.migration.output import for_reading, in_bytes
-from chronos.migration.preflight import COMMAND, locate
-from chronos.migration.state import DESCRIPTIONS, Phase, State
-from chronos.partitions import (
-    FUNCTIONS,
-    OLD_TABLE,
-    TABLE,
-    Partition,
-    attached,
-    days,
-    droppable,
-    expired,
-    midnight,
-    missing,
-    partition_name,
-    runway,
-)
+from chronos.migration.console import for_reading, in_bytes
+from chronos.migration.state import Phase, State, describe
 from chronos.settings import Settings
+from chronos.table import Interval, Period, TableSpec, midnight
 
 _LOCK_TIMEOUT_MS = 1_000
 _SHORT_RUNWAY_DAYS = 7
@@ -49,14 +38,9 @@ _JOB_OVERDUE = timedelta(hours=26)
 _JOB_TAKES = timedelta(hours=1)
 _CLOCK_TOLERANCE_S = 60
 _BAR_WIDTH = 30
-
-_CARRY_ON = {
-    Phase.BUILT: f"Carry on with: {COMMAND} --resume; or undo it with: python -m chronos rollback",
-    Phase.COPYING: f"Carry on with: {COMMAND} --resume; or undo it with: python -m chronos rollback",
-    Phase.UNDOING: "Finish with: python -m chronos rollback",
-    Phase.UNDONE: "Finish with: python -m chronos rollback",
-    Phase.FINALIZING: "Finish with: python -m chronos finalize",
-}
+# A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
+_READY_LONG = timedelta(days=7)
+_MANY_NOTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -86,11 +70,12 @@ class Status:
     """Everything that ``collect`` has found; times are UTC, ``now`` is the database server's.
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
-    no drop will take, ``problems`` is empty when all is well.
+    no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
     """
 
     server: str
-    schema: str
+    table: TableSpec
     now: datetime
     clock_ahead_s: float
     partitioned: bool
@@ -101,10 +86,10 @@ class Status:
     functions: dict[str, int]
     old_table: TableSize | None
     stray: tuple[str, ...]
-    days_ahead: int
-    retention_days: int
     next_drop: datetime
+    notes_waiting: int | None = None
     jobs: dict[str, JobStatus] | None = None
+    notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -119,9 +104,9 @@ class Status:
 
     @property
     def state(self) -> str:
-        """`plain`, `migrating`, `migrated` or `finalized`."""
+        """`plain`, `migrating`, `ready`, `migrated` or `finalized`."""
         if self.migration is not None and self.migration.phase is not Phase.MIGRATED:
-            return "migrating"
+            return "ready" if self.migration.phase is Phase.READY else "migrating"
         if not self.partitioned:
             return "plain"
         return "finalized" if self.migration is None and self.old_table is None else "migrated"
@@ -138,35 +123,49 @@ class Status:
         return (last - timedelta(microseconds=1)).date() if last else None
 
     @property
-    def missing(self) -> list[date]:
-        """Days without a partition: between the oldest and the newest, and today through ``days_ahead``."""
+    def missing(self) -> list[Period]:
+        """Periods without a partition: between the oldest and the newest, and from now to the days ahead."""
         if not self.partitioned:
             return []
-        end = self.today + timedelta(days=self.days_ahead)
-        first, last = min(self.oldest or self.today, self.today), max(self.newest or end, end)
-        return missing(self.partitions, days(first, last))
+        lowers = [p.lower for p in self.partitions if p.lower]
+        uppers = [p.upper for p in self.partitions if p.upper]
+        ahead = self.table.wanted(self.now, back=False)
+        first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
+        return missing(self.partitions, self.table.periods(first, end))
 
     @property
     def runway_days(self) -> int:
         """For how many days after today inserts will find a partition."""
-        return runway(self.partitions, self.today)
+        return runway(self.partitions, self.table, self.now)
+
+    @property
+    def copied(self) -> tuple[int, int] | None:
+        """How many periods of how many are copied and compared; None when no migration fills them."""
+        migration = self.migration
+        if migration is None or migration.phase not in (Phase.BUILT, Phase.COPYING):
+            return None
+        past = [p for p in migration.plan.periods if p.start <= migration.plan.started_at]
+        return sum(p.start in migration.compared for p in past), len(past)
 
     def next_drops(self) -> list[str]:
         """The partitions that the next run of the drop job takes."""
-        return [p.name for p in droppable(self.partitions, self.next_drop.date(), self.retention_days)]
+        return [p.name for p in droppable(self.partitions, self.next_drop.date(), self.table.retention_days)]
 
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {
+            "table": f"{self.table.home}.{self.table}",
             "state": self.state,
             "healthy": self.healthy,
             "problems": list(self.problems),
+            "notices": list(self.notices),
+            "migration": self._migration_as_json(),
             "partitions": len(self.partitions),
             "oldest": self.oldest and self.oldest.isoformat(),
             "newest": self.newest and self.newest.isoformat(),
-            "missing": [day.isoformat() for day in self.missing],
+            "missing": [str(period) for period in self.missing],
             "runway_days": self.runway_days,
-            "functions_installed": set(self.functions) == set(FUNCTIONS),
+            "functions_installed": set(self.functions) == set(self.table.functions),
             "old_table": vars(self.old_table) if self.old_table else None,
             "next_drop": {"at": self.next_drop.isoformat(), "partitions": self.next_drops()},
             "jobs": None
@@ -194,29 +193,50 @@ class Status:
             "checked_at": self.now.isoformat(timespec="seconds"),
         }
 
+    def _migration_as_json(self) -> dict[str, Any] | None:
+        if self.migration is None:
+            return None
+        changed = self.migration.changed_at
+        return {
+            "phase": self.migration.phase.value,
+            "since": changed and changed.astimezone(UTC).isoformat(timespec="seconds"),
+            "running": self.migration_runs,
+            "periods_copied": self.copied and self.copied[0],
+            "periods": self.copied and self.copied[1],
+            "notes_waiting": self.notes_waiting,
+            "verified": self.migration.verified,
+        }
 
-def collect(settings: Settings, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Status:
+
+def collect(
+    settings: Settings,
+    table: TableSpec | None = None,
+    *,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Status:
     """Look at the database and at Redis, and judge; ``clock`` is this machine's.
 
-    ACCESS SHARE on the tables and nothing more, waited for no longer than 1 s. Redis may be away.
-    Raises ChronosError when there is no webhook_log or it is locked, RefusedError when no database is
-    set, DBAPIError when the server cannot be reached.
+    ``table`` is the first of the settings when it is not given. ACCESS SHARE on the tables and nothing
+    more, waited for no longer than 1 s. Redis may be away. Raises ChronosError when there is no such
+    table or it is locked, RefusedError when no database is set, DBAPIError when the server cannot be
+    reached.
     """
+    wanted = table or settings.tables[0]
     with connect_engine(settings.database, application_name="chronos status").connect() as conn:
-        schema = locate(conn)
-        if schema is None:
+        located = locate(conn, wanted)
+        if located is None:
             raise ChronosError(
-                f"there is no table {TABLE} in database {settings.database.database}, or one in several"
+                f"there is no table {wanted} in database {settings.database.database}, or one in several"
                 " schemas and none on the search path. Check the database URL and the search_path"
             )
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
-                found = _look(conn, schema, settings, clock)
+                found = _look(conn, located, settings, clock)
         except DBAPIError as error:
             if not is_lock_failure(error):
                 raise
             raise ChronosError(
-                f"somebody has locked {TABLE} or one of its partitions for more than"
+                f"somebody has locked {wanted} or one of its partitions for more than"
                 f" {_LOCK_TIMEOUT_MS // 1000} s; look at pg_locks, or try again"
             ) from error
     unreachable = None
@@ -226,32 +246,31 @@ def collect(settings: Settings, *, clock: Callable[[], datetime] = lambda: datet
     except (redis.RedisError, ChronosError) as error:
         unreachable = f"what the nightly jobs did is unknown: Redis does not answer ({error})"
     problems = [*judge(found, settings), *([unreachable] if unreachable else [])]
-    return replace(found, problems=tuple(problems))
+    return replace(found, notices=tuple(_notices(found)), problems=tuple(problems))
 
 
-def _look(conn: Connection, schema: str, settings: Settings, clock: Callable[[], datetime]) -> Status:
+def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callable[[], datetime]) -> Status:
     execute(conn, statement("SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '10s'"))
     before = clock()
     now: datetime = execute(conn, statement("SELECT clock_timestamp()")).scalar_one().astimezone(UTC)
     ours = before + (clock() - before) / 2
-    migration = migration_state.read(conn, schema)
-    partitions = tuple(attached(conn, schema))
+    migration = migration_state.read(conn, table)
+    partitions = tuple(attached(conn, table))
     return Status(
         server=f"{settings.database.database} on {settings.database.host or 'a local socket'}",
-        schema=schema,
+        table=table,
         now=now,
         clock_ahead_s=(now - ours).total_seconds(),
-        partitioned=_table(conn, schema, TABLE, "p") is not None,
+        partitioned=_table(conn, table.home, table.name, "p") is not None,
         migration=migration,
-        migration_runs=_migration_runs(conn, schema),
-        by_hand=_by_hand(conn, schema, migration) if migration else None,
+        migration_runs=_migration_runs(conn, table),
+        by_hand=_by_hand(conn, migration) if migration else None,
         partitions=partitions,
-        functions=_functions(conn, schema),
-        old_table=_table(conn, schema, OLD_TABLE, "r"),
-        stray=tuple(_stray(conn, partitions, now.date(), settings.webhook_log_retention_days)),
-        days_ahead=settings.webhook_log_days_ahead,
-        retention_days=settings.webhook_log_retention_days,
+        functions=_functions(conn, table),
+        old_table=_table(conn, table.home, table.old, "r"),
+        stray=tuple(_stray(conn, table, partitions, now.date())),
         next_drop=next_due(DROP, settings, now),
+        notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
     )
 
 
@@ -270,7 +289,7 @@ def _table(conn: Connection, schema: str, table: str, kind: str) -> TableSize | 
     return TableSize(*row) if row else None
 
 
-def _functions(conn: Connection, schema: str) -> dict[str, int]:
+def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
     """The functions that are there, with the version that their comment tells; 0 when it tells none."""
     rows = execute(
         conn,
@@ -280,8 +299,8 @@ def _functions(conn: Connection, schema: str) -> dict[str, int]:
             " FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
             " WHERE n.nspname = {schema} AND p.proname IN ({functions})"
             " AND p.proargtypes::text = 'integer'::regtype::oid::text",
-            schema=schema,
-            functions=joined([statement("{f}", f=function) for function in FUNCTIONS]),
+            schema=table.home,
+            functions=joined([statement("{f}", f=function) for function in table.functions]),
         ),
     ).all()
     return {function: int(version) for function, version in rows}
@@ -293,7 +312,7 @@ def _current_version() -> int:
     return max(int(version) for version in re.findall(r"'chronos (\d+):", script))
 
 
-def _migration_runs(conn: Connection, schema: str) -> bool:
+def _migration_runs(conn: Connection, table: TableSpec) -> bool:
     """Whether somebody holds the operator's lock at this moment; looks, and takes no lock."""
     found: bool = execute(
         conn,
@@ -302,51 +321,66 @@ def _migration_runs(conn: Connection, schema: str) -> bool:
             " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             " AND classid::bigint = (key >> 32) & 4294967295 AND objid::bigint = key & 4294967295)",
-            text=f"chronos migration of {schema}.{TABLE}",
+            text=f"chronos migration of {table.home}.{table}",
         ),
     ).scalar_one()
     return found
 
 
-def _by_hand(conn: Connection, schema: str, migration: State) -> str | None:
-    if migration_state.undone_by_hand(conn, schema, migration):
+def _by_hand(conn: Connection, migration: State) -> str | None:
+    table = migration.table
+    if migration_state.undone_by_hand(conn, migration):
         return (
-            f"{OLD_TABLE} was renamed back to {TABLE} by hand; remove what is left of the migration with:"
-            " python -m chronos rollback"
+            f"{table.old} was renamed back to {table} by hand; remove what is left of the migration with:"
+            f" {commands.rollback(table)}"
         )
-    if migration_state.finalized_by_hand(conn, schema, migration):
+    if migration_state.finalized_by_hand(conn, migration):
         return (
-            f"{OLD_TABLE} was dropped by hand; remove what is left of the migration with:"
-            " python -m chronos finalize"
+            f"{table.old} was dropped by hand; remove what is left of the migration with:"
+            f" {commands.finalize(table)}"
         )
     return None
 
 
-def _stray(
-    conn: Connection, partitions: Iterable[Partition], today: date, retention_days: int
-) -> Iterator[str]:
-    """Where rows lie that retention should have taken, or that have no day's partition. ACCESS SHARE."""
+def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int | None:
+    """How many notes are to be replayed before the swap, a million at the most; None in other phases."""
+    if migration.phase is not Phase.READY:
+        return None
+    query = statement(
+        "SELECT count(*) FROM (SELECT FROM {changes} WHERE chronos_origin = 'o' LIMIT {most}) n",
+        changes=name(table.home, table.changes),
+        most=_MANY_NOTES,
+    )
+    found: int = execute(conn, query).scalar_one()
+    return found
+
+
+def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
+    """Where rows lie that retention should have taken, or that have no period's partition. ACCESS SHARE."""
     partitions = list(partitions)
-    cutoff = midnight(today - timedelta(days=retention_days))
-    old = statement('"timestamp" < {cutoff}', cutoff=f"{cutoff:%Y-%m-%d %H:%M:%S}+00")
-    going = {p.name for p in expired(partitions, today, retention_days)}
+    going = {p.name for p in expired(partitions, today, table.retention_days)}
     for partition in partitions:
         if partition.detach_pending or partition.name in going:
             continue
-        is_default = partition.lower is None and partition.upper is None
-        if not is_default and partition.lower is not None and partition.lower >= cutoff:
-            continue
         leaf = name(partition.schema, partition.name)
-        query = statement("SELECT FROM {leaf} WHERE {old}", leaf=leaf, old=old)
-        if _any(conn, query):
-            delete = render(conn, statement("DELETE FROM {leaf} WHERE {old};", leaf=leaf, old=old))
-            yield (
-                f"{partition.name} holds rows older than {cutoff:%Y-%m-%d}, and is never dropped for these"
-                f" alone: {delete}"
+        is_default = partition.lower is None and partition.upper is None
+        if table.retention_days is not None:
+            cutoff = midnight(today - timedelta(days=table.retention_days))
+            if not is_default and partition.lower is not None and partition.lower >= cutoff:
+                continue
+            old = statement(
+                "{column} < {cutoff}", column=name(table.column), cutoff=f"{cutoff:%Y-%m-%d %H:%M:%S}+00"
             )
-        elif is_default and _any(conn, statement("SELECT FROM {leaf}", leaf=leaf)):
+            if _any(conn, statement("SELECT FROM {leaf} WHERE {old}", leaf=leaf, old=old)):
+                delete = render(conn, statement("DELETE FROM {leaf} WHERE {old};", leaf=leaf, old=old))
+                yield (
+                    f"{partition.name} holds rows older than {cutoff:%Y-%m-%d}, and is never dropped for"
+                    f" these alone: {delete}"
+                )
+                continue
+        if is_default and _any(conn, statement("SELECT FROM {leaf}", leaf=leaf)):
             yield (
-                f"the default partition {partition.name} holds rows: the partitions of their days cannot be"
+                f"the default partition {partition.name} holds rows: the partitions of their time cannot be"
                 " made while they are there; move or delete them"
             )
 
@@ -377,68 +411,119 @@ def judge(status: Status, settings: Settings) -> list[str]:
 
 
 def _migration_problems(status: Status) -> Iterator[str]:
-    migration = status.migration
+    table, migration = status.table, status.migration
     if status.by_hand:
         yield status.by_hand
-    elif migration is not None and migration.phase is not Phase.MIGRATED and not status.migration_runs:
+    elif migration is not None:
+        yield from _half_done(status, migration)
+    elif not status.partitioned:
+        yield f"{table} is a plain table, nothing keeps it small; migrate it with: {commands.migrate(table)}"
+    elif status.old_table is not None:
         yield (
-            f"a migration begun at {migration.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody is at"
-            f" it. {DESCRIPTIONS[migration.phase]} {_CARRY_ON[migration.phase]}"
+            f"{table.old} is there, but nothing tells of its migration; if it is not needed, drop it:"
+            f" DROP TABLE {_qualified(table, table.old)}"
         )
-    elif migration is None and not status.partitioned:
-        yield f"{TABLE} is a plain table, nothing keeps it small; migrate it with: {COMMAND}"
-    elif migration is None and status.old_table is not None:
+
+
+def _half_done(status: Status, migration: State) -> Iterator[str]:
+    table, phase = migration.table, migration.phase
+    resume, undo = f"{commands.migrate(table)} --resume", commands.rollback(table)
+    if phase is Phase.READY:
+        since = migration.changed_at
+        if (since and status.now - since > _READY_LONG) or (status.notes_waiting or 0) >= _MANY_NOTES:
+            yield f"{_ready(status)}, and more every hour; swap with: {resume}; or undo it with: {undo}"
+    elif status.migration_runs:
+        return
+    elif phase is Phase.MIGRATED:
+        if not migration.verified:
+            yield (
+                f"{describe(table, phase)} The rows written shortly before the swap were not compared"
+                f" again; compare them with: {resume}"
+            )
+    else:
+        carry_on = {
+            Phase.BUILT: f"Carry on with: {resume}; or undo it with: {undo}",
+            Phase.COPYING: f"Carry on with: {resume}; or undo it with: {undo}",
+            Phase.RETURNING: f"Finish with: {undo}",
+            Phase.UNDONE: f"Finish with: {undo}",
+            Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
+        }
         yield (
-            f"{OLD_TABLE} is there, but nothing tells of its migration; if it is not needed, drop it:"
-            f" DROP TABLE {OLD_TABLE}"
+            f"a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
+            f" is at it. {describe(table, phase)} {carry_on[phase]}"
         )
+
+
+def _ready(status: Status) -> str:
+    """`ready since 2025-10-22 13:05 UTC, 1,234 notes wait`, for a migration that waits for its swap."""
+    assert status.migration is not None
+    since = status.migration.changed_at
+    when = f" since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else ""
+    count = status.notes_waiting or 0
+    notes = f"{count:,}{' or more' if count >= _MANY_NOTES else ''}"
+    return f"ready{when}, {notes} {'note waits' if count == 1 else 'notes wait'}"
+
+
+def _notices(status: Status) -> Iterator[str]:
+    """What may be typed next, though nothing is wrong."""
+    migration = status.migration
+    if migration is None or migration.phase is not Phase.READY or status.migration_runs:
+        return
+    if any(_half_done(status, migration)):
+        return
+    table = migration.table
+    yield (
+        f"{_ready(status)}; swap with: {commands.migrate(table)} --resume;"
+        f" undo with: {commands.rollback(table)}"
+    )
 
 
 def _function_problems(status: Status) -> Iterator[str]:
     current = _current_version()
-    lacking = [function for function in FUNCTIONS if function not in status.functions]
+    table = status.table
+    lacking = [function for function in table.functions if function not in status.functions]
     older = [function for function, version in status.functions.items() if version < current]
     for what, functions in (("missing", lacking), (f"older than version {current}", older)):
         if functions:
             yield (
-                f"{' and '.join(functions)}: {what}; as the owner of {TABLE}, run: psql"
-                f" -c 'SET search_path = {_quoted(status.schema)}, pg_temp'"
-                " -f chronos/sql/partition_functions.sql"
+                f"{' and '.join(functions)}: {what}; as the owner of {table}, run:"
+                f" {commands.install_functions(table)}"
             )
 
 
 def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
-    create = f"SELECT {_quoted(status.schema)}.{CREATE.function}({status.days_ahead});"
+    table = status.table
+    create = f"SELECT {_qualified(table, table.create_function)}({table.ahead_days});"
     # The outermost day comes due at midnight, and its partition with the next run of the job.
     settled = last_due(CREATE, settings, status.now - _JOB_TAKES) >= midnight(status.today)
-    ahead_due = status.days_ahead if settled else status.days_ahead - 1
-    due = status.today + timedelta(days=ahead_due)
-    gaps = [day for day in status.missing if day <= due or (status.newest and day < status.newest)]
-    ahead = [day for day in gaps if day >= status.today]
+    ahead_due = table.ahead_days if settled else table.ahead_days - 1
+    due = midnight(status.today + timedelta(days=ahead_due + 1))
+    newest = max((p.upper for p in status.partitions if p.upper), default=due)
+    gaps = [period for period in status.missing if period.start < max(due, newest)]
+    ahead = [period for period in gaps if period.end > status.now]
     if ahead:
-        yield f"no partition for {_some(ahead)}: an insert of such a day fails. Create them: {create}"
-    past = [day for day in gaps if day < status.today]
+        what = "day" if table.every is Interval.DAY else "time"
+        yield f"no partition for {_some(ahead)}: an insert of such a {what} fails. Create them: {create}"
+    past = [period for period in gaps if period.end <= status.now]
     if past:
-        leaf = f"{_quoted(status.schema)}.{partition_name(past[0])}"
-        bounds = f"FROM ('{past[0]} 00:00:00+00') TO ('{past[0] + timedelta(days=1)} 00:00:00+00')"
+        leaf = _qualified(table, table.partition(past[0]))
+        lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (past[0].start, past[0].end))
         yield (
-            f"no partition for {_some(past)}, among the days that are kept. Create it: CREATE TABLE {leaf}"
-            f" PARTITION OF {_quoted(status.schema)}.{TABLE} FOR VALUES {bounds};"
+            f"no partition for {_some(past)}, within what is kept. Create it: CREATE TABLE {leaf}"
+            f" PARTITION OF {_qualified(table, table.name)} FOR VALUES FROM ('{lower}') TO ('{upper}');"
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
         yield f"the runway is {status.runway_days} days, less than {_SHORT_RUNWAY_DAYS}: {create}"
     last_drop = last_due(DROP, settings, status.now - _JOB_TAKES)
-    overdue = droppable(status.partitions, last_drop.date(), status.retention_days)
+    overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
-        yield (
-            f"expired and still there: {_some([p.name for p in overdue])}."
-            f" Drop them: SELECT {_quoted(status.schema)}.{DROP.function}({status.retention_days});"
-        )
+        drop = f"SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
+        yield f"expired and still there: {_some([p.name for p in overdue])}. Drop them: {drop}"
     for partition in status.partitions:
         if partition.detach_pending:
             yield (
                 f"{partition.name} was detached half-way; finish it: ALTER TABLE"
-                f" {_quoted(status.schema)}.{TABLE} DETACH PARTITION"
+                f" {_qualified(table, table.name)} DETACH PARTITION"
                 f" {_quoted(partition.schema)}.{_quoted(partition.name)} FINALIZE;"
             )
     yield from status.stray
@@ -446,7 +531,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
 
 def _job_problems(status: Status) -> Iterator[str]:
     for job_name, job in (status.jobs or {}).items():
-        since = job.succeeded or (status.migration.started_at if status.migration else None)
+        since = job.succeeded or (status.migration.fence if status.migration else None)
         if since is None or status.now - since > _JOB_OVERDUE:
             when = f"since {job.succeeded:%Y-%m-%d %H:%M} UTC" if job.succeeded else "yet"
             why = job.report.get("error") or job.report.get("reason")
@@ -461,6 +546,11 @@ def _job_problems(status: Status) -> Iterator[str]:
 def _some(things: list[Any]) -> str:
     shown = ", ".join(map(str, things[:3]))
     return shown if len(things) <= 3 else f"{shown} and {len(things) - 3} more"
+
+
+def _qualified(table: TableSpec, relation: str) -> str:
+    """A name in the schema of ``table``, as SQL wants it written."""
+    return f"{_quoted(table.home)}.{_quoted(relation)}"
 
 
 def _quoted(identifier: str) -> str:
@@ -489,35 +579,41 @@ class _Page:
     def print(self) -> None:
         """The page from top to bottom."""
         status = self.status
-        self.line(f"{status.schema}.{TABLE}: {status.state}", "bold")
+        self.line(f"{status.table.home}.{status.table}: {status.state}", "bold")
         self.line(f"database    {status.server}")
+        if status.copied:
+            self.line("copied      {} of {} periods".format(*status.copied))
+        if status.state == "ready":
+            self.line(f"migration   {_ready(status)}")
         if status.partitioned:
             drops = _some(status.next_drops()) or "nothing"
             self.line(f"partitions  {len(status.partitions)}, {status.oldest} to {status.newest}")
             self.line(f"runway      {status.runway_days} days")
             self.line(f"missing     {_some(status.missing) or 'none'}")
-            if status.migration and status.migration.phase is Phase.COPYING:
-                back = (status.migration.today - status.migration.first_day).days + 1
-                self.line(f"copied      {len(status.migration.days)} of {back} days")
             self.line(f"next drop   {status.next_drop:%Y-%m-%d %H:%M} UTC: {drops}")
         if status.old_table:
-            old = status.old_table
-            self.line(
-                f"old table   {OLD_TABLE}: {old.rows_estimate:,} rows (estimate), {in_bytes(old.bytes)}"
-            )
+            rows, size = status.old_table.rows_estimate, status.old_table.bytes
+            self.line(f"old table   {status.table.old}: {rows:,} rows (estimate), {in_bytes(size)}")
         if status.partitions:
             self.partitions()
         if status.jobs is not None and status.partitioned:
             self.jobs(status.jobs)
+        if status.notices:
+            self.line("\nnotice", "bold")
+            self.items(status.notices)
         if status.problems:
             self.line("\nproblems" if len(status.problems) > 1 else "\nproblem", "bold red")
-            for problem in status.problems:
-                text = f"- {problem}"
-                if self.console.is_terminal:
-                    text = for_reading(text, self.console.width - 1)
-                self.line(text, "red")
+            self.items(status.problems, "red")
         else:
             self.line("\nhealthy", "bold green")
+
+    def items(self, texts: tuple[str, ...], style: str = "") -> None:
+        """A dash before each; on a terminal each command on a line of its own."""
+        for item in texts:
+            text = f"- {item}"
+            if self.console.is_terminal:
+                text = for_reading(text, self.console.width - 1)
+            self.line(text, style)
 
     def line(self, text: str, style: str = "") -> None:
         """One paragraph of plain text; a character that the console lacks is spelled out."""
@@ -538,11 +634,11 @@ class _Page:
         """A row for each partition; days ahead that are empty share one."""
         largest = max(p.bytes for p in self.status.partitions) or 1
         table = Table(box=self.box, pad_edge=False, padding=(0, 1))
-        table.add_column("day", no_wrap=True)
+        table.add_column(self.status.table.every.value, no_wrap=True)
         table.add_column("rows (estimate)", justify="right", no_wrap=True)
         table.add_column("size", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        ahead = [p for p in self.status.partitions if self.is_empty_day_ahead(p)]
+        ahead = [p for p in self.status.partitions if self.is_empty_and_ahead(p)]
         for p in self.status.partitions:
             if p not in ahead:
                 table.add_row(
@@ -552,17 +648,24 @@ class _Page:
                     Text(self.bar(p.bytes / largest), "cyan"),
                 )
         if ahead:
-            table.add_row(f"{len(ahead)} days ahead", "0", in_bytes(sum(p.bytes for p in ahead)), "")
+            table.add_row(
+                f"{len(ahead)} {self.status.table.every}s ahead",
+                "0",
+                in_bytes(sum(p.bytes for p in ahead)),
+                "",
+            )
         self.table(table)
 
-    def is_empty_day_ahead(self, p: Partition) -> bool:
+    def is_empty_and_ahead(self, p: Partition) -> bool:
         """Whether nothing is lost when this partition has no row of its own."""
         return p.lower is not None and p.lower.date() > self.status.today and p.rows_estimate == 0
 
     def label(self, p: Partition) -> str:
-        """The day, or the name of a partition that is not one day's."""
-        if p.lower and p.upper == p.lower + timedelta(days=1) and not p.detach_pending:
-            return f"{p.lower:%Y-%m-%d}"
+        """The period, or the name of a partition that is not one period's."""
+        if p.lower and not p.detach_pending:
+            period = self.status.table.period(p.lower)
+            if (p.lower, p.upper) == (period.start, period.end):
+                return str(period)
         return p.name if p.lower or p.upper else "(default)"
 
     def bar(self, share: float) -> str:

@@ -68,7 +68,7 @@ def create_future_partitions_job(
     pauses: Sequence[float] = jobs.PAUSES_S,
     earlier: jobs.Report | None = None,
 ) -> jobs.Report:
-    """Create the partitions of the days ahead, WEBHOOK_LOG_DAYS_AHEAD of them."""
+    """Create the partitions that the days ahead need, for every table."""
     return _attempt(self, jobs.CREATE, nightly, pauses, earlier)
 
 
@@ -79,7 +79,7 @@ def drop_old_partitions_job(
     pauses: Sequence[float] = jobs.PAUSES_S,
     earlier: jobs.Report | None = None,
 ) -> jobs.Report:
-    """Drop the partitions that are older than WEBHOOK_LOG_RETENTION_DAYS."""
+    """Drop the partitions whose retention is over, for every table."""
     return _attempt(self, jobs.DROP, nightly, pauses, earlier)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import date, timedelta
-from importlib.resources import files
 from typing import Any
 
 from psycopg2 import sql
 from psycopg2.extensions import cursor
 
-SCRIPT = (files("chronos") / "sql" / "partition_functions.sql").read_text("utf-8")
+from chronos.catalog.ddl import script
+from chronos.table import WEBHOOK_LOG, TableSpec, midnight
 
 _TABLES = """
 CREATE TABLE webhook_endpoint (id bigint PRIMARY KEY, url text NOT NULL);
@@ -50,7 +50,7 @@ def today(cur: cursor) -> date:
 
 def leaf(day: date) -> str:
     """The name of the partition of ``day``."""
-    return f"webhook_log_y{day:%Y}m{day:%m}d{day:%d}"
+    return WEBHOOK_LOG.partition(WEBHOOK_LOG.period(midnight(day)))
 
 
 def leaves(cur: cursor, first: int, last: int) -> list[str]:
@@ -63,7 +63,14 @@ def create_tables(cur: cursor, type_: str = "timestamptz", schema: str = "public
     """The two tables, without partitions, and the functions, in ``schema``."""
     run(cur, sql.SQL("SET LOCAL search_path = {}, pg_temp").format(sql.Identifier(schema)))
     run(cur, _TABLES.format(type=type_))
-    run(cur, SCRIPT)
+    install_functions(cur, schema=schema)
+
+
+def install_functions(cur: cursor, spec: TableSpec = WEBHOOK_LOG, schema: str = "public") -> None:
+    """The two functions of a table in ``schema``; the search path is what it was."""
+    [path] = column(cur, "SHOW search_path")
+    run(cur, script("partition_functions.sql", spec.located(schema)))
+    run(cur, "SELECT set_config('search_path', %s, true)", path)
 
 
 def add_partitions(cur: cursor, first: int, last: int, table: str = "webhook_log") -> None:

@@ -23,7 +23,7 @@ from chronos.db import connect_engine
 from chronos.demo import binaries, run
 from chronos.demo.rows import KeyType, TimestampType, create_webhook_log
 from chronos.demo.writer import APPLICATION_NAME, LiveWriter, Presence
-from chronos.migration.output import Output
+from chronos.migration.console import Output
 from chronos.sql_models import WebhookLog
 from tests.conftest import MakeDatabase, OwnPostgres
 from tests.tables import digest, query, value

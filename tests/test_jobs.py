@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
+from psycopg2.extensions import cursor
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
@@ -31,8 +32,9 @@ from chronos.jobs import (
     next_due,
 )
 from chronos.settings import Settings
+from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 from tests.conftest import OwnPostgres
-from tests.partitioned import SCRIPT, add_partitions, attached, create_tables, leaves
+from tests.partitioned import add_partitions, attached, create_tables, install_functions, leaves
 from tests.tables import connected, holding, query
 from tests.waiting import wait_until
 
@@ -115,7 +117,7 @@ def last(client: redis.Redis, job: Job) -> Report:
 def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
     """The job, held up in the middle of its call while the block runs; its report comes afterwards."""
     url = url_of(settings)
-    query(url, GATE.format(function=job.function))
+    query(url, GATE.format(function=job.function(WEBHOOK_LOG)))
     with ThreadPoolExecutor() as pool:
         running = pool.submit(attempt, job, settings, NIGHTLY, 1.0)
         try:
@@ -244,14 +246,15 @@ def test_without_the_functions_it_is_skipped(
     database: str, redis_url: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = make_settings(database, redis_url)
-    states = [
-        ("SELECT 1", "there is no table webhook_log"),
-        ("CREATE TABLE webhook_log (timestamp timestamptz)", "is not installed; migrate first"),
-        (SCRIPT, "not a partitioned table; migrate it first"),
+    plain = "CREATE TABLE webhook_log (timestamp timestamptz)"
+    states: list[tuple[Callable[[cursor], object], str]] = [
+        (lambda cur: None, "there is no table webhook_log"),
+        (lambda cur: cur.execute(plain), "is not installed; migrate first"),
+        (install_functions, "not a partitioned table; migrate it first"),
     ]
     for change, reason in states:
         with connected(database, autocommit=False) as conn:
-            conn.cursor().execute(change)
+            change(conn.cursor())
             conn.commit()
         for job in JOBS:
             caplog.clear()
@@ -262,6 +265,80 @@ def test_without_the_functions_it_is_skipped(
             assert record.levelno == logging.WARNING
             assert record.exc_info is None
             assert last(client, job)["status"] == "skipped"
+
+
+# Several tables
+
+
+class TwoTables(Settings):
+    """An hourly table called events comes first, with two days ahead and one day back."""
+
+    @property
+    def tables(self) -> tuple[TableSpec, ...]:
+        events = TableSpec("events", column="at", every=Interval.HOUR, retention_days=1, ahead_days=2)
+        return (events, *super().tables)
+
+
+@pytest.fixture
+def two_tables(settings: Settings) -> TwoTables:
+    return TwoTables(**settings.model_dump())
+
+
+def create_events(url: str) -> None:
+    with connected(url, autocommit=False) as conn:
+        conn.cursor().execute("CREATE TABLE events (at timestamp) PARTITION BY RANGE (at)")
+        install_functions(conn.cursor(), TableSpec("events", column="at", every=Interval.HOUR))
+        conn.commit()
+
+
+def test_each_table_has_its_turn(two_tables: TwoTables) -> None:
+    url = url_of(two_tables)
+    create_events(url)
+    [events, _] = two_tables.tables
+    wanted = events.wanted(datetime.now(UTC), back=False)
+    report = attempt(CREATE, two_tables, NIGHTLY, 1.0)
+    assert report["status"] == "done"
+    assert set(report["created"]) >= {events.partition(period) for period in wanted[2:]}
+    assert report["created"][-3:] == names(url, 1, 3)
+    old = events.period(datetime.now(UTC) - timedelta(days=3))
+    query(
+        url,
+        f"CREATE TABLE {events.partition(old)} PARTITION OF events"
+        f" FOR VALUES FROM ('{old.start:%Y-%m-%d %H:%M}') TO ('{old.end:%Y-%m-%d %H:%M}')",
+    )
+    assert attempt(DROP, two_tables, NIGHTLY, 1.0)["dropped"] == [events.partition(old)]
+
+
+def test_a_table_that_is_not_migrated_does_not_keep_another_from_its_turn(two_tables: TwoTables) -> None:
+    report = attempt(CREATE, two_tables, NIGHTLY, 1.0)
+    assert (report["status"], report["created"]) == ("done", names(url_of(two_tables), 1, 3))
+    assert "there is no table events" in report["reason"]
+
+
+def test_the_failure_of_one_table_does_not_keep_another_from_its_turn(
+    two_tables: TwoTables, client: redis.Redis
+) -> None:
+    url = url_of(two_tables)
+    create_events(url)
+    [events, _] = two_tables.tables
+    taken = events.partition(events.period(datetime.now(UTC) + timedelta(days=1)))
+    query(url, f"CREATE VIEW {taken} AS SELECT 1")
+    with pytest.raises(JobFailedError, match=f"the name {taken} is taken"):
+        attempt(CREATE, two_tables, NIGHTLY, 1.0)
+    assert last(client, CREATE)["status"] == "failed"
+    assert last(client, CREATE)["created"][-3:] == names(url, 1, 3)
+
+
+def test_a_table_in_use_does_not_keep_another_from_its_turn(two_tables: TwoTables) -> None:
+    url = url_of(two_tables)
+    create_events(url)
+    with (
+        holding(url, "LOCK TABLE events IN SHARE UPDATE EXCLUSIVE MODE"),
+        pytest.raises(TryAgainError, match="events is in use by pid") as stopped,
+    ):
+        attempt(CREATE, two_tables, NIGHTLY, 1.0)
+    assert stopped.value.report["created"] == names(url, 1, 3)
+    assert all(name.startswith("events_y") for name in stopped.value.report["contended"])
 
 
 # Somebody is in the way
@@ -348,7 +425,7 @@ def test_a_server_that_goes_away_in_the_middle(redis_url: str, own_postgres: Own
     server = own_postgres()
     migrate(server.url, 0, 0)
     settings = make_settings(server.url, redis_url)
-    query(server.url, GATE.format(function=CREATE.function))
+    query(server.url, GATE.format(function=CREATE.function(WEBHOOK_LOG)))
 
     def stop_in_the_middle() -> None:
         wait_until(lambda: query(server.url, ASLEEP), 10, "it runs")

@@ -17,10 +17,11 @@ from psycopg2 import errors, sql
 from psycopg2.extensions import connection, cursor
 from sqlalchemy.engine import make_url
 
+from chronos.db import name, statement
 from chronos.demo.embedded import create_database
+from chronos.table import Interval, TableSpec, midnight
 from tests.conftest import MakeDatabase
 from tests.partitioned import (
-    SCRIPT,
     add_partition,
     add_partitions,
     attached,
@@ -28,6 +29,7 @@ from tests.partitioned import (
     create,
     create_tables,
     drop,
+    install_functions,
     leaf,
     leaves,
     run,
@@ -99,9 +101,9 @@ def test_create_goes_by_bounds_and_not_by_names(cur: cursor) -> None:
     day = today(cur)
     add_partition(cur, "wide", -20, 2)
     add_partition(cur, "another_name", 3, 4)
-    for name, hours in (("forenoon", ("00:00", "12:00")), ("afternoon", ("12:00", "24:00"))):
+    for half, hours in (("forenoon", ("00:00", "12:00")), ("afternoon", ("12:00", "24:00"))):
         first, end = (f"{day + timedelta(days=5)} {hour}+00" for hour in hours)
-        run(cur, f"CREATE TABLE {name} PARTITION OF webhook_log FOR VALUES FROM ('{first}') TO ('{end}')")
+        run(cur, f"CREATE TABLE {half} PARTITION OF webhook_log FOR VALUES FROM ('{first}') TO ('{end}')")
     run(
         cur,
         "CREATE TABLE endless PARTITION OF webhook_log FOR VALUES"
@@ -266,15 +268,17 @@ def test_what_depends_on_a_partition_is_named_and_the_others_go(conn: connection
     run(cur, f"CREATE VIEW report AS SELECT count(*) FROM {leaves(cur, -20, -20)[0]}")
     needed = leaves(cur, -20, -20)
     assert drop(cur, 15) == [name for name in leaves(cur, -22, -16) if name not in needed]
-    assert f"view report depends on table {needed[0]}" in conn.notices[-1]
-    with pytest.raises(errors.DependentObjectsStillExist, match=f"view report depends on table {needed[0]}"):
+    assert f"view public.report depends on table public.{needed[0]}" in conn.notices[-1]
+    with pytest.raises(
+        errors.DependentObjectsStillExist, match=rf"view public\.report depends on .*{needed[0]}"
+    ):
         drop(cur, 15)
 
 
 def test_a_backlog_goes_31_at_a_time(own: connection) -> None:
     cur = own.cursor()
     run(cur, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz) PARTITION BY RANGE (timestamp)")
-    run(cur, SCRIPT)
+    install_functions(cur)
     add_partitions(cur, -420, -21)
     add_partitions(cur, 0, 0)
     own.commit()
@@ -310,7 +314,7 @@ def test_too_many_days_ahead_are_refused(cur: cursor) -> None:
 @pytest.mark.parametrize("function", [create, drop])
 def test_a_table_that_is_not_migrated_is_refused(conn: connection, function: Call) -> None:
     cur = conn.cursor()
-    run(cur, SCRIPT)
+    install_functions(cur)
     run(cur, "SAVEPOINT before")
     with pytest.raises(
         errors.ObjectNotInPrerequisiteState, match="not a partitioned table; migrate it first"
@@ -372,7 +376,7 @@ def test_any_schema(conn: connection, schema: str) -> None:
     run(cur, sql.SQL("CREATE SCHEMA {}").format(here))
     create_tables(cur, schema=schema)
     add_partitions(cur, -18, -17)
-    run(cur, SCRIPT)
+    install_functions(cur, schema=schema)
     in_public = attached(cur, "public.webhook_log")
     run(cur, "SET LOCAL search_path = pg_temp; CREATE TEMP TABLE webhook_log (n int)")
     call = sql.SQL("SELECT * FROM {}.{}(%s)")
@@ -383,6 +387,77 @@ def test_any_schema(conn: connection, schema: str) -> None:
     assert column(cur, dropping, 15) == leaves(cur, -18, -17)
     assert attached(cur, "public.webhook_log") == in_public
     assert attached(cur, f'"{schema.replace(chr(34), chr(34) * 2)}".webhook_log') == leaves(cur, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("every", "type_"),
+    [
+        (Interval.HOUR, "timestamptz"),
+        (Interval.HOUR, "timestamp"),
+        (Interval.DAY, "date"),
+        (Interval.WEEK, "timestamptz"),
+        (Interval.WEEK, "date"),
+        (Interval.MONTH, "timestamp"),
+    ],
+)
+def test_any_interval_and_any_name(conn: connection, every: Interval, type_: str) -> None:
+    """What the functions make and drop is what the program says should be there."""
+    cur = conn.cursor()
+    ahead, retention, back = (3, 2, 4) if every is Interval.HOUR else (40, 60, 95)
+    spec = TableSpec('It\'s 100% "Odd"', column="at time", every=every, ahead_days=ahead).located("public")
+    table, column_name, type_name = name(spec.home, spec.name), name(spec.column), sql.SQL(type_)
+    run(cur, "SET LOCAL timezone = 'Asia/Kolkata'")
+    run(
+        cur,
+        statement(
+            "CREATE TABLE {table} (id bigint, {at} {type}, UNIQUE (id, {at})) PARTITION BY RANGE ({at})",
+            table=table,
+            at=column_name,
+            type=type_name,
+        ),
+    )
+    install_functions(cur, spec)
+    creating, dropping = (
+        statement("SELECT * FROM {function}({days})", function=name(spec.home, function), days=days)
+        for function, days in zip(spec.functions, (ahead, retention), strict=True)
+    )
+    [now] = column(cur, "SELECT now()")
+    wanted = spec.wanted(now, back=False)
+    assert column(cur, creating) == [spec.partition(period) for period in wanted]
+    assert column(cur, creating) == []
+    past = spec.periods(wanted[0].start - timedelta(days=back), wanted[0].start)
+    run(cur, "SET LOCAL timezone = 'UTC'")
+    run(cur, statement("INSERT INTO {table} VALUES (1, now())", table=table))
+    for period in past:
+        make = statement(
+            "CREATE TABLE {partition} PARTITION OF {table} FOR VALUES FROM ({start}) TO ({end})",
+            partition=name(spec.home, spec.partition(period)),
+            table=table,
+            start=f"{period.start:%Y-%m-%d %H:%M:%S}+00",
+            end=f"{period.end:%Y-%m-%d %H:%M:%S}+00",
+        )
+        run(cur, make)
+    dropped = []
+    while names := column(cur, dropping):
+        dropped += names
+    cutoff = midnight(today(cur)) - timedelta(days=retention)
+    assert dropped == [spec.partition(period) for period in past if period.end <= cutoff]
+
+
+def test_nobody_elses_operator_is_called(cur: cursor) -> None:
+    """It matches better than any of the server's own, and whoever calls has it on the search path."""
+    run(
+        cur,
+        "CREATE FUNCTION public.trap(integer, interval) RETURNS interval LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;"
+        "CREATE OPERATOR public.* (leftarg = integer, rightarg = interval, function = public.trap)",
+    )
+    with pytest.raises(errors.RaiseException, match="trapped"):
+        run(cur, "SAVEPOINT before; SELECT 2 * interval '1 day'")
+    run(cur, "ROLLBACK TO before")
+    add_partitions(cur, -17, -16)
+    assert create(cur, 1) == leaves(cur, 0, 1)
+    assert drop(cur, 15) == leaves(cur, -17, -16)
 
 
 def test_a_partition_in_another_schema_is_dropped_there(cur: cursor) -> None:
@@ -420,8 +495,8 @@ def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
         ("drop_old_webhook_log_partitions(integer)", "SETOF text", ["retention_days"]),
     ]
     for *_, settings, comment, runs_as_owner in found:
-        assert {"search_path=public, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
-        assert comment.startswith("chronos 1: ")
+        assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
+        assert comment.startswith("chronos 2: ")
         assert not runs_as_owner
 
 
@@ -434,7 +509,7 @@ def test_a_second_installation_changes_nothing(role: str, conn: connection) -> N
         " WHERE pronamespace = 'public'::regnamespace ORDER BY oid"
     )
     before = run(cur, catalog)
-    run(cur, SCRIPT)
+    install_functions(cur)
     assert run(cur, catalog) == before
 
 

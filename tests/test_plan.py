@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import re
 import subprocess
+from io import StringIO
 from pathlib import Path
 
+import pytest
+from rich.console import Console
 from sqlalchemy.engine import make_url
 
+from chronos.db import connect_engine
+from chronos.migration import plan
+from chronos.migration.console import Output
+from chronos.migration.operator import Operator
+from chronos.migration.rollback import undo
+from chronos.settings import postgres_url
+from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 from tests.command import chronos
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import forget, kitchen_sink
-from tests.tables import query, value
+from tests.tables import exists, query, value
 from tests.test_table_shape import dump
 
 _PLAIN = (
@@ -19,6 +29,21 @@ _PLAIN = (
     " CREATE INDEX ON webhook_log (timestamp);"
     " INSERT INTO webhook_log (timestamp) SELECT now() - n * interval '1 hour' FROM generate_series(0, 99) n;"
 )
+_ANOTHER_TABLE = """
+CREATE SCHEMA "Shop";
+CREATE TABLE "Shop".customer (name text PRIMARY KEY);
+INSERT INTO "Shop".customer VALUES ('Anne'), ('Bob');
+CREATE TABLE "Shop"."Order %" (
+    "customer's" text NOT NULL REFERENCES "Shop".customer,
+    nr uuid NOT NULL DEFAULT gen_random_uuid(),
+    "placed on" date NOT NULL,
+    PRIMARY KEY ("customer's", nr)
+);
+CREATE INDEX ON "Shop"."Order %" ("placed on");
+INSERT INTO "Shop"."Order %" ("customer's", "placed on")
+SELECT (ARRAY['Anne', 'Bob'])[1 + n % 2], (now() AT TIME ZONE 'UTC')::date - n FROM generate_series(0, 199) n;
+"""
+_ANOTHER = TableSpec("Order %", "placed on", Interval.MONTH, retention_days=90, schema="Shop")
 
 
 def psql(url: str, pg_bin: Path, script: str) -> subprocess.CompletedProcess[str]:
@@ -32,32 +57,156 @@ def psql(url: str, pg_bin: Path, script: str) -> subprocess.CompletedProcess[str
     )
 
 
+def dump_without_fence(url: str, pg_bin: Path) -> str:
+    """The dump, but for the instant of the swap."""
+    return re.sub(r"(RETURN \(written <= )'[^']*'", r"\1...", dump(url, pg_bin))
+
+
+def script_of_plan(url: str) -> str:
+    found = chronos(url, "migrate", "--dry-run")
+    assert (found.returncode, found.stderr) == (0, "")
+    return found.stdout
+
+
 def test_the_sql_gives_the_same_catalog_as_the_migration(make_database: MakeDatabase, pg_bin: Path) -> None:
     by_program, by_hand = make_database(), make_database()
     for url in (by_program, by_hand):
         kitchen_sink(url, identity="bigserial")
     try:
         before = dump(by_hand, pg_bin)
-        plan = chronos(by_hand, "migrate", "--dry-run")
-        assert plan.returncode == 0, plan.stderr
+        script = script_of_plan(by_hand)
         assert dump(by_hand, pg_bin) == before, "a dry run changes nothing"
 
-        done = psql(by_hand, pg_bin, plan.stdout)
+        done = psql(by_hand, pg_bin, script)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        assert chronos(by_program, "migrate", "--yes").returncode == 0
+        migrated = chronos(by_program, "migrate", "--yes")
+        assert migrated.returncode == 0, migrated.stdout + migrated.stderr
 
-        assert dump(by_hand, pg_bin) == dump(by_program, pg_bin)
+        assert dump_without_fence(by_hand, pg_bin) == dump_without_fence(by_program, pg_bin)
         state = (
-            "SELECT phase, fence, window_rows, (SELECT count(*) FROM jsonb_object_keys(days)),"
-            ' (SELECT count(*) FROM "Hooks".webhook_log) FROM "Hooks".webhook_log_migration'
+            "SELECT phase, verified, fence IS NOT NULL, compared, (SELECT count(*) FROM {changes}),"
+            " (SELECT count(*) FROM {replayed}), (SELECT count(*) FROM {table}) FROM {state}"
+        ).format(
+            table='"Hooks".webhook_log',
+            state='"Hooks".webhook_log_migration',
+            changes='"Hooks".webhook_log_migration_changes',
+            replayed='"Hooks".webhook_log_migration_replayed',
         )
-        [[phase, *_]] = query(by_hand, state)
-        assert phase == "migrated"
+        [by_hand_state], [by_program_state] = query(by_hand, state), query(by_program, state)
+        assert by_hand_state[:3] == by_program_state[:3] == ("migrated", True, True)
+        assert by_hand_state[3].keys() == by_program_state[3].keys()
+        assert by_hand_state[4:6] == by_program_state[4:6] == (0, 0)
+        assert by_hand_state[6] == sum(found["new_rows"] for found in by_hand_state[3].values())
         # What was migrated by hand goes back by the program.
-        assert chronos(by_hand, "rollback", "--yes").returncode == 0
+        back = chronos(by_hand, "rollback", "--yes")
+        assert back.returncode == 0, back.stdout + back.stderr
         assert dump(by_hand, pg_bin) == before
     finally:
         forget(by_program, by_hand)
+
+
+def test_finalize_works_after_the_sql(database: str, pg_bin: Path) -> None:
+    query(database, _PLAIN)
+    done = psql(database, pg_bin, script_of_plan(database))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    query(database, "INSERT INTO webhook_log (timestamp, status) VALUES (now(), 'later')")
+    finished = chronos(database, "finalize", "--yes")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert value(database, "SELECT count(*) FROM webhook_log") == 101
+    assert not exists(database, "webhook_log_old")
+    assert not exists(database, "webhook_log_migration")
+
+
+def half_of_the_script(url: str, pg_bin: Path) -> str:
+    """Run the script up to the first foreign keys; returns the rest of it."""
+    query(
+        url,
+        _PLAIN + "CREATE TABLE endpoint (id bigint PRIMARY KEY); INSERT INTO endpoint VALUES (1), (2);"
+        " ALTER TABLE webhook_log ADD COLUMN endpoint bigint DEFAULT 1 REFERENCES endpoint ON DELETE CASCADE;"
+        " UPDATE webhook_log SET endpoint = 2 WHERE id % 10 = 0",
+    )
+    before, after = re.split(r"(?=\n-- Step 3: check them)", script_of_plan(url))
+    done = psql(url, pg_bin, before)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return "\\set ON_ERROR_STOP on\n" + after
+
+
+_WRITES = (
+    "UPDATE webhook_log SET status = 'changed' WHERE id = 1; DELETE FROM webhook_log WHERE id = 2;"
+    " UPDATE webhook_log SET timestamp = timestamp - interval '2 days', status = 'moved' WHERE id = 3;"
+    " INSERT INTO webhook_log (timestamp, status) VALUES (now() - interval '3 days', 'late');"
+    " DELETE FROM endpoint WHERE id = 2"
+)
+
+
+def check_writes(url: str) -> None:
+    assert value(url, "SELECT count(*) FROM webhook_log") == 100 - 1 + 1 - 10
+    assert query(url, "SELECT id, status FROM webhook_log WHERE status IS NOT NULL ORDER BY 1") == [
+        (1, "changed"),
+        (3, "moved"),
+        (101, "late"),
+    ]
+
+
+@pytest.mark.parametrize("command", ["migrate --resume", "rollback"])
+def test_a_script_that_was_cut_off_is_resumed_or_undone(database: str, pg_bin: Path, command: str) -> None:
+    half_of_the_script(database, pg_bin)
+    query(database, _WRITES)
+    went_on = chronos(database, *command.split(), "--yes")
+    assert went_on.returncode == 0, went_on.stdout + went_on.stderr
+    check_writes(database)
+    assert exists(database, "webhook_log_old") == (command != "rollback")
+    assert exists(database, "webhook_log_migration") == (command != "rollback")
+
+
+def test_the_script_replays_what_was_written_meanwhile(database: str, pg_bin: Path) -> None:
+    rest = half_of_the_script(database, pg_bin)
+    query(database, _WRITES)
+    done = psql(database, pg_bin, rest)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    check_writes(database)
+    assert chronos(database, "rollback", "--yes").returncode == 0
+    check_writes(database)
+
+
+def test_the_script_refuses_to_go_on_after_a_truncate(database: str, pg_bin: Path) -> None:
+    rest = half_of_the_script(database, pg_bin)
+    query(database, "TRUNCATE webhook_log")
+    done = psql(database, pg_bin, rest)
+    assert done.returncode != 0
+    assert "webhook_log was emptied by TRUNCATE meanwhile" in done.stderr
+    assert chronos(database, "rollback", "--yes").returncode == 0
+    assert value(database, "SELECT count(*) FROM webhook_log") == 0
+
+
+def test_the_script_refuses_rows_that_its_plan_did_not_know(database: str, pg_bin: Path) -> None:
+    query(database, _PLAIN)
+    before = dump(database, pg_bin)
+    script = script_of_plan(database)
+    query(database, "INSERT INTO webhook_log (timestamp) VALUES (now() + interval '3 days')")
+    done = psql(database, pg_bin, script)
+    assert done.returncode != 0
+    assert "which this plan does not know; make a new one" in done.stderr
+    assert dump(database, pg_bin) == before
+
+
+def test_a_table_of_another_kind(database: str, pg_bin: Path) -> None:
+    query(database, _ANOTHER_TABLE)
+    before = dump(database, pg_bin)
+    engine, printed = connect_engine(postgres_url(database)), StringIO()
+    plan.dry_run(engine, _ANOTHER, Console(file=printed))
+    assert "primary key Order %_pkey: over (customer's, nr, placed on) from now on" in printed.getvalue()
+    said = [line for line in printed.getvalue().splitlines() if "webhook_log" in line]
+    assert all(line.startswith("--") for line in said), (
+        "only a comment of the SQL functions gives it as an example"
+    )
+
+    done = psql(database, pg_bin, printed.getvalue())
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert value(database, 'SELECT count(*) FROM "Shop"."Order %_old"') == 200
+    assert value(database, 'SELECT count(*) FROM "Shop"."Order %"') in (90, 91)
+    undo(engine, _ANOTHER, Operator(Output(Console(file=StringIO()))), lambda state: None)
+    assert dump(database, pg_bin) == before
 
 
 def test_the_plan_says_what_it_found(database: str) -> None:
@@ -67,9 +216,7 @@ def test_the_plan_says_what_it_found(database: str) -> None:
         " CREATE VIEW latest AS SELECT max(timestamp) FROM webhook_log;"
         " CREATE PUBLICATION everything FOR ALL TABLES",
     )
-    plan = chronos(database, "migrate", "--dry-run")
-    assert (plan.returncode, plan.stderr) == (0, "")
-    report = plan.stdout.split("\\set")[0]
+    report = script_of_plan(database).split("\\set")[0]
     assert all(line.startswith("--") and len(line) <= 80 for line in report.splitlines())
     text = re.sub(r"\n--\s+", " ", report)
     for said in (
@@ -78,19 +225,36 @@ def test_the_plan_says_what_it_found(database: str) -> None:
         "primary key webhook_log_pkey: over (id, timestamp) from now on",
         "view public.latest: refers to the new table",
         "function public.tidy(): names the table in its text",
-        "publication everything publishes all tables",
+        "warning: publication everything publishes all tables",
+        "[publication-of-all-tables]",
+        "it has to be ON CONFLICT (id, timestamp) [on-conflict]",
         "duration: about",
+        "webhook_log is complete and in use all the time",
+        "An attempt at a lock waits 100 ms, and up to 1 s",
+        "--max-lock-wait",
     ):
         assert said in text, said
+
+
+def test_a_large_table_is_not_counted(database: str, pg_bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_COUNTABLE", -1)
+    query(database, _PLAIN + "INSERT INTO webhook_log (timestamp) VALUES (now() + interval '5 days')")
+    query(database, "ANALYZE webhook_log")
+    printed = StringIO()
+    plan.dry_run(connect_engine(postgres_url(database)), WEBHOOK_LOG, Console(file=printed))
+    assert "rows (planner's estimate)" in printed.getvalue()
+    done = psql(database, pg_bin, printed.getvalue())
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert value(database, "SELECT count(*) FROM webhook_log") == 101
 
 
 def test_a_blocker_is_named_and_nothing_is_run(database: str, pg_bin: Path) -> None:
     query(database, _PLAIN + "CREATE MATERIALIZED VIEW stale AS SELECT id FROM webhook_log")
     before = dump(database, pg_bin)
-    plan = chronos(database, "migrate", "--dry-run")
-    assert plan.returncode == 2
-    assert "materialized view public.stale reads webhook_log" in plan.stderr
-    assert "BLOCKER" in plan.stdout
-    assert "CREATE TABLE" not in plan.stdout
+    refused = chronos(database, "migrate", "--dry-run")
+    assert refused.returncode == 2
+    assert "materialized view public.stale reads webhook_log" in refused.stderr
+    assert "BLOCKER" in refused.stdout
+    assert "CREATE TABLE" not in refused.stdout
     assert dump(database, pg_bin) == before
     assert value(database, "SELECT count(*) FROM webhook_log") == 100

@@ -15,20 +15,27 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
-from chronos.db import connect_engine
+from chronos.db import connect_engine, execute, transaction
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
 from chronos.job_lock import connect, keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
-from chronos.partitions import midnight
+from chronos.migration.state import Phase, Plan, State, create_statement
+from chronos.scripts.install_partition_functions import install
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
+from chronos.table import WEBHOOK_LOG, Period, midnight
 from tests.command import chronos, started
 from tests.partitioned import add_partition, leaves
 from tests.tables import connected, holding, query, value
 from tests.test_jobs import add_days, names
 from tests.test_partition_functions import detach_half_way
+
+MIGRATE = "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
+OPERATORS_LOCK = (
+    "SELECT pg_advisory_xact_lock(hashtextextended('chronos migration of public.webhook_log', 0))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +152,10 @@ def test_after_finalize(migrated: str, look: Look) -> None:
 @pytest.mark.parametrize(
     ("phase", "command"),
     [
+        ("built", "--resume; or undo it with: python -m chronos rollback"),
         ("copying", "--resume; or undo it with: python -m chronos rollback"),
-        ("undoing", "Finish with: python -m chronos rollback"),
+        ("returning", "Finish with: python -m chronos rollback"),
+        ("undone", "Finish with: python -m chronos rollback"),
         ("finalizing", "Finish with: python -m chronos finalize"),
     ],
 )
@@ -155,11 +164,96 @@ def test_a_migration_that_nobody_is_at(migrated: str, look: Look, phase: str, co
     status = look(migrated)
     assert status.state == "migrating"
     assert the_problem(status, "is half done, and nobody is at it").endswith(command)
-    with holding(
-        migrated,
-        "SELECT pg_advisory_xact_lock(hashtextextended('chronos migration of public.webhook_log', 0))",
-    ):
+    with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy
+
+
+def test_rows_that_were_not_compared_after_the_swap(migrated: str, look: Look) -> None:
+    query(migrated, "UPDATE webhook_log_migration SET verified = false")
+    status = look(migrated)
+    assert status.state == "migrated"
+    assert the_problem(status, "were not compared again").endswith(f"{MIGRATE} --resume")
+    with holding(migrated, OPERATORS_LOCK):
+        assert look(migrated).healthy
+
+
+def begin(url: str, phase: Phase) -> Plan:
+    """A plain table, and beside it the state and the notes of a migration in ``phase``."""
+    query(url, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz)")
+    table = WEBHOOK_LOG.located("public")
+    now = datetime.now(UTC)
+    wanted = table.wanted(now)
+    plan = Plan(
+        table,
+        "copy",
+        now,
+        now - timedelta(days=15),
+        wanted[0].start,
+        wanted[-1].end,
+        old_key=("id",),
+        new_key=("id", "timestamp"),
+    )
+    with connect_engine(make_url(url)).connect() as conn, transaction(conn):
+        execute(conn, create_statement(State(uuid.uuid4(), phase, plan)))
+    query(
+        url,
+        "CREATE TABLE webhook_log_migration_changes"
+        ' (id bigint, timestamp timestamptz, chronos_origin "char", chronos_truncated boolean)',
+    )
+    return plan
+
+
+def add_notes(url: str, number: int, origin: str) -> None:
+    notes = "INSERT INTO webhook_log_migration_changes SELECT n, now(), %s FROM generate_series(1, %s) n"
+    query(url, notes, origin, number)
+
+
+def test_how_far_the_copy_has_come(database: str, look: Look) -> None:
+    plan = begin(database, Phase.COPYING)
+    filled = {p.start.isoformat(): {"old_rows": 1, "new_rows": 1, "alike": True} for p in plan.periods[:3]}
+    query(database, "UPDATE webhook_log_migration SET compared = %s", json.dumps(filled))
+    status = look(database)
+    assert (status.state, status.copied) == ("migrating", (3, 16))
+    the_problem(status, r"webhook_log is the plain table, complete and in use; .* --resume; or undo it with")
+    found = status.as_json()["migration"]
+    assert (found["phase"], found["periods_copied"], found["periods"]) == ("copying", 3, 16)
+
+
+def test_a_table_that_waits_for_its_swap_is_healthy(database: str, look: Look) -> None:
+    begin(database, Phase.READY)
+    add_notes(database, 1234, "o")
+    add_notes(database, 10, "n")
+    status = look(database)
+    assert (status.state, status.healthy, status.notes_waiting) == ("ready", True, 1234)
+    [notice] = status.notices
+    since = value(database, "SELECT to_char(changed_at, 'YYYY-MM-DD HH24:MI') FROM webhook_log_migration")
+    assert notice == (
+        f"ready since {since} UTC, 1,234 notes wait; swap with: {MIGRATE} --resume;"
+        " undo with: python -m chronos rollback"
+    )
+    assert status.as_json()["notices"] == [notice]
+    with holding(database, OPERATORS_LOCK):
+        assert look(database).notices == ()
+
+
+def test_a_table_that_has_waited_for_a_week_is_a_problem(database: str, look: Look) -> None:
+    begin(database, Phase.READY)
+    query(database, "UPDATE webhook_log_migration SET changed_at = now() - interval '167 hours'")
+    assert look(database).healthy
+    query(database, "UPDATE webhook_log_migration SET changed_at = now() - interval '169 hours'")
+    status = look(database)
+    the_problem(
+        status, r"^ready since .* swap with: .* --resume; or undo it with: python -m chronos rollback$"
+    )
+    assert status.notices == ()
+    with holding(database, OPERATORS_LOCK):
+        assert not look(database).healthy
+
+
+def test_a_million_notes_are_a_problem(database: str, look: Look) -> None:
+    begin(database, Phase.READY)
+    add_notes(database, 1_000_001, "o")
+    the_problem(look(database), "^ready since .* UTC, 1,000,000 or more notes wait")
 
 
 def test_the_old_table_was_renamed_back_by_hand(migrated: str, look: Look) -> None:
@@ -186,17 +280,18 @@ def test_no_table(database: str, look: Look) -> None:
 # Problems
 
 
-def drop_days(url: str, first: int, last: int) -> list[date]:
+def drop_days(url: str, first: int, last: int) -> list[Period]:
     query(url, f"DROP TABLE {', '.join(names(url, first, last))}")
-    day = today(url)
-    return [day + timedelta(days=n) for n in range(first, last + 1)]
+    start = midnight(today(url))
+    return WEBHOOK_LOG.periods(start + timedelta(days=first), start + timedelta(days=last + 1))
 
 
-def test_a_short_runway(migrated: str, look: Look) -> None:
+def test_a_short_runway(migrated: str, redis_url: str, look: Look) -> None:
     gone = drop_days(migrated, 7, 30)
     status = look(migrated)
     assert (status.runway_days, status.missing) == (6, gone)
-    lacking, short = status.problems
+    at_noon = replace(status, now=midnight(status.today) + timedelta(hours=12))
+    lacking, short = judge(at_noon, settings_for(migrated, redis_url))
     assert f"no partition for {gone[0]}, {gone[1]}, {gone[2]} and 21 more" in lacking
     assert "the runway is 6 days, less than 7" in short
     query(migrated, short.partition(": ")[2])
@@ -213,7 +308,7 @@ def test_a_day_is_missing_ahead(migrated: str, look: Look) -> None:
 
 
 def test_days_in_a_partition_without_end_are_not_missing(migrated: str, look: Look) -> None:
-    first = drop_days(migrated, 10, 30)[0]
+    [first, *_] = drop_days(migrated, 10, 30)
     endless = f"FOR VALUES FROM ('{first} 00:00+00') TO (MAXVALUE)"
     query(migrated, f"CREATE TABLE endless PARTITION OF webhook_log {endless}")
     status = look(migrated)
@@ -232,7 +327,7 @@ def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, -9, -9)
     status = look(migrated)
     assert status.missing == gone
-    problem = the_problem(status, f"no partition for {gone[0]}, among the days that are kept")
+    problem = the_problem(status, f"no partition for {gone[0]}, within what is kept")
     query(migrated, problem.partition("Create it: ")[2])
     assert look(migrated).healthy
 
@@ -244,9 +339,11 @@ def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
     settings = settings_for(migrated, redis_url)
     status = look(migrated)
     tomorrow = midnight(status.today + timedelta(days=1))
+    assert status.migration
+    status = replace(status, migration=replace(status.migration, fence=tomorrow))
     for hours, problems in ((0.5, 0), (1.9, 0), (2.1, 1), (2.9, 1), (3.1, 2)):
         later = replace(status, now=tomorrow + timedelta(hours=hours))
-        assert later.missing == [later.today + timedelta(days=30)]
+        assert [str(period) for period in later.missing] == [str(later.today + timedelta(days=30))]
         assert len(judge(later, settings)) == problems, hours
 
 
@@ -260,19 +357,22 @@ def test_expired_partitions(migrated: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-@pytest.mark.parametrize("function", [CREATE.function, DROP.function])
-def test_a_function_is_missing(migrated: str, look: Look, function: str) -> None:
+@pytest.mark.parametrize("function", WEBHOOK_LOG.functions)
+def test_a_function_is_missing(migrated: str, redis_url: str, look: Look, function: str) -> None:
     query(migrated, f"DROP FUNCTION {function}(int)")
     status = look(migrated)
-    the_problem(status, rf"^{function}: missing; .*partition_functions\.sql$")
+    the_problem(status, rf"^{function}: missing; .*install_partition_functions$")
     assert status.as_json()["functions_installed"] is False
+    install(settings_for(migrated, redis_url), WEBHOOK_LOG)
+    assert look(migrated).healthy
 
 
 @pytest.mark.parametrize("comment", ["'chronos 0: older'", "NULL"])
 def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str) -> None:
-    query(migrated, f"COMMENT ON FUNCTION {DROP.function}(int) IS {comment}")
+    function = WEBHOOK_LOG.drop_function
+    query(migrated, f"COMMENT ON FUNCTION {function}(int) IS {comment}")
     status = look(migrated)
-    the_problem(status, f"^{DROP.function}: older than version 1; ")
+    the_problem(status, f"^{function}: older than version 2; ")
     assert status.as_json()["functions_installed"] is True
 
 
@@ -280,7 +380,7 @@ def test_a_partition_detached_half_way(migrated: str, look: Look) -> None:
     [pending] = names(migrated, -3, -3)
     detach_half_way(migrated, pending)
     status = look(migrated)
-    assert [str(day) for day in status.missing] == [str(today(migrated) - timedelta(days=3))]
+    assert [str(period) for period in status.missing] == [str(today(migrated) - timedelta(days=3))]
     finish = next(p for p in status.problems if f"{pending} was detached half-way" in p)
     query(migrated, finish.partition("finish it: ")[2])
     assert not any("half-way" in problem for problem in look(migrated).problems)
@@ -329,8 +429,8 @@ def test_a_job_has_not_succeeded_for_long(migrated: str, client: redis.Redis, lo
     report(DROP.name, 26.1)
     the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(why it failed\);")
     client.delete(DROP.last_key)
-    assert look(migrated).healthy  # not yet, but then the migration is a minute old
-    query(migrated, "UPDATE webhook_log_migration SET started_at = now() - interval '27 hours'")
+    assert look(migrated).healthy  # not yet, but then the swap was a minute ago
+    query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
     the_problem(look(migrated), f"^{DROP.name} has not succeeded yet;")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
+from chronos.catalog.shape import TableShape, differences, read
 from chronos.db import connect_engine, transaction
-from chronos.migration.table_shape import TableShape, differences, read
+from chronos.table import WEBHOOK_LOG
 from tests.command import chronos, started
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import SCHEMA, forget, kitchen_sink
@@ -48,7 +49,7 @@ def statements(text: str) -> set[str]:
 def shape(url: str, table: str = "webhook_log", schema: str = SCHEMA) -> TableShape:
     engine = connect_engine(make_url(url))
     with engine.connect() as conn, transaction(conn):
-        return read(conn, schema, table)
+        return read(conn, WEBHOOK_LOG.located(schema), table)
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ def sink(make_database: MakeDatabase, postgres: str) -> Iterator[str]:
 def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     before = dump(sink, pg_bin)
     noted = query(sink, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1')
+    was = shape(sink)
 
     result = chronos(sink, "migrate", "--yes")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -78,10 +80,12 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
         )
         for s in after
     )
-    old, new = shape(sink, "webhook_log_old"), shape(sink)
-    assert [c.name for c in new.columns] == [c.name for c in old.columns]
-    assert new.foreign_keys == old.foreign_keys
-    assert [t.name for t in new.triggers] == [t.name for t in old.triggers]
+    new = shape(sink)
+    assert [c.name for c in new.columns] == [c.name for c in was.columns]
+    assert new.foreign_keys == was.foreign_keys
+    assert [t.name for t in new.triggers] == [t.name for t in was.triggers]
+    # The table that went out of use keeps nobody from deleting what its rows refer to.
+    assert shape(sink, "webhook_log_old").foreign_keys == ()
     assert "chronos.copying" not in str(
         query(
             sink,
@@ -142,6 +146,18 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert dump(sink, pg_bin) == before
     assert value(sink, 'SELECT "Hooks".how_many() = (SELECT count(*) FROM "Hooks".webhook_log)')
+
+
+def test_nothing_is_left_of_a_migration_that_is_undone_before_the_swap(sink: str, pg_bin: Path) -> None:
+    before = dump(sink, pg_bin)
+    held = chronos(sink, "migrate", "--yes", "--hold")
+    assert held.returncode == 0, held.stdout + held.stderr
+    assert dump(sink, pg_bin) != before
+
+    result = chronos(sink, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert dump(sink, pg_bin) == before
 
 
 def test_new_partitions_are_like_the_others(sink: str) -> None:

@@ -37,6 +37,7 @@ from chronos.demo.writer import LiveWriter
 from chronos.job_lock import TTL_S, connect
 from chronos.jobs import CREATE, DROP, JOBS, Job, Report, last_due
 from chronos.settings import Settings, get_settings
+from chronos.table import WEBHOOK_LOG
 from tests.conftest import OwnPostgres
 from tests.tables import holding, query
 from tests.test_jobs import ASLEEP, GATE, add_days, migrate, names, partitions
@@ -233,7 +234,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
 ) -> None:
     """Both beats find the jobs due; the first message is held up until the other beat's has come."""
     migrate(database, -7, 0)
-    query(database, GATE.format(function=CREATE.function))
+    query(database, GATE.format(function=CREATE.function(WEBHOOK_LOG)))
     beats = []
     for number in range(2):
         file = tmp_path / f"schedule{number}"
@@ -339,9 +340,9 @@ def test_a_long_night(
         assert skipped["status"] == "skipped"
         assert "there is no table webhook_log" in skipped["reason"]
         migrate(url, -9, 0)
-        query(url, f"DROP FUNCTION {DROP.function}(int)")
+        query(url, f"DROP FUNCTION {DROP.function(WEBHOOK_LOG)}(int)")
         skipped = worker.result(send(broker, DROP, nightly=True))
-        assert f"the function {DROP.function} is not installed" in skipped["reason"]
+        assert f"the function {DROP.function(WEBHOOK_LOG)} is not installed" in skipped["reason"]
         assert worker.printed().count("is not installed") == 2  # the warning, and the result
         assert collector.metrics == {}
 
@@ -409,7 +410,7 @@ def test_killed_in_the_middle(
     """
     migrate(database, -7, 0)
     for job in JOBS:
-        query(database, GATE.format(function=job.function))
+        query(database, GATE.format(function=job.function(WEBHOOK_LOG)))
     dies, lives = (start_worker(start, name, database, broker) for name in ("dies", "lives"))
     dies.wait_for("ready")
     create, pid = begin(client, broker, CREATE, database)

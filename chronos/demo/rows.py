@@ -11,7 +11,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Engine
 
 from chronos.db import Statement, execute, name, statement, transaction
-from chronos.partitions import TABLE
+from chronos.table import WEBHOOK_LOG
 
 ENDPOINT_TABLE = "webhook_endpoint"
 ENDPOINTS = 40
@@ -167,7 +167,7 @@ def create_webhook_log(
     give the same rows. ``on_progress`` is told how many are written, several times a second. The table
     is vacuumed and analyzed in the end.
     """
-    log = name(schema, TABLE)
+    log = name(schema, WEBHOOK_LOG.name)
     endpoint = name(schema, ENDPOINT_TABLE)
     waves = 2 * math.pi * max(1, round(days / _WAVE_DAYS))
     with engine.connect() as conn:
@@ -211,7 +211,14 @@ def create_webhook_log(
                 on_progress(last)
             execute(
                 conn,
-                statement(_CREATE_INDEXES, log=log, endpoint=endpoint, schema=schema, table=TABLE, rows=rows),
+                statement(
+                    _CREATE_INDEXES,
+                    log=log,
+                    endpoint=endpoint,
+                    schema=schema,
+                    table=WEBHOOK_LOG.name,
+                    rows=rows,
+                ),
             )
         conn.execution_options(isolation_level="AUTOCOMMIT")
         execute(conn, statement("VACUUM ANALYZE {log}", log=log))

@@ -20,20 +20,22 @@ from rich.text import Text
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from chronos import telemetry
-from chronos.db import ShortTransactions, connect_engine, execute, name, statement, transaction
+from chronos.catalog.partitions import attached
+from chronos.db import connect_engine, execute, name, statement, transaction
 from chronos.demo.embedded import EmbeddedPostgres
 from chronos.demo.rows import create_webhook_log
 from chronos.demo.writer import LiveWriter
 from chronos.errors import ChronosError, InterruptedRunError
-from chronos.migration import state as migration_state
+from chronos.locks import Locks
+from chronos.migration import state as states
+from chronos.migration.checks import Survey
+from chronos.migration.console import Output
 from chronos.migration.operator import Operator
-from chronos.migration.output import Output
-from chronos.migration.preflight import Survey
 from chronos.migration.run import Options, migrate
-from chronos.partitions import TABLE, attached
 from chronos.settings import Settings
+from chronos.table import WEBHOOK_LOG
 
-_SCHEMA = "public"
+_TABLE = WEBHOOK_LOG.located("public")
 _DAYS = 20
 _CONNECTIONS = 4
 _INSERTS_PER_SECOND = 300
@@ -119,7 +121,7 @@ def _make_table(engine: Engine, rows: int, output: Output) -> None:
         create_webhook_log(
             engine, rows, days=_DAYS, on_progress=lambda done: progress.update(task, completed=done)
         )
-    output.ok(f"{TABLE} is a plain table with {rows:,} deliveries of the last {_DAYS} days")
+    output.ok(f"{_TABLE} is a plain table with {rows:,} deliveries of the last {_DAYS} days")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _migrate(engine: Engine, writer: LiveWriter, confirm: Confirm, output: Outpu
             first, started = len(writer.commits), time.monotonic()
 
         try:
-            migrate(engine, Options(), Operator(output, stop), confirmed)
+            migrate(engine, _TABLE, Options(), Operator(output, stop), confirmed)
         except InterruptedRunError:
             if not stop.is_set():
                 raise
@@ -159,8 +161,8 @@ def _summarize(engine: Engine, writer: LiveWriter, run: _Run, output: Output) ->
         presence = writer.check(conn)
         partitions = list(_partitions(conn).values())
         with transaction(conn):
-            state = migration_state.read(conn, _SCHEMA)
-    copied = (state and state.window_rows) or 0
+            state = states.read(conn, _TABLE)
+    copied = sum(result.new_rows for result in state.compared.values()) if state else 0
     waits = run.waits or [0.0]
     output.line()
     for label, value in (
@@ -194,13 +196,13 @@ def _partitions(conn: Connection) -> dict[str, _Partition]:
             statement(
                 "SELECT c.relname, count(*) FROM {log} AS l JOIN pg_class AS c ON c.oid = l.tableoid"
                 " GROUP BY 1",
-                log=name(_SCHEMA, TABLE),
+                log=name(_TABLE.home, _TABLE.name),
             ),
         )
         rows = {row[0]: row[1] for row in counts}
         return {
             partition.name: _Partition(partition.lower.date(), rows.get(partition.name, 0), partition.bytes)
-            for partition in attached(conn, _SCHEMA)
+            for partition in attached(conn, _TABLE)
             if partition.lower
         }
 
@@ -226,17 +228,13 @@ class _Call:
 def _call(engine: Engine, writer: LiveWriter, function: str, argument: int, output: Output) -> _Call:
     output.line()
     output.line(f"SELECT {function}({argument});")
-    started = 0.0
-
-    def call(conn: Connection) -> list[str]:
-        nonlocal started
-        started = time.monotonic()
-        query = statement("SELECT {function}({n})", function=name(_SCHEMA, function), n=argument)
-        return [row[0] for row in execute(conn, query)]
-
+    query = statement("SELECT {function}({n})", function=name(_TABLE.home, function), n=argument)
     first = len(writer.commits)
     with engine.connect() as conn:
-        names = ShortTransactions().run(conn, call, tables=[(_SCHEMA, TABLE)])
+        for attempt in Locks().attempts(conn, [(_TABLE.home, _TABLE.name)]):
+            with attempt:
+                started = time.monotonic()
+                names = [row[0] for row in execute(conn, query)]
     seconds = time.monotonic() - started
     writer.catch_up()
     for line in names if len(names) <= 3 else [names[0], "...", names[-1]]:
@@ -245,7 +243,7 @@ def _call(engine: Engine, writer: LiveWriter, function: str, argument: int, outp
 
 
 def _create_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
-    call = _call(engine, writer, "create_future_webhook_log_partitions", _DAYS_AHEAD, output)
+    call = _call(engine, writer, _TABLE.create_function, _DAYS_AHEAD, output)
     output.ok(f"{len(call.names)} partitions created in {_ms(call.seconds)}")
     output.line(f"  The longest wait of a writer meanwhile: {_ms(call.longest_wait)}")
 
@@ -253,7 +251,7 @@ def _create_partitions(engine: Engine, writer: LiveWriter, output: Output) -> No
 def _drop_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
     with engine.connect() as conn:
         before = _partitions(conn)
-    call = _call(engine, writer, "drop_old_webhook_log_partitions", _RETENTION_DAYS, output)
+    call = _call(engine, writer, _TABLE.drop_function, _RETENTION_DAYS, output)
     rows = sum(before[partition].rows for partition in call.names)
     size = sum(before[partition].bytes for partition in call.names)
     output.ok(

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 
 from chronos.db import connect_engine, execute, name, one_line, render, statement, transaction
 from chronos.demo.rows import ENDPOINT_TABLE, payloads
-from chronos.partitions import TABLE
+from chronos.table import WEBHOOK_LOG
 
 APPLICATION_NAME = "webhook application"
 
@@ -119,7 +119,7 @@ class LiveWriter:
             ).all()
             ids = execute(conn, statement("SELECT id FROM {t}", t=name(self._schema, ENDPOINT_TABLE)))
             self._endpoints = [row[0] for row in ids] or [None]
-            self._log = render(conn, name(self._schema, TABLE))
+            self._log = render(conn, name(self._schema, WEBHOOK_LOG.name))
         sessions = [self._connect(number) for number in range(len(self._turns))]
         self._threads = [
             threading.Thread(target=self._work, args=(number, session), name=f"writer {number}", daemon=True)
@@ -155,7 +155,7 @@ class LiveWriter:
     def check(self, conn: Connection) -> Presence:
         """Look every remembered commit up in the table, which is read as a whole; takes no lock but that."""
         remembered = list(self.commits)
-        log = name(self._schema, TABLE)
+        log = name(self._schema, WEBHOOK_LOG.name)
         with transaction(conn):
             rows = execute(
                 conn,

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import date
 
 from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import ShortTransactions, execute, name, statement, transaction
+from chronos.catalog.shape import TableShape
+from chronos.commands import finalize as finalize_command
+from chronos.commands import migrate as migrate_command
+from chronos.commands import rollback as rollback_command
+from chronos.commands import status as status_command
+from chronos.db import execute, joined, name, statement, transaction
 from chronos.errors import ChronosError, RefusedError
-from chronos.migration import state as migration_state
+from chronos.locks import lock_table
+from chronos.migration import state as states
+from chronos.migration.changes import drop_log_statement, drop_trigger_statements, written_by_hand
+from chronos.migration.context import match, read_plain
 from chronos.migration.operator import Operator, going_on_with, sole_operator
-from chronos.migration.rollback import UNDO
 from chronos.migration.state import (
-    STATE_TABLE,
     Phase,
     State,
-    claim,
     finalized_by_hand,
+    phase_statement,
     take_over,
     undone_by_hand,
-    update,
 )
-from chronos.migration.swap import CHANGES_FUNCTION, CHANGES_TABLE, LIVE_TABLE, NOTED_FUNCTION, lock_table
-from chronos.migration.table_shape import CHANGE_TRIGGERS, TableShape
-from chronos.migration.table_shape import read as read_shape
-from chronos.migration.verify import beyond_the_fence, old_rows
-from chronos.partitions import OLD_TABLE, TABLE, days, midnight
-
-FINISH = "python -m chronos finalize"
+from chronos.table import Period, TableSpec, midnight
 
 _BLOCKING = """
 SELECT pg_describe_object(d.classid, d.objid, d.objsubid)
@@ -51,58 +49,71 @@ ORDER BY 1
 
 
 def finish(
-    engine: Engine, operator: Operator, confirm: Callable[[State, bool], None], retention_days: int
+    engine: Engine,
+    table: TableSpec,
+    operator: Operator,
+    confirm: Callable[[State, bool], None],
 ) -> None:
-    """Drop webhook_log_old, once nothing needs it any more.
+    """Drop the old table, once nothing needs it any more.
 
-    Refuses unless the migration is complete, the new table holds every row of the old one that is
-    not older than ``retention_days``, and nothing depends on the old table. ``confirm`` is told the
-    state, and whether the old table is still there; it raises RefusedError to call it off.
+    Refuses unless the migration is complete, the new table holds every row of the old one within
+    retention, and nothing depends on the old table. ``confirm`` is told the state, and whether the old
+    table is still there; it raises RefusedError to call it off.
     """
-    with sole_operator(engine) as (conn, schema):
+    retention_days = table.retention_days
+    with sole_operator(engine, table) as (conn, table):
         with transaction(conn):
-            found = migration_state.read(conn, schema)
+            found = states.read(conn, table)
             if found is None or found.phase not in (Phase.MIGRATED, Phase.FINALIZING):
-                raise RefusedError(_why_not(found, OLD_TABLE))
-            if undone_by_hand(conn, schema, found):
-                raise RefusedError(f"{TABLE} was put back by hand; nothing was changed. Tidy up with: {UNDO}")
-            old = None if finalized_by_hand(conn, schema, found) else read_shape(conn, schema, OLD_TABLE)
-            if old is not None and found.phase is Phase.MIGRATED:
-                _require_dispensable(conn, old, found, retention_days)
-        confirm(found, old is not None)
+                raise RefusedError(_why_not(table, found))
+            if undone_by_hand(conn, found):
+                raise RefusedError(
+                    f"{table} was put back by hand; nothing was changed."
+                    f" Tidy up with: {rollback_command(table)}"
+                )
+            there = not finalized_by_hand(conn, found)
+            shape = read_plain(conn, found) if there else None
+            if shape is not None and found.phase is Phase.MIGRATED:
+                _require_dispensable(conn, shape, found, retention_days)
+        confirm(found, there)
         with transaction(conn):
-            found = take_over(conn, schema, found)
-        with going_on_with(FINISH, "clean-up", engine, schema):
-            finalize(conn, old, schema, found, operator.short())
-        operator.output.ok(f"{OLD_TABLE} is dropped; {TABLE} stands on its own")
+            found = take_over(conn, found)
+        with going_on_with(finalize_command(table), "clean-up", engine, table):
+            finalize(engine, conn, operator, found, shape)
+        operator.output.ok(f"{table.old} is dropped; {table} stands on its own")
 
 
-def _why_not(found: State | None, old: str) -> str:
+def _why_not(table: TableSpec, found: State | None) -> str:
     if found is None:
-        return f"there is no migration to finalize, {old} is none of ours; nothing was changed"
-    return (
-        f"the migration is not complete ({found.phase}); nothing was changed. See: python -m chronos status"
-    )
+        return f"there is no migration of {table} to finalize; nothing was changed"
+    return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command()}"
 
 
-def _require_dispensable(conn: Connection, old: TableShape, found: State, retention_days: int) -> None:
+def _require_dispensable(conn: Connection, old: TableShape, found: State, retention_days: int | None) -> None:
+    table = found.table
+    if not found.verified:
+        raise RefusedError(
+            f"the rows written during the migration were not compared yet; nothing was changed."
+            f" Compare them with: {migrate_command(table)} --resume"
+        )
     dependents = what_depends_on(conn, old)
     if dependents:
         raise RefusedError(
-            f"{OLD_TABLE} is still needed by {', '.join(dependents)}; nothing was changed."
+            f"{table.old} is still needed by {', '.join(dependents)}; nothing was changed."
             " Drop or redefine that first"
         )
-    late = beyond_the_fence(conn, old.schema, found)
+    late = written_by_hand(conn, table)
     if late:
         raise RefusedError(
-            f"{late:,} rows were written to {OLD_TABLE} after the swap (ids above {found.fence});"
-            f" nothing was changed. See whether {TABLE} has them, insert what it lacks, and delete them there"
+            f"{late:,} rows of {table.old} were written after the swap; nothing was changed. See whether"
+            f" {table} has them, and insert what it lacks; then: DELETE FROM {table.changes}"
+            " WHERE chronos_origin = 'o'"
         )
     lost = missing_rows(conn, old, found, retention_days)
     if lost:
-        some = ", ".join(f"{day} ({count:,})" for day, count in sorted(lost.items())[:3])
+        some = ", ".join(f"{period} ({count:,})" for period, count in sorted(lost.items())[:3])
         raise RefusedError(
-            f"{sum(lost.values()):,} rows of {OLD_TABLE} within retention are not in {TABLE}: {some};"
+            f"{sum(lost.values()):,} rows of {table.old} within retention are not in {table}: {some};"
             " nothing was changed. Find out who removed them before the old table goes"
         )
 
@@ -112,119 +123,97 @@ def what_depends_on(conn: Connection, shape: TableShape) -> list[str]:
     return sorted({row[0] for row in execute(conn, statement(_BLOCKING, oid=shape.oid)).all()})
 
 
-def missing_rows(conn: Connection, shape: TableShape, state: State, retention_days: int) -> dict[date, int]:
-    """Per day, the rows of the old table that the new one should still hold and does not.
+def missing_rows(
+    conn: Connection, shape: TableShape, state: State, retention_days: int | None
+) -> dict[Period, int]:
+    """Per period, the rows of the old table that the new one should still hold and does not.
 
     A day beyond retention may have gone. A row that the application has itself deleted or given
-    another timestamp since the swap is noted in the change log, and not missed. ACCESS SHARE only.
+    another time since the swap is noted, and not missed. ACCESS SHARE only.
     """
-    today: date = execute(conn, statement("SELECT now()")).scalar_one().date()
-    oldest_kept = today.toordinal() - retention_days
-    found: dict[date, int] = {}
-    for day in days(state.first_day, state.last_day):
-        if day.toordinal() < oldest_kept:
+    plan, table = state.plan, state.table
+    oldest = plan.first
+    if retention_days is not None:
+        today = execute(conn, statement("SELECT now()")).scalar_one().date()
+        oldest = midnight(today.fromordinal(today.toordinal() - retention_days))
+    truncated = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_truncated)",
+            changes=name(table.home, table.changes),
+        ),
+    ).scalar_one()
+    found: dict[Period, int] = {}
+    for period in [] if truncated else plan.periods:
+        if period.start < oldest:
             continue
         count = execute(
             conn,
             statement(
-                "SELECT count(*) {old_rows}"
-                ' AND NOT EXISTS (SELECT FROM {new} AS n WHERE n.id = o.id AND n."timestamp" = o."timestamp"'
-                '  AND n."timestamp" >= {lower} AND n."timestamp" < {upper})'
-                " AND NOT EXISTS (SELECT FROM {changes} AS c"
-                '  WHERE c.id = o.id AND c."timestamp" = o."timestamp")',
-                old_rows=old_rows(shape, state, day, "o"),
-                new=name(shape.schema, TABLE),
-                changes=name(shape.schema, CHANGES_TABLE),
-                lower=shape.instant(midnight(day)),
-                upper=shape.instant(midnight(date.fromordinal(day.toordinal() + 1))),
+                "SELECT count(*) FROM {old} AS o WHERE o.{c} >= {lower} AND o.{c} < {upper}"
+                " AND NOT EXISTS (SELECT FROM {new} AS n WHERE {same}"
+                "  AND n.{c} >= {lower} AND n.{c} < {upper})"
+                " AND NOT EXISTS (SELECT FROM {changes} AS c WHERE {noted})",
+                old=name(table.home, table.old),
+                new=name(table.home, table.name),
+                changes=name(table.home, table.changes),
+                c=shape.time_column,
+                lower=shape.instant(max(plan.cutoff, period.start)),
+                upper=shape.instant(period.end),
+                same=match(plan.new_key, "n", "o"),
+                noted=match(plan.new_key, "c", "o"),
             ),
         ).scalar_one()
         if count:
-            found[day] = count
+            found[period] = count
     return found
 
 
 def finalize(
-    conn: Connection, old: TableShape | None, schema: str, state: State, short: ShortTransactions
+    engine: Engine, conn: Connection, operator: Operator, state: State, old: TableShape | None
 ) -> None:
     """Drop the old table, give its sequence to the new one and clear the state; safe to call again.
 
     ``old`` is None when somebody has dropped the table already. Each step is a transaction of its
-    own: ACCESS EXCLUSIVE on webhook_log to take the triggers off, ACCESS EXCLUSIVE on the tables
-    that the old one's foreign keys refer to, each for moments.
+    own: ACCESS EXCLUSIVE on the table in use to take the triggers off, for a moment.
     """
-
-    def let_go(conn: Connection) -> None:
-        claim(conn, schema, state.run_id)
-        execute(conn, lock_table(schema, TABLE, "ACCESS EXCLUSIVE"))
-        for trigger in CHANGE_TRIGGERS:
-            execute(
-                conn,
-                statement(
-                    "DROP TRIGGER IF EXISTS {trigger} ON {table}",
-                    trigger=name(trigger),
-                    table=name(schema, TABLE),
-                ),
-            )
-        for sequence in state.sequences:
-            if not sequence.identity:
-                execute(
-                    conn,
+    table = state.table
+    home = table.home
+    locks = operator.locks()
+    if state.phase is not Phase.FINALIZING:
+        for attempt in locks.attempts(conn, [(home, table.name)]):
+            with attempt:
+                states.claim(conn, table, state.run_id)
+                execute(conn, lock_table(home, table.name, "ACCESS EXCLUSIVE"))
+                owned = [
                     statement(
                         "ALTER SEQUENCE {sequence} OWNED BY {column}",
                         sequence=name(sequence.schema, sequence.name),
-                        column=name(schema, TABLE, sequence.column),
+                        column=name(home, table.name, sequence.column),
+                    )
+                    for sequence in state.plan.sequences
+                    if not sequence.identity
+                ]
+                execute(
+                    conn,
+                    joined(
+                        [
+                            *drop_trigger_statements(table, table.name),
+                            *owned,
+                            phase_statement(table, Phase.FINALIZING),
+                        ],
+                        ";\n",
                     ),
                 )
-        update(conn, schema, phase=Phase.FINALIZING.value)
-
-    if state.phase is not Phase.FINALIZING:
-        short.run(conn, let_go, tables=[(schema, TABLE)])
     if old is not None:
-        _drop_old(conn, old, state, short)
-
-    def clear(conn: Connection) -> None:
-        claim(conn, schema, state.run_id)
-        execute(
-            conn,
-            statement(
-                "DROP TABLE {changes}, {live}; DROP FUNCTION {noting}(), {noted}(bigint); DROP TABLE {state}",
-                changes=name(schema, CHANGES_TABLE),
-                live=name(schema, LIVE_TABLE),
-                noting=name(schema, CHANGES_FUNCTION),
-                noted=name(schema, NOTED_FUNCTION),
-                state=name(schema, STATE_TABLE),
-            ),
-        )
-
-    short.run(conn, clear, tables=[(schema, CHANGES_TABLE), (schema, STATE_TABLE)])
-
-
-def _drop_old(conn: Connection, old: TableShape, state: State, short: ShortTransactions) -> None:
-    """First the foreign keys, which tie other tables; then the table, which by then is nobody's business."""
-    schema = old.schema
-    referred = [(key.schema, key.table) for key in old.foreign_keys]
-    table = name(schema, OLD_TABLE)
-
-    def untie(conn: Connection) -> None:
-        claim(conn, schema, state.run_id)
-        # What is ours first: whoever still reads it must not make those wait who use the others.
-        execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
-        for referred_schema, referred_table in referred:
-            execute(conn, lock_table(referred_schema, referred_table, "ACCESS EXCLUSIVE"))
-        for key in old.foreign_keys:
-            execute(
-                conn,
-                statement("ALTER TABLE {table} DROP CONSTRAINT {key}", table=table, key=name(key.name)),
-            )
-
-    def drop(conn: Connection) -> None:
-        claim(conn, schema, state.run_id)
-        execute(conn, lock_table(schema, OLD_TABLE, "ACCESS EXCLUSIVE"))
-        if late := beyond_the_fence(conn, schema, state):
-            raise ChronosError(f"{late:,} rows have just been written to {OLD_TABLE}")
-        execute(conn, statement("DROP TABLE {table}", table=table))
-
-    if referred:
-        short.run(conn, untie, tables=[(schema, OLD_TABLE), *referred])
-    short.run(conn, drop, tables=[(schema, OLD_TABLE)])
+        for attempt in locks.attempts(conn, [(home, table.old)]):
+            with attempt:
+                states.claim(conn, table, state.run_id)
+                execute(conn, lock_table(home, table.old, "ACCESS EXCLUSIVE"))
+                if late := written_by_hand(conn, table):
+                    raise ChronosError(f"{late:,} rows of {table.old} have just been written")
+                execute(conn, statement("DROP TABLE {old}", old=name(home, table.old)))
+    for attempt in locks.attempts(conn, [(home, table.changes), (home, table.state)]):
+        with attempt:
+            states.claim(conn, table, state.run_id)
+            execute(conn, drop_log_statement(table))

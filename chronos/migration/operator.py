@@ -10,20 +10,13 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.db import (
-    Patience,
-    ShortTransactions,
-    execute,
-    no_transaction_timeout,
-    one_line,
-    opened,
-    statement,
-)
+from chronos.catalog.locate import locate
+from chronos.db import execute, no_transaction_timeout, one_line, opened, statement
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
-from chronos.migration.output import Output
-from chronos.migration.preflight import locate
+from chronos.locks import Locks, Patience
+from chronos.migration.console import Output
 from chronos.migration.state import where
-from chronos.partitions import TABLE
+from chronos.table import TableSpec
 
 _TAKE = """
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
@@ -41,7 +34,7 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND l.objid::bigint = {key} & 4294967295
 """
 
-# A lock that the way forward and the way back both need is worth waiting for: about an hour.
+# A lock that stands between a finished copy and its swap is worth waiting for: about an hour.
 AN_HOUR = 900
 
 
@@ -62,22 +55,20 @@ class Operator:
         if self.stop.is_set():
             raise StopRequestedError
 
-    def short(self, attempts: int | None = None, *, may_stop: bool = True) -> ShortTransactions:
-        """Short transactions that tell the operator whom they wait for, and end when asked to."""
+    def locks(self, attempts: int | None = None, *, may_stop: bool = True) -> Locks:
+        """Attempts at locks that tell the operator who is waited for, and end when asked to."""
 
         def on_blocked(message: str, attempt: int) -> None:
-            self.output.line(f"  {message} (attempt {attempt}, trying again)")
+            self.output.waiting(message, attempt)
             if may_stop:
                 self.check_stop()
 
-        return ShortTransactions(
-            replace(self.patience, attempts=attempts or self.patience.attempts), on_blocked
-        )
+        return Locks(replace(self.patience, attempts=attempts or self.patience.attempts), on_blocked)
 
 
 @contextmanager
-def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
-    """A connection and the schema of webhook_log, with the operator's lock held while the block runs.
+def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection, TableSpec]]:
+    """A connection and the table with its schema, with the operator's lock held while the block runs.
 
     The lock is an advisory one in an open transaction of a connection of its own, not in a session,
     so that it also holds behind a pooler that hands out server connections by the transaction. It
@@ -85,34 +76,42 @@ def sole_operator(engine: Engine) -> Iterator[tuple[Connection, str]]:
     when somebody else holds the lock, naming them.
     """
     with opened(engine) as conn, opened(engine) as holding:
-        schema = locate(conn)
-        if schema is None:
-            raise RefusedError(
-                f"there is no table {TABLE} in this database, or one in several schemas and none on the"
-                " search path; nothing was changed. Check the database and its search_path"
-            )
-        key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {schema}.{TABLE}")
+        located = require_located(conn, table)
+        key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {located.home}.{table}")
         holding.begin()
         mine = execute(holding, statement(_TAKE, key=key, no_timeout=no_transaction_timeout())).scalar_one()
         if not mine:
             other = execute(holding, statement(_HOLDER, key=key)).scalar()
             raise RefusedError(
-                f"somebody else is at work on {TABLE} ({other or 'just gone'});"
+                f"somebody else is at work on {table} ({other or 'just gone'});"
                 " nothing was changed. Wait until they are done"
             )
-        yield conn, schema
+        yield conn, located
+
+
+def require_located(conn: Connection, table: TableSpec) -> TableSpec:
+    """The table with its schema. Raises RefusedError when there is no such table, or more than one."""
+    located = locate(conn, table)
+    if located is None:
+        raise RefusedError(
+            f"there is no table {table} in this database, or one in several schemas and none on the"
+            " search path; nothing was changed. Check the database and its search_path"
+        )
+    return located
 
 
 @contextmanager
-def going_on_with(command: str, work: str, engine: Engine, schema: str) -> Iterator[None]:
+def going_on_with(command: str, work: str, engine: Engine, table: TableSpec) -> Iterator[None]:
     """Whatever ends ``work`` half-way becomes an InterruptedRunError that names the command to go on with."""
     try:
         yield
     except SupersededError as error:
         raise InterruptedRunError(f"{error}; that run goes on") from error
+    except InterruptedRunError:
+        raise
     except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
         stopped = isinstance(error, StopRequestedError)
         why = "was stopped as asked" if stopped else f"was cut off: {one_line(error)}"
         raise InterruptedRunError(
-            f"the {work} {why}; nothing is lost. {where(engine, schema)} Go on with: {command}"
+            f"the {work} {why}; nothing is lost. {where(engine, table)} Go on with: {command}"
         ) from error

@@ -6,277 +6,381 @@ is behind ``--``, so that the output as a whole is a script.
 
 from __future__ import annotations
 
+import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
+from datetime import datetime
+from uuid import uuid4
 
-from psycopg2 import sql
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy.engine import Connection, Engine
 
-from chronos.db import Statement, execute, joined, name, render, session_settings, statement, transaction
-from chronos.errors import RefusedError
-from chronos.migration import state as migration_state
-from chronos.migration.copy import (
-    adopt_statements,
+from chronos.catalog.ddl import (
     attach_statements,
-    autovacuum_as_before,
-    drop_default_statements,
+    autovacuum_as_before_statements,
     final_statistics,
     index_statements,
-    silence,
     statistics_statement,
     validate_statement,
-    without_autovacuum,
 )
-from chronos.migration.followers import Follower, followers
-from chronos.migration.output import in_bytes
-from chronos.migration.preflight import Survey, first_state, locate, survey
-from chronos.migration.rollback import UNDO, definitions
-from chronos.migration.state import STATE_TABLE, Phase, State, record_statement
-from chronos.migration.surroundings import warnings
-from chronos.migration.swap import (
-    change_log_statements,
-    foreign_key_statements,
-    function_statements,
-    history_days,
-    lock_table,
-    parent_statements,
-    partition_statements,
-    state_statements,
-    swap_statements,
+from chronos.catalog.dependents import Dependent, dependents, redirect_statements
+from chronos.catalog.shape import TableShape
+from chronos.commands import migrate as migrate_command
+from chronos.commands import rollback as rollback_command
+from chronos.db import (
+    Statement,
+    application_path,
+    execute,
+    name,
+    opened,
+    our_path,
+    render,
+    session_settings,
+    statement,
+    transaction,
 )
-from chronos.migration.table_shape import Column, TableShape
-from chronos.migration.verify import history_comparison, live_comparison, old_rows
-from chronos.partitions import DAYS_AHEAD, DAYS_BACK, TABLE, days, midnight, partition_name
+from chronos.errors import RefusedError
+from chronos.locks import Patience, lock_table
+from chronos.migration import state as states
+from chronos.migration.build import begin_notes_statements, leaves_statements, parent_and_log_statements
+from chronos.migration.changes import (
+    fence_value,
+    replay_settings,
+    replay_statement,
+    waiting_notes_query,
+)
+from chronos.migration.checks import Finding, Survey, first_plan, survey, warnings
+from chronos.migration.compare import (
+    compare_and_note_statement,
+    replayed_comparison,
+    side_by_side_statement,
+    within,
+)
+from chronos.migration.console import Output, for_reading, in_bytes
+from chronos.migration.context import Direction, Migration
+from chronos.migration.copy import put_statement, rows_per_period
+from chronos.migration.foreign_keys import (
+    adopt_statements,
+    at_once,
+    begin_unlinking_statements,
+    unchecked_statements,
+)
+from chronos.migration.operator import Operator, require_located
+from chronos.migration.rollback import definitions
+from chronos.migration.run import function_statements
+from chronos.migration.state import Phase, Plan, State, phase_statement, verified_statement
+from chronos.migration.swap import forward_statements
+from chronos.table import Period, TableSpec
 
 _WIDTH = 80
 _SAMPLE = 20_000
 # How much longer it takes to write, index, check and compare a row than to read and hash it. A guess that
 # held on the machines it was tried on; the report says that it is one.
-_COPY_FACTOR = 6
-# Up to here the rows of each day are counted, beyond it the planner is asked.
+_COPY_FACTOR = 2
+# Up to here the rows of each period are counted, beyond it the planner is asked.
 _COUNTABLE = 5_000_000
+# More notes than a script can meet.
+_EVERY_NOTE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Section:
-    """Some statements of the script: a transaction, or each one by itself."""
+    """Some statements of the script: a transaction, or each one by itself.
+
+    ``locks`` tells that they ask for locks which the application can feel: then they wait for them as long
+    as an attempt of the program does at most, and the script ends when that is not enough.
+    """
 
     title: str
-    statements: list[Statement]
+    statements: Sequence[Statement]
     in_transaction: bool = True
+    locks: bool = False
 
 
-@dataclass(frozen=True)
-class Day:
-    """A day of the window: its rows, counted or as the planner expects them."""
-
-    day: date
-    rows: int
-
-
-def dry_run(engine: Engine, console: Console) -> None:
+def dry_run(engine: Engine, table: TableSpec, console: Console) -> None:
     """Print the plan of a migration, and then its SQL; nothing is changed, and nothing can be.
 
-    One read-only transaction: ACCESS SHARE on webhook_log, as a query would take it. Raises RefusedError
+    One read-only transaction: ACCESS SHARE on the table, as a query would take it. Raises RefusedError
     when something stands in the way of the migration, after all of it has been printed.
     """
-    with engine.connect() as conn:
-        schema = locate(conn)
-        if schema is None:
-            raise RefusedError(
-                f"there is no table {TABLE} in this database, or one in several schemas and none on the"
-                " search path; nothing was changed. Check the database and its search_path"
-            )
+    report = _Report(console)
+    with opened(engine) as conn:
+        table = require_located(conn, table)
         with transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY"))
-            found = survey(conn, schema)
-            earlier = migration_state.read(conn, schema)
-            if earlier is not None and migration_state.undone_by_hand(conn, schema, earlier):
+            earlier = states.read(conn, table)
+            if earlier is not None and states.undone_by_hand(conn, earlier):
                 raise RefusedError(
-                    f"an earlier migration of {TABLE} was undone by hand; nothing was changed. To migrate"
-                    f" removes its remains first; for a plan, remove them with: {UNDO}"
+                    f"an earlier migration of {table} was undone by hand; nothing was changed. To migrate"
+                    f" removes its remains first; for a plan, remove them with: {rollback_command(table)}"
                 )
-            report = _Report(console)
+            found = survey(conn, table)
             report.head(found)
-            if found.shape is not None and not found.blockers:
-                _plan(conn, found, found.shape, report)
+            if not found.blockers:
+                _plan(engine, conn, found, report)
     for blocker in found.blockers:
-        report.item("BLOCKER", blocker)
+        report.finding("BLOCKER", blocker)
     if found.blockers:
-        raise RefusedError(f"{'; '.join(found.blockers)}; nothing was changed")
+        raise RefusedError("; ".join((*map(str, found.blockers), "nothing was changed")))
 
 
-def _plan(conn: Connection, found: Survey, shape: TableShape, report: _Report) -> None:
-    state = replace(first_state(found), functions=list(definitions(conn, shape.schema).values()))
-    following = followers(conn, shape.oid)
-    exact, found_days = _rows_per_day(conn, found, shape)
-    report.days(found_days, found, exact=exact)
-    report.effort(sum(d.rows for d in found_days), found, _reading_rate(conn, shape))
+def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> None:
+    shape = found.shape
+    assert shape is not None
+    plan = replace(first_plan(found), functions=tuple(definitions(conn, found.spec).values()))
+    migration = Migration(
+        engine, conn, Operator(Output(report.console)), State(uuid4(), Phase.BUILT, plan), shape
+    )
+    following = dependents(conn, shape.oid)
+    exact = found.rows_estimate <= _COUNTABLE
+    rows = rows_per_period(migration) if exact else _expected_rows(migration)
+    report.window(plan)
+    report.periods(plan, rows, found, exact=exact)
+    report.effort(plan, sum(rows.values()), found, _reading_rate(migration))
     report.title("What comes along, and how")
-    for what, how in carried(conn, shape, following):
+    for what, how in carried(conn, shape, plan, following):
         report.item(what, how)
     report.title("Warnings")
-    for warning in [*warnings(conn, shape), *_of_the_shape(shape, following)]:
-        report.item("warning", warning)
-    report.title("The SQL, to be run on the same day (UTC), by psql as it is")
+    for warning in [*warnings(conn, found), *_of_the_shape(shape, plan, following)]:
+        report.finding("warning", warning)
+    report.title("The SQL, for psql to run as it is while nobody writes")
+    report.say_with_commands(
+        "It can be cut off anywhere: each part of it is a transaction. To carry on where it ended, type:"
+        f" {migrate_command(plan.table)} --resume; to undo what it did: {rollback_command(plan.table)}"
+    )
     report.raw("\\set ON_ERROR_STOP on")
-    later = [d.day for d in found_days if d.day > state.today and d.rows]
-    for section in sections(conn, shape, state, following, later):
-        report.section(section, lambda query: render(conn, query))
+    for section in sections(conn, migration, following, max(rows, default=None)):
+        report.section(section, conn)
 
 
 def sections(
-    conn: Connection, shape: TableShape, state: State, following: list[Follower], later: list[date]
+    conn: Connection, migration: Migration, following: list[Dependent], newest: Period | None
 ) -> Iterator[Section]:
-    """The statements of a migration in their order; ``later`` are the days after today that have rows.
+    """The statements of a migration in their order; ``following`` is what refers to the table.
 
-    ``following`` is what refers to the table. What only the server can know by then, it looks up itself.
+    ``newest`` is the period of the newest row. Periods after it and after the present one are taken to be
+    empty, and the script makes sure that they are.
     """
+    shape, plan, state = migration.shape, migration.plan, migration.state
+    table, home = plan.table, plan.table.home
+    present = table.period(plan.started_at)
+    filled = [p for p in plan.periods if p <= present or (newest is not None and p <= newest)]
+    empty = next((p for p in plan.periods if p not in filled), None)
+    up_to_date = [_require_nothing_newer(migration, empty.start if empty else plan.end)]
+
     yield Section(
-        "Build the new table beside the old one; nobody sees it yet",
+        "Step 1: the partitioned table beside the one in use, and the state of the migration",
+        [*up_to_date, *parent_and_log_statements(shape, state)],
+    )
+    yield Section(
+        "Step 1: note what is written from now on; writers wait for an instant",
+        begin_notes_statements(shape),
+        locks=True,
+    )
+    yield Section("Step 2: the partitions", [*up_to_date, *leaves_statements(shape, plan.periods, empty)])
+    for period in reversed(filled):
+        yield from _period_sections(migration, period)
+    if plan.foreign_keys:
+        yield from _foreign_key_sections(migration)
+    yield Section("Step 4: the functions that keep the partitions", function_statements(shape))
+    yield Section("Step 5: replay the notes", _replay(migration))
+    yield Section(
+        "Step 5: every period was found equal",
         [
-            *parent_statements(shape, state),
-            *partition_statements(shape, state),
-            *change_log_statements(shape),
-            *state_statements(shape, state),
+            _require_equal_periods(migration),
+            *autovacuum_as_before_statements(shape, plan.periods),
+            phase_statement(table, Phase.READY),
         ],
     )
     yield Section(
-        "The swap: under this lock everybody waits, for some milliseconds. The program waits for the"
-        " lock 100 ms at most, again and again, and compares the two tables first",
+        "Step 6: the last notes, then the names. Nobody reads or writes meanwhile, for milliseconds. The"
+        " program does it with two sessions, so that even a REPEATABLE READ transaction begun before"
+        " misses no row, and compares the two tables' definitions once more",
         [
-            lock_table(shape.schema, TABLE, "ACCESS EXCLUSIVE"),
-            *swap_statements(shape, state, following),
+            lock_table(home, table.name, "SHARE ROW EXCLUSIVE"),
+            *_replay(migration),
+            our_path(),
+            lock_table(home, table.name, "ACCESS EXCLUSIVE"),
+            lock_table(home, table.new, "ACCESS EXCLUSIVE"),
+            *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
+            *forward_statements(shape, plan),
+            *redirect_statements(following, name(home, table.name), name(home, table.old)),
+        ],
+        locks=True,
+    )
+    yield Section(
+        "Step 6: compare what was written during the migration; it is complete",
+        [
+            _require_equal_keys(migration),
+            verified_statement(table),
+            statement("DELETE FROM {replayed}", replayed=migration.relation(table.replayed)),
         ],
     )
-    yield Section("Autovacuum stays away until all is in its place", without_autovacuum(shape, state))
-    for day in sorted([state.today, *later], reverse=True):
+    yield Section("Statistics", [final_statistics(conn, shape, [present])], in_transaction=False)
+
+
+def _period_sections(migration: Migration, period: Period) -> Iterator[Section]:
+    shape, table = migration.shape, migration.table
+    leaf = migration.relation(table.partition(period))
+    rows = statement(
+        "{source} WHERE {within}", source=migration.relation(table.name), within=within(migration, period)
+    )
+    yield Section(
+        f"Step 3: the rows of {period}, then their indexes. The program does it in batches",
+        [application_path(), put_statement(shape, leaf, rows), *index_statements(shape, leaf)],
+    )
+    yield Section(
+        f"Step 3: compare {period}, and put it into its place",
+        [
+            statistics_statement(shape, leaf),
+            side_by_side_statement(),
+            compare_and_note_statement(migration, period),
+            *attach_statements(shape, period, checked=True),
+        ],
+    )
+
+
+def _foreign_key_sections(migration: Migration) -> Iterator[Section]:
+    plan = migration.plan
+    leaves = [plan.table.partition(period) for period in plan.periods]
+    yield Section(
+        "Step 3: before the foreign keys, whoever changes a row takes its copy away as well; writers wait"
+        " for an instant",
+        begin_unlinking_statements(migration),
+        locks=True,
+    )
+    yield Section("Step 3: replay the notes", _replay(migration))
+    for group in at_once(leaves):
         yield Section(
-            f"The rows of {day} into the partition that the application writes. The program does it in"
-            " batches",
-            [silence(), _copy_statement(shape, state, day, live=True)],
+            f"Step 3: the foreign keys of {group[0]} to {group[-1]}, unchecked; nobody writes what they"
+            " refer to meanwhile, for milliseconds",
+            unchecked_statements(migration, group),
+            locks=True,
         )
-    for day in reversed(history_days(state)):
-        yield from _history_day(shape, state, day)
     yield Section(
-        "Every day is in its place",
-        [lock_table(shape.schema, TABLE, "ACCESS EXCLUSIVE"), *drop_default_statements(shape)],
-    )
-    if shape.foreign_keys:
-        yield Section("The foreign keys of the parent adopt those of the partitions", adopt_statements(shape))
-    yield Section("Autovacuum may come", autovacuum_as_before(shape, state))
-    yield Section("The functions for the nightly jobs", function_statements(shape))
-    yield Section(
-        "Compare what the application writes too; the migration is complete", _end(shape, state, later)
-    )
-    yield Section("Statistics", [final_statistics(conn, shape, [state.today, *later])], in_transaction=False)
-
-
-def _copy_statement(shape: TableShape, state: State, day: date, *, live: bool) -> Statement:
-    columns = shape.copied_columns()
-    return statement(
-        "INSERT INTO {leaf} ({columns}) OVERRIDING SYSTEM VALUE\nSELECT {columns} {old_rows}{conflict}",
-        leaf=name(shape.schema, partition_name(day)),
-        columns=joined(columns),
-        old_rows=old_rows(shape, state, day, "o"),
-        conflict=sql.SQL('\nON CONFLICT (id, "timestamp") DO NOTHING' if live else ""),
-    )
-
-
-def _history_day(shape: TableShape, state: State, day: date) -> Iterator[Section]:
-    leaf = name(shape.schema, partition_name(day))
-    yield Section(
-        f"The rows of {day}, beside the table. The program does it in batches",
-        [silence(), _copy_statement(shape, state, day, live=False)],
-    )
-    yield Section(f"Indexes of {day}", index_statements(shape, leaf))
-    if shape.foreign_keys:
-        yield Section(
-            f"Foreign keys of {day}, unchecked", foreign_key_statements(shape, leaf, not_valid=True)
-        )
-        yield Section("...and checked", [validate_statement(leaf, key) for key in shape.foreign_keys])
-    comparison = history_comparison(shape, state, day, content=True)
-    yield Section(
-        f"Compare {day}, and note the result",
-        [statistics_statement(shape, leaf), record_statement(shape.schema, day, _result(comparison))],
+        "Step 3: check them; everybody reads and writes on",
+        [validate_statement(migration.relation(leaf), key) for leaf in leaves for key in plan.foreign_keys],
     )
     yield Section(
-        f"Put {day} into its place, with what was written for it meanwhile; milliseconds under the lock",
-        [lock_table(shape.schema, TABLE, "ACCESS EXCLUSIVE"), *attach_statements(shape, day)],
+        "Step 3: the foreign keys of the partitioned table adopt those of the partitions",
+        adopt_statements(migration),
+        locks=True,
     )
 
 
-def _result(comparison: Statement) -> Statement:
-    return statement(
-        "(SELECT jsonb_build_object('old_rows', old_rows, 'new_rows', new_rows,"
-        " 'hash_equal', equal)\n FROM ({comparison}) c)",
-        comparison=comparison,
-    )
-
-
-_COMPLETE = """
-DO $do$
-BEGIN
-    IF EXISTS (SELECT FROM {state}, jsonb_each(days) d
-               WHERE d.value -> 'old_rows' <> d.value -> 'new_rows'
-                  OR d.value -> 'hash_equal' <> 'true'::jsonb) THEN
-        RAISE EXCEPTION 'a day differs from its origin; look into the column days of {state}';
-    END IF;
-END
-$do$"""
-
-
-def _end(shape: TableShape, state: State, later: list[date]) -> list[Statement]:
-    table = name(shape.schema, STATE_TABLE)
+def _replay(migration: Migration) -> list[Statement]:
     return [
-        *(
-            record_statement(shape.schema, day, _result(live_comparison(shape, state, day, content=True)))
-            for day in [state.today, *later]
+        _refuse_if(
+            statement(
+                "(SELECT truncated FROM ({notes}) AS w (notes, truncated))",
+                notes=waiting_notes_query(migration, Direction.FORWARD, 1),
+            ),
+            f"{migration.table} was emptied by TRUNCATE meanwhile;"
+            f" undo the migration with: {rollback_command(migration.table)}",
         ),
-        statement(_COMPLETE, state=table),
-        statement(
-            "UPDATE {state} SET phase = {phase},"
-            " window_rows = (SELECT sum((value ->> 'old_rows')::bigint) FROM jsonb_each(days))",
-            state=table,
-            phase=Phase.MIGRATED.value,
-        ),
+        *replay_settings(),
+        replay_statement(migration, Direction.FORWARD, _EVERY_NOTE),
     ]
 
 
-_NAMED_BY = r"""
+_REFUSE = """DO $chronos$
+BEGIN
+    IF {condition} THEN
+        RAISE EXCEPTION USING MESSAGE = {message};
+    END IF;
+END
+$chronos$"""
+
+
+def _refuse_if(condition: Statement, message: str) -> Statement:
+    """What the program looks at between two statements, the script has the server look at."""
+    return statement(_REFUSE, condition=condition, message=message)
+
+
+def _require_nothing_newer(migration: Migration, end: datetime) -> Statement:
+    return _refuse_if(
+        statement(
+            "EXISTS (SELECT FROM {table} WHERE {c} >= {end})",
+            table=migration.relation(migration.table.name),
+            c=migration.shape.time_column,
+            end=migration.shape.instant(end),
+        ),
+        f"there are rows from {end:%Y-%m-%d %H:%M} UTC on, which this plan does not know; make a new one",
+    )
+
+
+def _require_equal_periods(migration: Migration) -> Statement:
+    return _refuse_if(
+        statement(
+            "EXISTS (SELECT FROM {state}, jsonb_each(compared) AS c\n"
+            "               WHERE c.value -> 'old_rows' <> c.value -> 'new_rows'"
+            " OR c.value -> 'alike' <> 'true')",
+            state=migration.relation(migration.table.state),
+        ),
+        f"a period differs from its copy, see the column compared of {migration.table.state};"
+        f" undo the migration with: {rollback_command(migration.table)}",
+    )
+
+
+def _require_equal_keys(migration: Migration) -> Statement:
+    table = migration.table
+    fence = statement(
+        "(SELECT {fence} FROM {state})",
+        fence=fence_value(migration.shape),
+        state=migration.relation(table.state),
+    )
+    return _refuse_if(
+        statement(
+            "(SELECT differing > 0 FROM ({comparison}) AS c (keys, differing, example))",
+            comparison=replayed_comparison(migration, table.old, table.name, fence),
+        ),
+        f"rows that were written during the migration differ between {table.old} and {table.name};"
+        f" undo it with: {rollback_command(table)}",
+    )
+
+
+# Functions that mention the table in a body of text find the new one by its name, as far as they go.
+_NAMED_BY = """
 SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
 WHERE n.nspname <> 'information_schema' AND n.nspname !~ '^pg_' AND p.prosqlbody IS NULL
-  AND p.prosrc ~* '\mwebhook_log\M'
+  AND p.prosrc ~* {pattern}
 ORDER BY 1
 """
 
 
-def carried(conn: Connection, shape: TableShape, following: list[Follower]) -> list[tuple[str, str]]:
+def carried(
+    conn: Connection, shape: TableShape, plan: Plan, following: list[Dependent]
+) -> list[tuple[str, str]]:
     """Everything that hangs on the table: what it is, and what becomes of it."""
-    same = "the same"
+    table, same = plan.table, "the same"
+    key = f"({', '.join(plan.new_key)})"
+    not_null = next(column.not_null for column in shape.columns if column.name == table.column)
     found = [
         (
             f"{len(shape.columns)} columns",
             "the same, with defaults, storage, statistics targets and comments",
         ),
-        ("timestamp", same if _timestamp(shape).not_null else "becomes NOT NULL, as part of the key"),
+        (table.column, same if not_null else "becomes NOT NULL, as part of the key"),
     ]
     for index in shape.indexes:
-        how = same if not index.primary or len(index.columns) > 1 else "over (id, timestamp) from now on"
+        how = same
+        if index == shape.key_index and not index.primary:
+            how = f"becomes the primary key, over {key}"
+        elif index == shape.key_index and plan.old_key != plan.new_key:
+            how = f"over {key} from now on"
         found.append((f"{'primary key' if index.primary else 'index'} {index.name}", how))
-    if not any(index.primary for index in shape.indexes):
-        found.append(("primary key", "there is none; (id, timestamp) becomes one"))
     for check in shape.checks:
         if check.kind == "c":
             how = same if check.validated else "valid from now on, as every copied row is checked"
             found.append((f"check {check.name}", how))
     found += [
-        (f"foreign key {k.name}", "the same; on the parent when every day is in its place")
+        (
+            f"foreign key {k.name}",
+            f"the same; {table.old} gives it up in the swap, and gets it back from rollback",
+        )
         for k in shape.foreign_keys
     ]
     for sequence in shape.sequences:
@@ -297,11 +401,7 @@ def carried(conn: Connection, shape: TableShape, following: list[Follower]) -> l
         if grant.grantee != shape.owner
     ]
     found += [
-        (
-            f"trigger {t.name}",
-            "the same; does not fire for rows that are copied" if t.fires_on_copy else same,
-        )
-        for t in shape.triggers
+        (f"trigger {t.name}", "the same; does not fire for rows that are copied") for t in shape.triggers
     ]
     if shape.row_security:
         found.append(("row security", "on" + (", forced" if shape.force_row_security else "")))
@@ -321,86 +421,83 @@ def carried(conn: Connection, shape: TableShape, following: list[Follower]) -> l
         (
             f"{f.kind} {f.name}",
             "publishes the new table instead of the old one"
-            if f.publication
+            if f.kind == "publication"
             else "refers to the new table from the swap on, keeps its grants and options",
         )
         for f in following
     ]
+    named_by = statement(_NAMED_BY, pattern=rf"\m{re.escape(table.name)}\M")
     found += [
         (f"function {row[0]}", "names the table in its text, and so finds the new one")
-        for row in execute(conn, statement(_NAMED_BY)).all()
+        for row in execute(conn, named_by).all()
     ]
     return found
 
 
-def _timestamp(shape: TableShape) -> Column:
-    return next(column for column in shape.columns if column.name == "timestamp")
-
-
-def _of_the_shape(shape: TableShape, following: list[Follower]) -> Iterator[str]:
+def _of_the_shape(shape: TableShape, plan: Plan, following: list[Dependent]) -> Iterator[Finding]:
     """What will be different by nature, and can matter to an application."""
-    if any(follower.kind in ("view", "function", "rule", "policy") for follower in following):
-        yield (
-            f"to go back by hand with DROP TABLE {TABLE} CASCADE would drop the views and all else that"
-            " refers to it; python -m chronos rollback lets them refer to the plain table again"
+    if any(dependent.kind != "publication" for dependent in following):
+        yield Finding(
+            "dependents-go-with-the-table",
+            f"to go back by hand with DROP TABLE {plan.table} CASCADE would drop the views and all else that"
+            f" refers to it; {rollback_command(plan.table)} lets them refer to the plain table again",
         )
-    yield "ON CONFLICT (id) no longer finds a unique key; it has to be ON CONFLICT (id, timestamp)"
+    if plan.old_key != plan.new_key:
+        yield Finding(
+            "on-conflict",
+            f"ON CONFLICT ({', '.join(plan.old_key)}) no longer finds a unique key; it has to be"
+            f" ON CONFLICT ({', '.join(plan.new_key)})",
+        )
     if any(t.by_row for t in shape.triggers):
-        yield (
-            "an UPDATE that moves a row to another day fires the triggers of DELETE and INSERT; a BEFORE"
-            " trigger may not move a row to another day"
+        yield Finding(
+            "update-moves-a-row",
+            "an UPDATE that moves a row to another partition fires the triggers of DELETE and INSERT; a"
+            " BEFORE trigger may not move a row to another partition",
         )
-    for key in shape.foreign_keys:
-        if not key.passive:
-            yield (
-                f"the foreign key {key.name} acts on deletes or updates in {key.table}: should that touch"
-                " rows of a day while it is copied, the migration may find a difference and put all back"
-            )
     for index in shape.indexes:
         if index.clustered:
-            yield f"index {index.name} is no longer marked for CLUSTER, partitioned tables know no such mark"
+            yield Finding(
+                "cluster-mark",
+                f"index {index.name} is no longer marked for CLUSTER, partitioned tables know no such mark",
+            )
         if index.statistics:
-            yield f"index {index.name} loses the statistics target of its expressions"
+            yield Finding(
+                "index-statistics", f"index {index.name} loses the statistics target of its expressions"
+            )
 
 
-def _rows_per_day(conn: Connection, found: Survey, shape: TableShape) -> tuple[bool, list[Day]]:
-    """The days of the window, oldest first, with their rows, and whether these were counted."""
-    exact = found.rows_estimate <= _COUNTABLE
-    result = []
-    for day in days(found.today - timedelta(days=DAYS_BACK), found.today + timedelta(days=DAYS_AHEAD)):
+def _expected_rows(migration: Migration) -> dict[Period, int]:
+    """What the planner expects of each period; a period ahead only if it has any row at all."""
+    plan, conn = migration.plan, migration.conn
+    found: dict[Period, int] = {}
+    for period in plan.periods:
         rows = statement(
-            'FROM {table} WHERE "timestamp" >= {lower} AND "timestamp" < {upper}',
-            table=name(shape.schema, TABLE),
-            lower=shape.instant(max(found.cutoff, midnight(day))),
-            upper=shape.instant(midnight(day + timedelta(days=1))),
+            "FROM {table} WHERE {within}",
+            table=migration.relation(plan.table.name),
+            within=within(migration, period),
         )
-        if exact:
-            count = execute(conn, statement("SELECT count(*) {rows}", rows=rows)).scalar_one()
-        else:
-            explained = execute(
-                conn, statement("EXPLAIN (FORMAT JSON) SELECT {rows}", rows=rows)
-            ).scalar_one()
-            count = int(explained[0]["Plan"]["Plan Rows"])
-            if day > found.today and count:
-                some = execute(conn, statement("SELECT EXISTS (SELECT {rows})", rows=rows)).scalar_one()
-                count = count if some else 0
-        if day <= found.today or count:
-            result.append(Day(day, count))
-    return exact, result
+        explained = execute(conn, statement("EXPLAIN (FORMAT JSON) SELECT {rows}", rows=rows)).scalar_one()
+        count = int(explained[0]["Plan"]["Plan Rows"])
+        if period.start > plan.started_at:
+            some = execute(conn, statement("SELECT EXISTS (SELECT {rows})", rows=rows)).scalar_one()
+            count = max(count, 1) if some else 0
+        if count:
+            found[period] = count
+    return found
 
 
-def _reading_rate(conn: Connection, shape: TableShape) -> float | None:
+def _reading_rate(migration: Migration) -> float | None:
     """Rows a second that this server reads and hashes, from a sample of the newest; None without rows."""
     started = time.monotonic()
     rows = execute(
-        conn,
+        migration.conn,
         statement(
-            'SELECT count(*), {hash} FROM (SELECT * FROM {table} ORDER BY "timestamp" DESC LIMIT {limit}) s',
-            hash=shape.content_hash("s"),
-            table=name(shape.schema, TABLE),
+            "SELECT count(md5(s::text)) FROM (SELECT * FROM {table} ORDER BY {c} DESC LIMIT {limit}) AS s",
+            table=migration.relation(migration.table.name),
+            c=migration.shape.time_column,
             limit=_SAMPLE,
         ),
-    ).one()[0]
+    ).scalar_one()
     spent = max(time.monotonic() - started, 1e-3)
     return rows / spent if rows else None
 
@@ -409,81 +506,117 @@ class _Report:
     """Prints within 80 columns, all but SQL behind ``--``."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
 
     def raw(self, text: str) -> None:
         """A line as it is."""
-        self._console.out(text, highlight=False)
+        self.console.out(text, highlight=False)
 
-    def _say(self, text: str, indent: str = "") -> None:
-        for line in textwrap.wrap(text, _WIDTH - 3, subsequent_indent=indent) or [""]:
+    def say(self, text: str, indent: str = "") -> None:
+        """Some sentences."""
+        for line in textwrap.wrap(text, _WIDTH - 3, subsequent_indent=indent, break_on_hyphens=False) or [""]:
+            self.raw(f"-- {line}".rstrip())
+
+    def say_with_commands(self, text: str) -> None:
+        """Some sentences, each command in them on a line of its own, to be copied."""
+        for line in for_reading(text, _WIDTH - 3).splitlines():
             self.raw(f"-- {line}".rstrip())
 
     def title(self, text: str) -> None:
         """A heading."""
         self.raw("--")
-        self._say(text)
-        self._say("-" * min(len(text), _WIDTH - 3))
+        self.say(text)
+        self.say("-" * min(len(text), _WIDTH - 3))
 
     def item(self, what: str, how: str) -> None:
         """One thing and what is to be said of it."""
-        self._say(f"{what}: {how}", indent="    ")
+        self.say(f"{what}: {how}", indent="    ")
+
+    def finding(self, what: str, found: Finding) -> None:
+        """A blocker or a warning, and the id under which the guide has it."""
+        self.item(what, str(found))
 
     def head(self, found: Survey) -> None:
-        """Which table, how large, and the window."""
+        """Which table, and how large."""
         self.title("Plan of a migration; nothing was changed")
-        self.item("table", f"{found.schema}.{TABLE}")
+        self.item("table", f"{found.spec.home}.{found.spec}")
         self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
-        self.item(
-            "window", f"rows since {found.cutoff:%Y-%m-%d %H:%M} UTC are copied, the others stay behind"
-        )
 
-    def days(self, found_days: list[Day], found: Survey, *, exact: bool) -> None:
-        """Rows and bytes a day."""
-        first = partition_name(found.today - timedelta(days=DAYS_BACK))
-        last = partition_name(found.today + timedelta(days=DAYS_AHEAD))
-        self.title(f"{DAYS_BACK + 1 + DAYS_AHEAD} partitions, {first} to {last}")
-        counted = sum(day.rows for day in found_days)
-        table = Table("day", box=None, pad_edge=False)
+    def window(self, plan: Plan) -> None:
+        """Which rows are copied."""
+        if plan.table.retention_days is None:
+            self.item("window", "every row is copied")
+        else:
+            self.item(
+                "window", f"rows since {plan.cutoff:%Y-%m-%d %H:%M} UTC are copied, the others stay behind"
+            )
+
+    def periods(self, plan: Plan, rows: dict[Period, int], found: Survey, *, exact: bool) -> None:
+        """Rows and bytes of each period."""
+        partitions = plan.periods
+        first, last = plan.table.partition(partitions[0]), plan.table.partition(partitions[-1])
+        self.title(f"{len(partitions)} partitions, {first} to {last}")
+        size = _row_bytes(found, sum(rows.values()))
+        table = Table(plan.table.every.value, box=None, pad_edge=False)
         table.add_column("rows" if exact else "rows (planner's estimate)", justify="right")
         table.add_column("size", justify="right")
-        for day in found_days:
-            table.add_row(f"{day.day}", f"{day.rows:,}", in_bytes(day.rows * _row_bytes(found, counted)))
+        for period in partitions:
+            if period in rows or period.start <= plan.started_at:
+                count = rows.get(period, 0)
+                table.add_row(f"{period}", f"{count:,}", in_bytes(count * size))
         lines = Console(width=_WIDTH - 3, color_system=None)
         with lines.capture() as text:
             lines.print(table)
         for line in text.get().splitlines():
             self.raw(f"-- {line}".rstrip())
 
-    def effort(self, rows: int, found: Survey, rate: float | None) -> None:
-        """Space and time, as far as can be told."""
-        size = rows * _row_bytes(found, rows)
+    def effort(self, plan: Plan, rows: int, found: Survey, rate: float | None) -> None:
+        """Space, time and waiting, as far as can be told."""
+        size, table = rows * _row_bytes(found, rows), plan.table
         self.title("What it takes (estimates)")
         self.item("rows to copy", f"{rows:,}")
-        self.item("disk", f"about {in_bytes(size)}, until finalize drops the old table")
-        self.item("WAL", f"about {in_bytes(size)}")
+        self.item("disk", f"about {in_bytes(size)}, until finalize drops {table.old}")
+        self.item("WAL", f"about {in_bytes(size)}, and a note of each row written meanwhile")
         if rate is None:
             self.item("duration", "there are no rows")
         else:
-            seconds = rows / rate * _COPY_FACTOR
             self.item(
                 "duration",
-                f"about {_duration(seconds)}, going by a sample read here at {rate:,.0f} rows/s;"
-                " history is out of sight of readers until its day is copied, newest day first",
+                f"about {_duration(rows / rate * _COPY_FACTOR)}, going by a sample read here at"
+                f" {rate:,.0f} rows/s; {table} is complete and in use all the time",
             )
+        patience = Patience()
+        self.item(
+            "locks",
+            f"writers wait for an instant when the notes begin{_more_locks(plan)}; everybody waits for"
+            " milliseconds when the names change, once. An attempt at a lock waits"
+            f" {patience.shortest_s * 1000:.0f} ms, and up to {patience.longest_s:g} s when attempts fail for"
+            " long (--max-lock-wait); then it lets go and tries again",
+        )
 
-    def section(self, section: Section, text_of: Callable[[Statement], str]) -> None:
+    def section(self, section: Section, conn: Connection) -> None:
         """Some statements of the script."""
         self.raw("")
-        self._say(section.title)
+        self.say(section.title)
         if section.in_transaction:
             self.raw("BEGIN;")
-            self.raw(text_of(session_settings()) + ";")
+            wait_ms = round(Patience().longest_s * 1000) if section.locks else 0
+            self.raw(render(conn, session_settings(wait_ms)) + ";")
         for query in section.statements:
-            self.raw(text_of(query).rstrip().rstrip(";") + ";")
+            self.raw(render(conn, query).strip().rstrip(";") + ";")
         if section.in_transaction:
             self.raw("COMMIT;")
+
+
+def _more_locks(plan: Plan) -> str:
+    if not plan.foreign_keys:
+        return ""
+    referred = " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
+    return (
+        f", once more before the foreign keys, and those of {referred} when each"
+        f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs"
+    )
 
 
 def _row_bytes(found: Survey, counted: int) -> float:

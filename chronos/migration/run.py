@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import date, timedelta
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from uuid import uuid4
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos.catalog.ddl import (
+    autovacuum_as_before_statements,
+    final_statistics,
+    nobody_calls,
+    script,
+)
+from chronos.catalog.shape import TableShape
+from chronos.commands import migrate as migrate_command
+from chronos.commands import rollback as rollback_command
+from chronos.commands import status as status_command
 from chronos.db import (
-    ShortTransactions,
+    Statement,
     discard,
     execute,
     is_disconnect,
     joined,
+    name,
     one_line,
     opened,
     statement,
@@ -32,62 +41,38 @@ from chronos.errors import (
     LockUnavailableError,
     NeedsPersonError,
     RefusedError,
+    StrayRowError,
     SupersededError,
 )
-from chronos.migration import state as migration_state
-from chronos.migration.copy import (
-    Copy,
-    Manner,
-    close_history,
-    final_statistics,
-    open_history,
-    rows_per_day,
-    verify_live_day,
-)
-from chronos.migration.operator import AN_HOUR, Operator, StopRequestedError, sole_operator
-from chronos.migration.output import RowCount, Summary
-from chronos.migration.pace import Lag, Pacer, ReplicaLag
-from chronos.migration.preflight import COMMAND, Survey, first_state, survey
-from chronos.migration.rollback import UNDO, definitions, roll_back, tidy_up
-from chronos.migration.state import Phase, State
-from chronos.migration.swap import (
-    change_log_statements,
-    function_statements,
-    parent_statements,
-    partition_statements,
-    state_statements,
-    swap_tables,
-)
-from chronos.migration.table_shape import TableShape
-from chronos.migration.table_shape import read as read_shape
-from chronos.migration.verify import beyond_the_fence
-from chronos.partitions import (
-    DAYS_BACK,
-    OLD_TABLE,
-    TABLE,
-    days,
-    partition_name,
-)
+from chronos.migration import state as states
+from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
+from chronos.migration.changes import replay_most
+from chronos.migration.checks import Survey, first_plan, survey
+from chronos.migration.compare import VerificationError, compare_replayed
+from chronos.migration.console import RowCount, Summary
+from chronos.migration.context import Direction, Migration, read_plain
+from chronos.migration.copy import Copying, copy_periods, rows_per_period
+from chronos.migration.foreign_keys import add_foreign_keys
+from chronos.migration.operator import Operator, StopRequestedError, sole_operator
+from chronos.migration.report import write_report
+from chronos.migration.rollback import definitions, roll_back, tidy_up
+from chronos.migration.state import Phase, State, phase_statement, verified_statement
+from chronos.migration.swap import swap
+from chronos.migration.throttle import Lag, ReplicaLag, Throttle
+from chronos.table import Period, TableSpec
 from chronos.telemetry import span
-
-_STEPS = {
-    1: "Renaming existing webhook_log table",
-    2: "Creating new partitioned table",
-    3: "Creating partitions",
-    4: f"Migrating data from last {DAYS_BACK} days",
-    5: "Creating partition management functions",
-    6: "Verifying migration",
-}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the operator asked for. ``workers`` days are copied at a time; ``content`` false counts only.
+    """What the operator asked for. ``workers`` periods are copied at a time; ``content`` false counts only.
 
     ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` in seconds; None: no limit.
+    ``hold`` ends before the swap, with all the rest done.
     """
 
     resume: bool = False
+    hold: bool = False
     batch_size: int = 1_000
     workers: int = 2
     content: bool = True
@@ -97,10 +82,24 @@ class Options:
     reconnect_s: float = 30.0
 
 
+def step_titles(table: TableSpec) -> dict[int, str]:
+    """What the six steps are called."""
+    rows = "all data" if table.retention_days is None else f"data from last {table.retention_days} days"
+    return {
+        1: "Creating new partitioned table",
+        2: "Creating partitions",
+        3: f"Migrating {rows}",
+        4: "Creating partition management functions",
+        5: "Verifying migration",
+        6: f"Renaming existing {table} table",
+    }
+
+
 @dataclass
 class Timings:
     """Seconds spent in each step, over everything that belongs to it."""
 
+    titles: dict[int, str]
     seconds: dict[int, float] = field(default_factory=dict)
 
     @contextmanager
@@ -108,329 +107,333 @@ class Timings:
         """Add the duration of the block to the step, and put a span around it."""
         started = time.monotonic()
         try:
-            with span("migration step {number}: {step}", number=number, step=_STEPS[number]):
+            with span("migration step {number}: {step}", number=number, step=self.titles[number]):
                 yield
         finally:
             spent = time.monotonic() - started
             self.seconds[number] = self.seconds.get(number, 0.0) + spent
 
 
-def migrate(engine: Engine, options: Options, operator: Operator, confirm: Callable[[Survey], None]) -> None:
-    """Turn webhook_log into daily partitions, or carry on where an earlier run was cut off.
+def migrate(
+    engine: Engine,
+    table: TableSpec,
+    options: Options,
+    operator: Operator,
+    confirm: Callable[[Survey], None],
+) -> None:
+    """Turn the table into partitions, or carry on where an earlier run was cut off.
 
     ``confirm`` is shown what was found and raises RefusedError to call it off. Each error raised is
     a ChronosError whose message says what state the tables are in.
     """
-    with sole_operator(engine) as (conn, schema):
-        run = _Run(engine, schema, options, operator)
+    with sole_operator(engine, table) as (conn, table):
         if options.max_replica_lag is not None:
             ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
         if options.resume:
-            run.take_over(conn)
+            migration = _take_over(engine, conn, table, operator)
         else:
-            run.prepare(_look(conn, schema, operator, confirm))
-        operator.output.banner("Starting PostgreSQL Partitioning Migration")
-        run.forward(conn)
+            migration = _begin(engine, conn, operator, _look(engine, conn, table, operator, confirm))
+        _Run(migration, options).forward()
 
 
-def _look(conn: Connection, schema: str, operator: Operator, confirm: Callable[[Survey], None]) -> Survey:
+def _look(
+    engine: Engine,
+    conn: Connection,
+    table: TableSpec,
+    operator: Operator,
+    confirm: Callable[[Survey], None],
+) -> Survey:
     """Survey the table and have the operator confirm; what a manual rollback left over goes first."""
 
     def look() -> Survey:
         with transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY"))
-            return survey(conn, schema)
+            return survey(conn, table)
 
     found = look()
     with transaction(conn):
-        earlier = migration_state.read(conn, schema)
-        by_hand = earlier is not None and migration_state.undone_by_hand(conn, schema, earlier)
+        earlier = states.read(conn, table)
+        by_hand = earlier is not None and states.undone_by_hand(conn, earlier)
     if earlier is not None and by_hand:
-        operator.output.line(f"An earlier migration of {TABLE} was undone by hand; its remains go first.")
+        operator.output.line(f"An earlier migration of {table} was undone by hand; its remains go first.")
         confirm(found)
         with transaction(conn):
-            earlier = migration_state.take_over(conn, schema, earlier)
-        tidy_up(conn, schema, earlier, operator.short())
+            earlier = states.take_over(conn, earlier)
+        tidy_up(engine, conn, earlier, operator)
         found = look()
     if found.blockers:
-        raise RefusedError("; ".join((*found.blockers, f"{TABLE} was not changed")))
+        raise RefusedError("; ".join((*map(str, found.blockers), f"{table} was not changed")))
     if not by_hand:
         confirm(found)
     return found
 
 
+def _begin(engine: Engine, conn: Connection, operator: Operator, found: Survey) -> Migration:
+    """Fix the plan, from the server's clock, once."""
+    assert found.shape is not None
+    with transaction(conn):
+        functions = tuple(definitions(conn, found.spec).values())
+    plan = replace(first_plan(found), functions=functions)
+    return Migration(engine, conn, operator, State(uuid4(), Phase.BUILT, plan), found.shape)
+
+
+def _take_over(engine: Engine, conn: Connection, table: TableSpec, operator: Operator) -> Migration:
+    """Make an interrupted migration this run's own."""
+    with transaction(conn):
+        found = states.read(conn, table)
+        if found is None:
+            raise RefusedError(
+                f"there is nothing to resume; nothing was changed. Start with: {migrate_command(table)}"
+            )
+        if (found.phase is Phase.MIGRATED and found.verified) or found.phase is Phase.FINALIZING:
+            raise RefusedError(f"{table} is migrated already; nothing was changed. See {status_command()}")
+        if found.phase in (Phase.RETURNING, Phase.UNDONE):
+            raise RefusedError(
+                f"this migration is being undone; nothing was changed. Finish with: {rollback_command(table)}"
+            )
+        now = execute(conn, statement("SELECT now()")).scalar_one()
+        if not found.phase.swapped and (found.plan.end - now).days < min(7, table.ahead_days):
+            raise RefusedError(
+                f"the partitions built on {found.plan.started_at:%Y-%m-%d} reach to {found.plan.end:%Y-%m-%d}"
+                f" only; nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
+                f" with: {migrate_command(table)}"
+            )
+        found = states.take_over(conn, found)
+        return Migration(engine, conn, operator, found, read_plain(conn, found))
+
+
 class _Run:
-    """One run: its connection, its state in the database, and what it has to report."""
+    """One run: the migration that it owns, and what it has to report."""
 
-    def __init__(self, engine: Engine, schema: str, options: Options, operator: Operator) -> None:
-        self.engine = engine
-        self.schema = schema
+    def __init__(self, migration: Migration, options: Options) -> None:
+        self.migration = migration
         self.options = options
-        self.operator = operator
-        self.output = operator.output
-        self.timings = Timings()
+        self.operator = migration.operator
+        self.output = migration.operator.output
+        self.table = migration.table
+        self.titles = step_titles(self.table)
+        self.timings = Timings(self.titles)
         self.step = 1
-        self.shape: TableShape
-        self.state: State
-        self.longest_lock_s = 0.0
         self.wal_start: str | None = None
-        self.rows: dict[date, int] = {}
+        self.held = False
 
-    def prepare(self, found: Survey) -> None:
-        """Fix the window, from the server's clock, once."""
-        assert found.shape is not None
-        self.shape = found.shape
-        self.state = first_state(found)
+    @property
+    def phase(self) -> Phase:
+        """How far the migration is, as this run last saw it."""
+        return self.migration.state.phase
 
-    def take_over(self, conn: Connection) -> None:
-        """Make an interrupted migration this run's own."""
-        with transaction(conn):
-            found = migration_state.read(conn, self.schema)
-            if found is None:
-                raise RefusedError(f"there is nothing to resume; nothing was changed. Start with: {COMMAND}")
-            if found.phase is Phase.MIGRATED:
-                raise RefusedError(
-                    f"{TABLE} is migrated already; nothing was changed. See python -m chronos status"
-                )
-            if found.phase in (Phase.UNDOING, Phase.UNDONE):
-                raise RefusedError(
-                    f"this migration is being undone; nothing was changed. Finish with: {UNDO}"
-                )
-            now: date = execute(conn, statement("SELECT now()")).scalar_one().date()
-            if found.phase is Phase.BUILT and now > found.last_day - timedelta(days=7):
-                raise RefusedError(
-                    f"what was built on {found.today} reaches to {found.last_day} only; nothing was changed."
-                    f" Undo it with: {UNDO} --yes; then start again with: {COMMAND}"
-                )
-            self.state = migration_state.take_over(conn, self.schema, found)
-            self.shape = read_shape(conn, self.schema, TABLE if found.phase is Phase.BUILT else OLD_TABLE)
-
-    def forward(self, conn: Connection) -> None:
+    def forward(self) -> None:
         """The six steps; on failure, the way back. Once they are done, no failure leads back."""
         try:
-            self._forward(conn)
+            self._forward()
         except (StopRequestedError, KeyboardInterrupt) as error:
             raise InterruptedRunError(self._cut_off("stopped as asked")) from error
         except SupersededError as error:
             raise InterruptedRunError(f"{error}; that run goes on") from error
-        except (LockUnavailableError, CutShortError) as error:
-            # After the swap the way back needs the same locks; what is copied is worth waiting for.
-            if self.state.phase is not Phase.BUILT:
+        except (LockUnavailableError, CutShortError, StrayRowError) as error:
+            # What is copied is worth keeping: it needs nothing but a lock, or a row put right.
+            if self.phase is not Phase.BUILT:
                 raise InterruptedRunError(self._cut_off(str(error))) from error
-            discard(conn)
+            discard(self.migration.conn)
             self._undo(error)
         except Exception as error:
-            discard(conn)
+            discard(self.migration.conn)
             self._undo(error)
-            with opened(self.engine) as again:
-                self._finish(again)
+            with opened(self.migration.engine) as again:
+                self.migration.conn = again
+                self._finish()
         else:
-            self._finish(conn)
+            self._finish()
 
-    def _forward(self, conn: Connection) -> None:
-        with transaction(conn):
+    def _forward(self) -> None:
+        with transaction(self.migration.conn) as conn:
             self.wal_start = execute(conn, statement("SELECT pg_current_wal_lsn()::text")).scalar_one()
-        if self.state.phase is Phase.BUILT:
-            self._swap(conn)
-        else:
-            self.output.line(f"Resuming: {TABLE} was renamed before, copying goes on")
-        self._copy(conn)
-        self._install_functions(conn)
-        self._verify(conn)
-
-    def _short(self) -> ShortTransactions:
-        return self.operator.short(None if self.state.phase is Phase.BUILT else AN_HOUR)
-
-    def _swap(self, conn: Connection) -> None:
-        """Steps 1 to 3: all is built beforehand and takes effect in one transaction of renames."""
-        self._open(1)
-        schema = self.schema
-        short = self._short()
-        referred = [(key.schema, key.table) for key in self.shape.foreign_keys]
-
-        def build(conn: Connection) -> None:
-            with self._timed(2):
-                execute(conn, joined(parent_statements(self.shape, self.state), ";\n"))
-            with self._timed(3):
-                execute(conn, joined(partition_statements(self.shape, self.state), ";\n"))
-            with self._timed(1):
-                execute(conn, joined(change_log_statements(self.shape), ";\n"))
-                before = list(definitions(conn, schema).values())
-                first = replace(self.state, functions=before)
-                execute(conn, joined(state_statements(self.shape, first), ";\n"))
-
-        def swap(conn: Connection) -> None:
-            migration_state.claim(conn, schema, self.state.run_id)
-            swap_tables(conn, self.shape, self.state, short)
-
-        with transaction(conn):
-            built = migration_state.read(conn, schema) is not None
-        if not built:
-            self._short().run(conn, build, tables=[(schema, TABLE), *referred])
-        self.operator.check_stop()
-        with self._timed(1):
-            short.run(conn, swap, tables=[(schema, TABLE)])
-        self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
-        self._refresh(conn)
-
-        self.output.ok(f"Table renamed: {TABLE} -> {OLD_TABLE}")
-        self._open(2)
-        self.output.ok("Partitioned table created")
-        self._open(3)
-        for day in days(self.state.first_day, self.state.last_day):
-            self.output.line(f"Created partition: {partition_name(day)} ({day} to {day + timedelta(days=1)})")
-        self.output.ok("All partitions created")
-
-    def _copy(self, conn: Connection) -> None:
-        """Step 4."""
-        self._open(4)
-        with self._timed(4):
-            with transaction(conn):
-                rows = rows_per_day(conn, self.shape, self.state)
-            self.rows = rows
-            total = sum(rows.values())
-            self.output.line(f"Total rows to migrate: {total:,}")
-            short = self._short()
-            open_history(conn, self.shape, self.state, short)
-            history = days(self.state.first_day, self.state.today - timedelta(days=1))
-            pending = sorted({*history, *rows} - set(self.state.days))
-            done = sum(result.new_rows for result in self.state.days.values())
-            with self.output.copying(total, done) as count, self._manner(count) as manner:
-                copy = Copy(self.engine, self.shape, self.state, manner, self._short)
-                self.longest_lock_s = max(self.longest_lock_s, copy.run(pending, self.options.workers))
-            close_history(conn, self.shape, self.state, short)
-            self.longest_lock_s = max(self.longest_lock_s, short.longest_s)
-            self._refresh(conn)
-        self.output.ok("Data migration complete")
+        self.output.banner("Starting PostgreSQL Partitioning Migration")
+        if self.options.resume:
+            self.output.line(f"Resuming: {states.describe(self.table, self.phase)}")
+        if not self.phase.swapped:
+            self._build()
+            self._copy()
+            self._install_functions()
+            self._verify()
+            if self.options.hold:
+                self.held = True
+                return
+        self._swap()
 
     @contextmanager
-    def _manner(self, count: RowCount) -> Iterator[Manner]:
+    def _step(self, number: int, done: str) -> Iterator[None]:
+        """Print the step's line, count its seconds, print that it is done."""
+        self.step = number
+        self.output.step(number, self.titles[number])
+        with self.timings.step(number):
+            yield
+        self.output.ok(done)
+
+    def _build(self) -> None:
+        """Steps 1 and 2."""
+        migration = self.migration
+        with self._step(1, "Partitioned table created"):
+            with transaction(migration.conn) as conn:
+                built = states.read(conn, self.table) is not None
+            if not built:
+                build_parent(migration)
+            elif self.phase is Phase.BUILT:
+                begin_notes(migration)
+        self.operator.check_stop()
+        with self._step(2, "All partitions created"):
+            build_partitions(migration)
+            for period in migration.plan.periods:
+                self.output.partition(self.table.partition(period), period)
+
+    def _copy(self) -> None:
+        """Step 3: every period, and the foreign keys."""
+        migration = self.migration
+        with self._step(3, "Data migration complete"):
+            if self.phase is Phase.COPYING:
+                with transaction(migration.conn):
+                    rows = rows_per_period(migration)
+                compared = migration.state.compared
+                done = sum(result.new_rows for result in compared.values())
+                total = max(sum(rows.values()), done)
+                self.output.line(f"Total rows to migrate: {total:,}")
+                with self.output.copying(total, done) as count, self._copying(count) as copying:
+                    copy_periods(migration, pending_periods(migration), copying, self.options.workers)
+                migration.refresh()
+            replay_most(migration, Direction.FORWARD, self.operator.check_stop)
+            add_foreign_keys(migration, self.operator.check_stop)
+
+    @contextmanager
+    def _copying(self, count: RowCount) -> Iterator[Copying]:
         """How to copy, and whom to tell; replicas are watched over a connection of their own."""
         options = self.options
         with ExitStack() as watching:
             lag: Callable[[], Lag | None] = lambda: None  # noqa: E731
             if options.max_replica_lag is not None:
-                lag = ReplicaLag(watching.enter_context(opened(self.engine)))
-            pacer = Pacer(
+                lag = ReplicaLag(watching.enter_context(opened(self.migration.engine)))
+            throttle = Throttle(
                 options.batch_size,
                 rate_limit=options.rate_limit,
                 max_lag=options.max_replica_lag,
                 lag=lag,
                 on_pause=count.pause,
             )
-            yield Manner(
-                pacer=pacer,
+            yield Copying(
+                throttle=throttle,
                 content=options.content,
                 check_stop=self.operator.check_stop,
-                copied=lambda day, rows: count.add(day, rows, pacer.lag),
+                copied=lambda period, rows: count.add(period, rows, throttle.lag),
             )
 
-    def _install_functions(self, conn: Connection) -> None:
-        """Step 5."""
-        self._open(5)
-        with self._timed(5), transaction(conn):
-            migration_state.claim(conn, self.schema, self.state.run_id)
-            execute(conn, joined(function_statements(self.shape), ";\n"))
-        self.output.ok("Management functions created")
+    def _install_functions(self) -> None:
+        """Step 4."""
+        migration = self.migration
+        with self._step(4, "Management functions created"), transaction(migration.conn) as conn:
+            migration.claim(conn)
+            execute(conn, joined(function_statements(migration.shape), ";\n"))
 
-    def _verify(self, conn: Connection) -> None:
-        """Step 6. The days of the past were compared before they took their place; today is compared now."""
-        self._open(6)
-        with self._timed(6):
-            for day in sorted(self.rows):
-                if day >= self.state.today and day not in self.state.days:
-                    verify_live_day(conn, self.shape, self.state, day, content=self.options.content)
-            self._refresh(conn)
-            # Without the rows that the application has changed or deleted itself before they were compared.
-            old = sum(result.old_rows for result in self.state.days.values())
-            new = sum(result.new_rows for result in self.state.days.values())
-            self.output.line(f"Old table (last {DAYS_BACK} days): {old:,} rows")
-            self.output.line(f"New table: {new:,} rows")
-            for day in sorted(self.rows.keys() - self.state.days.keys()):
-                raise ChronosError(f"verification failed for {day}: its rows were not compared")
-            with transaction(conn):
-                migration_state.claim(conn, self.schema, self.state.run_id)
-                late = beyond_the_fence(conn, self.schema, self.state)
-                if late:
-                    raise ChronosError(f"{late:,} rows were written to {OLD_TABLE} after the swap")
-                migration_state.update(conn, self.schema, phase=Phase.MIGRATED.value, window_rows=old)
-            self._refresh(conn)
+    def _verify(self) -> None:
+        """Step 5: every period was compared when it was filled; what was written meanwhile is replayed."""
+        migration = self.migration
         what = "row counts and contents match" if self.options.content else "row counts match"
-        self.output.ok(f"Verification passed: {what}")
+        with self._step(5, f"Verification passed: {what}"):
+            replay_most(migration, Direction.FORWARD, self.operator.check_stop)
+            migration.refresh()
+            if pending := pending_periods(migration):
+                raise ChronosError(f"verification failed for {pending[0]}: its rows were not compared")
+            results = migration.state.compared.values()
+            old, new = sum(r.old_rows for r in results), sum(r.new_rows for r in results)
+            days = self.table.retention_days
+            window = "all rows" if days is None else f"last {days} days"
+            self.output.line(f"Old table ({window}): {old:,} rows")
+            self.output.line(f"New table: {new:,} rows")
+            with transaction(migration.conn) as conn:
+                migration.claim(conn)
+                periods = migration.plan.periods
+                execute(conn, joined(autovacuum_as_before_statements(migration.shape, periods), ";\n"))
+                if self.phase is Phase.COPYING:
+                    execute(conn, phase_statement(self.table, Phase.READY))
+            migration.refresh()
 
-    def _finish(self, conn: Connection) -> None:
+    def _swap(self) -> None:
+        """Step 6: the names change; what was written during the migration is compared once more."""
+        migration = self.migration
+        with self._step(6, f"Table renamed: {self.table} -> {self.table.old}"):
+            if not self.phase.swapped:
+                swap(migration, Direction.FORWARD, self.operator.check_stop)
+            with transaction(migration.conn) as conn:
+                rows = compare_replayed(conn, migration, self.table.old, self.table.name)
+            with transaction(migration.conn) as conn:
+                migration.claim(conn)
+                execute(conn, verified_statement(self.table))
+                execute(conn, statement("DELETE FROM {t}", t=migration.relation(self.table.replayed)))
+            migration.refresh()
+            if rows:
+                self.output.line(f"Rows written during the migration: {rows:,}, compared and equal")
+
+    def _finish(self) -> None:
         """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
+        migration = self.migration
+        if self.held:
+            self._end_held()
+            return
         try:
-            with opened(self.engine) as analyzing:
+            with opened(migration.engine) as analyzing:
                 analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
-                live = [day for day in self.rows if day >= self.state.today]
-                execute(analyzing, final_statistics(analyzing, self.shape, live))
+                execute(analyzing, final_statistics(analyzing, migration.shape, self._live_periods()))
         except DBAPIError as error:
-            self.output.line(f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {TABLE};")
-        wal_bytes = None
-        with suppress(DBAPIError), transaction(conn):
-            wal_bytes = execute(
+            self.output.line(
+                f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {self.table};"
+            )
+        found = Summary(
+            steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
+            periods={self.table.period(start): result for start, result in migration.state.compared.items()},
+            copied=sum(result.new_rows for result in migration.state.compared.values()),
+            wal_bytes=self._wal_bytes(),
+            lock_s=migration.longest_lock_s,
+        )
+        if self.options.report:
+            try:
+                write_report(self.options.report, migration.state, found)
+            except OSError as error:
+                self.output.line(
+                    f"The report could not be written to {self.options.report}: {error.strerror}"
+                )
+        self.output.line()
+        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
+        self.output.summary(found)
+
+    def _end_held(self) -> None:
+        command = migrate_command(self.table)
+        self.output.line()
+        self.output.banner("READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED")
+        self.output.line(
+            f"{self.table} is still the plain table; what is written to it is noted. Swap with:"
+            f" {command} --resume; replay the notes that pile up with: {command} --resume --hold;"
+            f" undo it with: {rollback_command(self.table)}"
+        )
+
+    def _live_periods(self) -> list[Period]:
+        fence = self.migration.state.fence or self.migration.plan.started_at
+        return [self.table.period(fence)]
+
+    def _wal_bytes(self) -> int | None:
+        with suppress(DBAPIError), transaction(self.migration.conn) as conn:
+            found: int = execute(
                 conn,
                 statement(
                     "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), {start}::pg_lsn)::bigint",
                     start=self.wal_start,
                 ),
             ).scalar_one()
-        found = Summary(
-            steps=[(step, self.timings.seconds.get(number, 0.0)) for number, step in _STEPS.items()],
-            days=self.state.days,
-            copied=sum(result.new_rows for result in self.state.days.values()),
-            wal_bytes=wal_bytes,
-            lock_s=self.longest_lock_s,
-        )
-        if self.options.report:
-            self._write_report(found, self.options.report)
-        self.output.line()
-        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
-        self.output.summary(found)
-
-    def _write_report(self, found: Summary, path: Path) -> None:
-        report: dict[str, Any] = {
-            "strategy": self.state.strategy,
-            "cutoff": self.state.cutoff.isoformat(),
-            "fence": self.state.fence,
-            "steps": [
-                {"step": number, "name": step, "seconds": round(seconds, 3)}
-                for number, (step, seconds) in enumerate(found.steps, 1)
-            ],
-            "rows_copied": found.copied,
-            "wal_bytes": found.wal_bytes,
-            "longest_lock_wait_seconds": round(found.lock_s, 4),
-            "days": [
-                {"day": day.isoformat(), **asdict(result)} for day, result in sorted(found.days.items())
-            ],
-        }
-        try:
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            self.output.line(f"The report could not be written to {path}: {error.strerror}")
-
-    def _refresh(self, conn: Connection) -> None:
-        with transaction(conn):
-            found = migration_state.read(conn, self.schema)
-        if found is None or found.run_id != self.state.run_id:
-            raise SupersededError("another run has taken this migration over")
-        self.state = found
-
-    def _open(self, number: int) -> None:
-        self.step = number
-        self.output.step(number, _STEPS[number])
-
-    @contextmanager
-    def _timed(self, number: int) -> Iterator[None]:
-        self.step = number
-        with self.timings.step(number):
-            yield
+            return found
+        return None
 
     def _cut_off(self, why: str) -> str:
         return (
             f"{why} in step {self.step}; nothing is lost, and the application can go on writing."
-            f" Carry on with: {COMMAND} --resume; or undo it with: {UNDO}"
+            f" Carry on with: {migrate_command(self.table)} --resume;"
+            f" or undo it with: {rollback_command(self.table)}"
         )
 
     def _undo(self, error: Exception) -> None:
@@ -439,7 +442,8 @@ class _Run:
         Returns only if the migration turns out to be complete: its last commit may have been made
         though we were never told.
         """
-        what = f"step {self.step} ({_STEPS[self.step]}) failed: {one_line(error)}"
+        migration, table = self.migration, self.table
+        what = f"step {self.step} ({self.titles[self.step]}) failed: {one_line(error)}"
         self.output.line()
         self.output.line(f"{what}.")
         try:
@@ -450,29 +454,38 @@ class _Run:
             ) from error
         try:
             try:
-                found = migration_state.own(conn, self.schema, self.state.run_id)
-                if found is not None and found.phase is Phase.MIGRATED:
-                    self.state = found
+                found = states.own(conn, table, migration.state.run_id)
+                if found is not None and found.phase is Phase.MIGRATED and found.verified:
+                    migration.state = found
                     self.output.line("All was in its place by then; nothing is undone.")
                     return
+                if (
+                    found is not None
+                    and found.phase is Phase.MIGRATED
+                    and not isinstance(error, VerificationError)
+                ):
+                    raise InterruptedRunError(self._cut_off(what)) from error
                 if found is not None:
                     self.output.line("Rolling back...")
-                    short = self.operator.short(may_stop=False)
-                    roll_back(conn, self.shape, found, short)
+                    with transaction(conn):
+                        shape = read_plain(conn, found)
+                    roll_back(Migration(migration.engine, conn, self.operator, found, shape, may_stop=False))
             finally:
                 discard(conn)
         except SupersededError as other:
             raise InterruptedRunError(f"{what}; {other}, and that run goes on") from error
+        except InterruptedRunError:
+            raise
         except Exception as second:
             why = f"{what}, and so did the rollback: {one_line(second)}"
             if is_disconnect(second):
                 raise InterruptedRunError(self._cut_off(why)) from error
             raise NeedsPersonError(
-                f"{why}. {migration_state.where(self.engine, self.schema)} No row is lost."
-                f" Remove the cause, then type: {UNDO}"
+                f"{why}. {states.where(migration.engine, table)} No row is lost."
+                f" Remove the cause, then type: {rollback_command(table)}"
             ) from error
         raise ChronosError(
-            f"{what}; rolled back: {TABLE} is the plain table it was, with every row. Remove the"
+            f"{what}; rolled back: {table} is the plain table it was, with every row. Remove the"
             " cause and start again"
         ) from error
 
@@ -481,8 +494,29 @@ class _Run:
         deadline = time.monotonic() + self.options.reconnect_s
         while True:
             try:
-                return self.engine.connect()
+                return self.migration.engine.connect()
             except DBAPIError:
                 if time.monotonic() >= deadline:
                     raise
                 self.operator.patience.sleep(0.5)
+
+
+def function_statements(shape: TableShape) -> list[Statement]:
+    """The two functions that keep the partitions, in the hands of the table's owner."""
+    table = shape.spec
+    return [
+        script("partition_functions.sql", table),
+        *(
+            statement(
+                "ALTER FUNCTION {function}(integer) OWNER TO {owner}",
+                function=name(table.home, function),
+                owner=name(shape.owner),
+            )
+            for function in table.functions
+        ),
+        *(
+            query
+            for function in table.functions
+            for query in nobody_calls(shape, name(table.home, function), "integer")
+        ),
+    ]

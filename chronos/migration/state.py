@@ -1,10 +1,13 @@
 """The state of a migration, kept in the database: one row beside the table, gone when all is over.
 
-Each transition is written in the transaction that makes it true, and only by the run that owns the
-row: ``claim`` locks the table and compares the run's token, so that a run which was taken over, its
-process dead but its last statement still going, cannot write another row. Batches of the copy hold the
-table in ROW EXCLUSIVE mode. It is the table that is locked, not its row: there, who comes first is
-served first, and batches that follow each other closely do not keep a claim waiting.
+``plan`` is what was fixed when the migration began, ``progress`` what has become of it. Each transition
+commits with the change that it describes, and only the run that owns the row writes it: ``claim`` locks the
+table and compares the run's token, so that a run which was taken over, its process dead but its last
+statement still going, cannot write another row. Batches of the copy hold the table in ROW EXCLUSIVE mode.
+It is the table that is locked, not its row: there, who comes first is served first, and batches that follow
+each other closely do not keep a claim waiting.
+
+Objects are kept by name, never by OID: a dump that is restored elsewhere carries on there.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date, datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -20,67 +23,143 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos.catalog.shape import ForeignKey, OwnedSequence
 from chronos.db import Statement, execute, name, opened, statement, transaction
 from chronos.errors import SupersededError
-from chronos.migration.table_shape import OwnedSequence
-from chronos.partitions import OLD_TABLE, TABLE
-
-STATE_TABLE = "webhook_log_migration"
+from chronos.locks import lock_table
+from chronos.table import Period, TableSpec
 
 
 class Phase(StrEnum):
-    """How far a migration has come; DECISIONS.md draws the transitions."""
+    """How far a migration has come."""
 
     BUILT = "built"
     COPYING = "copying"
+    READY = "ready"
     MIGRATED = "migrated"
-    UNDOING = "undoing"
+    RETURNING = "returning"
     UNDONE = "undone"
     FINALIZING = "finalizing"
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the partitioned table has the name."""
+        return self in (Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING)
 
-DESCRIPTIONS = {
-    Phase.BUILT: "webhook_log is the plain table; webhook_log_new lies beside it, unused.",
-    Phase.COPYING: "webhook_log is partitioned and takes the writes; webhook_log_old holds what was before.",
-    Phase.MIGRATED: "webhook_log is partitioned and complete; webhook_log_old holds what was before.",
-    Phase.UNDOING: "webhook_log is partitioned and takes the writes; webhook_log_old gets its new rows.",
-    Phase.UNDONE: "webhook_log is the plain table again; what is left of webhook_log_new is to be dropped.",
-    Phase.FINALIZING: "webhook_log is partitioned and complete; webhook_log_old is being dropped.",
-}
+
+def describe(table: TableSpec, phase: Phase) -> str:
+    """Which table is in use, and what the others are for, in a sentence."""
+    t, old, new = table.name, table.old, table.new
+    return {
+        Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
+        Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
+        Phase.READY: f"{t} is the plain table, complete and in use; {new} is filled, compared and ready.",
+        Phase.MIGRATED: f"{t} is partitioned and complete; {old} holds what was before.",
+        Phase.RETURNING: f"{t} is partitioned, complete and in use; {old} gets its new rows.",
+        Phase.UNDONE: f"{t} is the plain table; what is left of the migration is to be dropped.",
+        Phase.FINALIZING: f"{t} is partitioned and complete; {old} is being dropped.",
+    }[phase]
 
 
 @dataclass(frozen=True)
-class DayResult:
-    """What was found when a day's copy was compared with its origin."""
+class PeriodResult:
+    """What was found when a period's copy was compared with its origin, noted rows aside.
+
+    ``alike`` is None when rows were counted only.
+    """
 
     old_rows: int
     new_rows: int
-    hash_equal: bool | None
+    alike: bool | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing was found to differ."""
+        return self.old_rows == self.new_rows and self.alike is not False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a migration begins; times are the server's, UTC.
+
+    ``cutoff`` is the oldest instant whose rows are copied, ``first`` and ``end`` bound the partitions.
+    ``old_key`` are the columns that identify a row of the plain table, ``new_key`` those and the time
+    column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those that the plain table owns; ``foreign_keys``
+    those that it gives up in the swap and gets back from a rollback; ``functions`` the definitions of
+    functions that stood under the names of ours.
+    """
+
+    table: TableSpec
+    strategy: str
+    started_at: datetime
+    cutoff: datetime
+    first: datetime
+    end: datetime
+    old_key: tuple[str, ...]
+    new_key: tuple[str, ...]
+    renames: tuple[tuple[str, str, str, str], ...] = ()
+    sequences: tuple[OwnedSequence, ...] = ()
+    foreign_keys: tuple[ForeignKey, ...] = ()
+    functions: tuple[str, ...] = ()
+
+    @property
+    def periods(self) -> list[Period]:
+        """Every period that gets a partition, oldest first."""
+        return self.table.periods(self.first, self.end)
+
+    def as_json(self) -> str:
+        """For the state's table."""
+        return json.dumps(
+            {
+                **asdict(self),
+                "table": self.table.as_json(),
+                **{
+                    when: getattr(self, when).isoformat() for when in ("started_at", "cutoff", "first", "end")
+                },
+            }
+        )
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Plan:
+        """The reverse of ``as_json``, from what the driver has parsed."""
+        times = {
+            when: datetime.fromisoformat(found[when]).astimezone(UTC)
+            for when in ("started_at", "cutoff", "first", "end")
+        }
+        return cls(
+            table=TableSpec.from_json(found["table"]),
+            strategy=found["strategy"],
+            old_key=tuple(found["old_key"]),
+            new_key=tuple(found["new_key"]),
+            renames=tuple((a, b, c, d) for a, b, c, d in found["renames"]),
+            sequences=tuple(OwnedSequence(**s) for s in found["sequences"]),
+            foreign_keys=tuple(ForeignKey(**k) for k in found["foreign_keys"]),
+            functions=tuple(found["functions"]),
+            **times,
+        )
 
 
 @dataclass(frozen=True)
 class State:
-    """The row. ``renames`` lists the names taken over in the swap: (kind, name, aside, built as);
-    ``sequences`` those that were the old table's own; ``functions`` the definitions of functions that
-    stood under the names of ours.
+    """The row. ``compared`` maps the start of each period that is filled and compared to what was found;
+    ``fence`` is the instant of the swap; ``verified`` tells that the rows noted before it were compared
+    since; ``quieted`` maps the plain table's triggers and rules to the states (O, D, R, A) that they had
+    before a way back.
     """
 
     run_id: uuid.UUID
     phase: Phase
-    strategy: str
-    started_at: datetime
-    cutoff: datetime
-    today: date
-    first_day: date
-    last_day: date
-    fence: int | None
-    old_oid: int
-    new_oid: int | None
-    renames: list[tuple[str, str, str, str]] = field(default_factory=list)
-    sequences: list[OwnedSequence] = field(default_factory=list)
-    functions: list[str] = field(default_factory=list)
-    days: dict[date, DayResult] = field(default_factory=dict)
-    window_rows: int | None = None
+    plan: Plan
+    compared: dict[datetime, PeriodResult] = field(default_factory=dict)
+    fence: datetime | None = None
+    verified: bool = False
+    quieted: dict[str, str] = field(default_factory=dict)
+    changed_at: datetime | None = None
+
+    @property
+    def table(self) -> TableSpec:
+        """The table that is migrated."""
+        return self.plan.table
 
 
 _CREATE = """
@@ -88,66 +167,43 @@ CREATE TABLE {table} (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     run_id uuid NOT NULL,
     phase text NOT NULL,
-    strategy text NOT NULL,
-    started_at timestamptz NOT NULL,
-    cutoff timestamptz NOT NULL,
-    today date NOT NULL,
-    first_day date NOT NULL,
-    last_day date NOT NULL,
-    fence bigint,
-    old_oid oid NOT NULL,
-    new_oid oid,
-    renames jsonb NOT NULL,
-    sequences jsonb NOT NULL,
-    functions jsonb NOT NULL,
-    days jsonb NOT NULL DEFAULT '{{}}',
-    window_rows bigint
+    plan jsonb NOT NULL,
+    compared jsonb NOT NULL DEFAULT '{{}}',
+    fence timestamptz,
+    verified boolean NOT NULL DEFAULT false,
+    quieted jsonb NOT NULL DEFAULT '{{}}',
+    changed_at timestamptz NOT NULL DEFAULT now()
 );
-COMMENT ON TABLE {table} IS
-    'chronos: how far the migration of webhook_log has come; finalize and rollback remove it';
-INSERT INTO {table} (run_id, phase, strategy, started_at, cutoff, today, first_day, last_day, old_oid,
-                     new_oid, renames, sequences, functions)
-VALUES ({run_id}, {phase}, {strategy}, {started_at}, {cutoff}, {today}, {first_day}, {last_day},
-        {old_oid}, {new_oid}, {renames}, {sequences}, {functions})
+COMMENT ON TABLE {table} IS {comment};
+INSERT INTO {table} (run_id, phase, plan) VALUES ({run_id}, {phase}, {plan})
 """
 
 
-def create_statement(schema: str, state: State) -> Statement:
-    """The state's table and its row as it is first, for the transaction that makes it true."""
+def create_statement(state: State) -> Statement:
+    """The state's table and its row as it is first."""
     return statement(
         _CREATE,
-        table=name(schema, STATE_TABLE),
+        table=_name(state.table),
+        comment=f"chronos: how far the migration of {state.table} has come; finalize and rollback remove it",
         run_id=str(state.run_id),
         phase=state.phase.value,
-        strategy=state.strategy,
-        started_at=state.started_at,
-        cutoff=state.cutoff,
-        today=state.today,
-        first_day=state.first_day,
-        last_day=state.last_day,
-        old_oid=state.old_oid,
-        new_oid=state.new_oid,
-        renames=json.dumps(state.renames),
-        sequences=json.dumps([asdict(sequence) for sequence in state.sequences]),
-        functions=json.dumps(state.functions),
+        plan=state.plan.as_json(),
     )
 
 
-def read(conn: Connection, schema: str) -> State | None:
-    """The state of the migration in ``schema``, None when there is none."""
+def read(conn: Connection, table: TableSpec) -> State | None:
+    """The state of the migration of ``table``, None when there is none."""
     exists = execute(
         conn,
-        statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=schema, t=STATE_TABLE),
+        statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=table.home, t=table.state),
     ).scalar_one()
     if exists is None:
         return None
     row = execute(
         conn,
         statement(
-            "SELECT run_id::text, phase, strategy, started_at, cutoff, today, first_day, last_day,"
-            " fence, old_oid::bigint, new_oid::bigint, renames, sequences, functions, days,"
-            " window_rows FROM {table}",
-            table=name(schema, STATE_TABLE),
+            "SELECT run_id::text, phase, plan, compared, fence, verified, quieted, changed_at FROM {table}",
+            table=_name(table),
         ),
     ).one_or_none()
     if row is None:
@@ -155,138 +211,139 @@ def read(conn: Connection, schema: str) -> State | None:
     return State(
         run_id=uuid.UUID(row[0]),
         phase=Phase(row[1]),
-        strategy=row[2],
-        started_at=row[3],
-        cutoff=row[4],
-        today=row[5],
-        first_day=row[6],
-        last_day=row[7],
-        fence=row[8],
-        old_oid=row[9],
-        new_oid=row[10],
-        renames=[(a, b, c, d) for a, b, c, d in row[11]],
-        sequences=[OwnedSequence(**sequence) for sequence in row[12]],
-        functions=row[13],
-        days={date.fromisoformat(day): DayResult(**result) for day, result in row[14].items()},
-        window_rows=row[15],
+        plan=Plan.from_json(row[2]),
+        compared={
+            datetime.fromisoformat(start).astimezone(UTC): PeriodResult(**result)
+            for start, result in row[3].items()
+        },
+        fence=row[4],
+        verified=row[5],
+        quieted=row[6],
+        changed_at=row[7],
     )
 
 
-def claim(conn: Connection, schema: str, run_id: uuid.UUID) -> None:
+def claim(conn: Connection, table: TableSpec, run_id: uuid.UUID) -> None:
     """Lock the state to the end of the transaction and make sure that it is this run's.
 
     SHARE ROW EXCLUSIVE on the state's table. Raises SupersededError when another run has taken over.
     """
-    execute(conn, _locked(schema))
+    execute(conn, _locked(table))
     mine = execute(
         conn,
         statement(
-            "SELECT FROM {table} WHERE run_id = {run_id}::uuid",
-            table=name(schema, STATE_TABLE),
-            run_id=str(run_id),
+            "SELECT FROM {table} WHERE run_id = {run_id}::uuid", table=_name(table), run_id=str(run_id)
         ),
     )
     if mine.one_or_none() is None:
         raise SupersededError("another run has taken this migration over; this one wrote nothing more")
 
 
-def _locked(schema: str) -> Statement:
-    return statement("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE", table=name(schema, STATE_TABLE))
+def _name(table: TableSpec) -> sql.Identifier:
+    return name(table.home, table.state)
 
 
-def update(conn: Connection, schema: str, **changes: Any) -> None:
-    """Set columns of the row that ``claim`` has locked."""
-    for column, value in changes.items():
-        execute(
-            conn,
-            statement(
-                "UPDATE {table} SET {column} = {value}",
-                table=name(schema, STATE_TABLE),
-                column=name(column),
-                value=value,
-            ),
-        )
+def _locked(table: TableSpec) -> Statement:
+    return lock_table(table.home, table.state, "SHARE ROW EXCLUSIVE")
 
 
-def take_over(conn: Connection, schema: str, state: State) -> State:
+def phase_statement(table: TableSpec, phase: Phase) -> Statement:
+    """Enter ``phase``, in the transaction that makes it true."""
+    return statement(
+        "UPDATE {table} SET phase = {phase}, changed_at = now()", table=_name(table), phase=phase.value
+    )
+
+
+def fence_statement(table: TableSpec) -> Statement:
+    """The instant of the swap, for its transaction, under the lock."""
+    return statement("UPDATE {table} SET fence = clock_timestamp()", table=_name(table))
+
+
+def verified_statement(table: TableSpec) -> Statement:
+    """Note that the keys replayed before the swap were compared after it."""
+    return statement("UPDATE {table} SET verified = true", table=_name(table))
+
+
+def quieted_statement(table: TableSpec, states: dict[str, str]) -> Statement:
+    """Note in which states the plain table's triggers and rules were."""
+    return statement("UPDATE {table} SET quieted = {states}", table=_name(table), states=json.dumps(states))
+
+
+def compared_statement(table: TableSpec, period: Period, result: PeriodResult) -> Statement:
+    """Note what was found when ``period`` was compared."""
+    return statement(
+        "UPDATE {table} SET compared = compared || jsonb_build_object({start}::text, {result}::jsonb)",
+        table=_name(table),
+        start=period.start.isoformat(),
+        result=json.dumps(asdict(result)),
+    )
+
+
+def take_over(conn: Connection, state: State) -> State:
     """Make this run the owner; waits for the last batch of the one before, if any still runs."""
     mine = replace(state, run_id=uuid.uuid4())
-    execute(conn, _locked(schema))
+    execute(conn, _locked(state.table))
     execute(
         conn,
         statement(
-            "UPDATE {table} SET run_id = {run_id}::uuid",
-            table=name(schema, STATE_TABLE),
-            run_id=str(mine.run_id),
+            "UPDATE {table} SET run_id = {run_id}::uuid", table=_name(state.table), run_id=str(mine.run_id)
         ),
     )
     return mine
 
 
-def record_day(conn: Connection, schema: str, day: date, result: DayResult) -> None:
-    """Note that ``day`` is copied, compared and in its place; same transaction as the last of these."""
-    execute(conn, record_statement(schema, day, sql.Literal(json.dumps(asdict(result)))))
-
-
-def record_statement(schema: str, day: date, result: Statement) -> Statement:
-    """Note for ``day`` the ``result``, which is a DayResult in JSON."""
-    return statement(
-        "UPDATE {table} SET days = days || jsonb_build_object({day}::text, {result}::jsonb)",
-        table=name(schema, STATE_TABLE),
-        day=day.isoformat(),
-        result=result,
-    )
-
-
-def where(engine: Engine, schema: str) -> str:
+def where(engine: Engine, table: TableSpec) -> str:
     """Which table the application is writing, as far as can still be told."""
     try:
         with opened(engine) as conn, transaction(conn):
-            found = read(conn, schema)
+            found = read(conn, table)
     except DBAPIError:
         return "The state of the tables is unknown: the server cannot be reached."
     if found is None:
-        return f"{TABLE} is the plain table."
-    return DESCRIPTIONS[found.phase]
+        return f"{table} is the plain table."
+    return describe(table, found.phase)
 
 
-def own(conn: Connection, schema: str, run_id: uuid.UUID) -> State | None:
+def own(conn: Connection, table: TableSpec, run_id: uuid.UUID) -> State | None:
     """The state as it is now, None when there is none, in a transaction of its own.
 
     Waits for the batch that another connection of this run may still execute. Raises
     SupersededError when the migration is another run's by now.
     """
     with transaction(conn):
-        found = read(conn, schema)
+        found = read(conn, table)
         if found is not None:
-            claim(conn, schema, run_id)
-            found = read(conn, schema)
+            claim(conn, table, run_id)
+            found = read(conn, table)
     return found
 
 
-def undone_by_hand(conn: Connection, schema: str, state: State) -> bool:
-    """Whether somebody has dropped the new table and renamed the old one back, without us."""
-    oid = _oid(conn, schema, TABLE)
-    swapped = state.phase in (Phase.COPYING, Phase.MIGRATED, Phase.UNDOING)
-    return swapped and (
-        oid == state.old_oid or (oid is None and _oid(conn, schema, OLD_TABLE) == state.old_oid)
+def undone_by_hand(conn: Connection, state: State) -> bool:
+    """Whether somebody has dropped the partitioned table and renamed the plain one back, without us."""
+    table = state.table
+    return state.phase.swapped and (
+        _kind(conn, table.home, table.name) == "r"
+        or (_kind(conn, table.home, table.name) is None and _kind(conn, table.home, table.old) == "r")
     )
 
 
-def finalized_by_hand(conn: Connection, schema: str, state: State) -> bool:
+def finalized_by_hand(conn: Connection, state: State) -> bool:
     """Whether somebody has dropped the old table of a finished migration, without us."""
+    table = state.table
     return (
         state.phase in (Phase.MIGRATED, Phase.FINALIZING)
-        and _oid(conn, schema, TABLE) == state.new_oid
-        and _oid(conn, schema, OLD_TABLE) is None
+        and _kind(conn, table.home, table.name) == "p"
+        and _kind(conn, table.home, table.old) is None
     )
 
 
-def _oid(conn: Connection, schema: str, table: str) -> int | None:
-    oid: int | None = execute(
+def _kind(conn: Connection, schema: str, table: str) -> str | None:
+    kind: str | None = execute(
         conn,
         statement(
-            "SELECT to_regclass(format('%I.%I', {schema}, {table}))::oid::bigint", schema=schema, table=table
+            "SELECT relkind::text FROM pg_class WHERE oid = to_regclass(format('%I.%I', {schema}, {table}))",
+            schema=schema,
+            table=table,
         ),
-    ).scalar_one()
-    return oid
+    ).scalar()
+    return kind

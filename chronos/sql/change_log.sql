@@ -1,68 +1,82 @@
--- While webhook_log_old may still be needed again, this remembers which of its rows the application
--- has touched in the new table: the key of every row at or below the fence (the highest id of the old
--- table) that was inserted, updated or deleted there since the swap. Rows above the fence are known by
--- their id and cost nothing but a comparison. rollback reads it; finalize and rollback remove it.
+-- The notes of a migration: keys of rows that were written in the table in use, so that the other table
+-- can be brought to the same. Before the swap that is the plain table, whose every write is noted; after
+-- it the partitioned one, where @noted_function@ says which times are.
 --
--- Run with the table's schema first in search_path.
+-- chronos_origin is 'o' for what was written in the plain table and 'n' for the partitioned one;
+-- chronos_truncated marks a TRUNCATE, which has no key.
 
-CREATE TABLE webhook_log_migration_changes AS
-    SELECT id, "timestamp" FROM webhook_log_new WITH NO DATA;
+CREATE TABLE @changes@ AS
+    SELECT @#columns@ FROM @table@ WITH NO DATA;
+ALTER TABLE @changes@
+    ADD COLUMN chronos_origin "char" NOT NULL,
+    ADD COLUMN chronos_truncated boolean NOT NULL DEFAULT false;
 
-COMMENT ON TABLE webhook_log_migration_changes IS
-    'chronos: keys of migrated rows that were written again since; finalize and rollback remove it';
+COMMENT ON TABLE @changes@ IS
+    'chronos: keys of rows written while the migration can still go either way; finalize and rollback remove it';
+
+-- Finds a TRUNCATE, and a row without a time, among any number of notes; it costs the others nothing.
+CREATE INDEX ON @changes@ (chronos_truncated) WHERE @column@ IS NULL;
 
 -- A publication of all tables has this one in it; without a key it could not be emptied then.
-ALTER TABLE webhook_log_migration_changes REPLICA IDENTITY FULL;
+ALTER TABLE @changes@ REPLICA IDENTITY FULL;
 
--- How far the copy of today, and of days ahead, has come: the last instant copied. The application writes
--- these partitions too, so it cannot be read off them; and what it has deleted there must not come back.
-CREATE TABLE webhook_log_migration_live AS
-    SELECT NULL::date AS day, "timestamp" FROM webhook_log_new WITH NO DATA;
-ALTER TABLE webhook_log_migration_live ADD PRIMARY KEY (day);
+-- The keys whose notes were replayed before the swap: they are compared once more.
+CREATE TABLE @replayed@ AS
+    SELECT @#columns@ FROM @table@ WITH NO DATA;
 
-COMMENT ON TABLE webhook_log_migration_live IS
-    'chronos: how far the copy of the days has come that take new rows; finalize and rollback remove it';
+COMMENT ON TABLE @replayed@ IS
+    'chronos: keys whose notes were replayed, to be compared once more; finalize and rollback remove it';
 
--- SECURITY DEFINER: whoever may write webhook_log need not be allowed to write this table.
-CREATE OR REPLACE FUNCTION webhook_log_note_change()
+ALTER TABLE @replayed@ REPLICA IDENTITY FULL;
+
+-- SECURITY DEFINER: a role that may write the table need not be allowed to write its notes.
+CREATE FUNCTION @note_function@()
 RETURNS trigger
 LANGUAGE plpgsql
 SECURITY DEFINER
-SET search_path FROM CURRENT
+SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF TG_OP <> 'INSERT' THEN
-        INSERT INTO webhook_log_migration_changes VALUES (OLD.id, OLD."timestamp");
+    IF TG_OP = 'TRUNCATE' THEN
+        INSERT INTO @schema@.@changes@ (chronos_origin, chronos_truncated) VALUES (TG_ARGV[0]::"char", true);
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND record_image_ne(ROW(@#old_values@), ROW(@#new_values@))) THEN
+        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#old_values@, TG_ARGV[0]::"char");
     END IF;
     IF TG_OP <> 'DELETE' THEN
-        INSERT INTO webhook_log_migration_changes VALUES (NEW.id, NEW."timestamp");
+        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#new_values@, TG_ARGV[0]::"char");
     END IF;
     RETURN NULL;
 END
 $$;
 
--- Calling a trigger function takes no privilege, being able to attach it to a table of one's own does.
-REVOKE ALL ON FUNCTION webhook_log_note_change() FROM PUBLIC;
+-- While the table that is being filled has foreign keys, a row that the application changes or deletes must
+-- not be left there until its note is replayed: it would keep the application from deleting what the row
+-- refers to, in the very same transaction.
+CREATE FUNCTION @unlink_function@()
+RETURNS trigger
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_custom_plan
+AS $$
+BEGIN
+    DELETE FROM @schema@.@new@ AS n WHERE @#match_old@;
+    RETURN NULL;
+END
+$$;
 
--- Which ids are noted: none while the table is built; up to the fence after the swap; all of them while
--- a rollback is under way. Replacing this function takes a millisecond under the lock of the swap, making
--- the triggers of all partitions would take ten. The server writes its body into the triggers' conditions.
-CREATE OR REPLACE FUNCTION webhook_log_is_noted(id bigint)
+-- Calling a trigger function takes no privilege, being able to attach it to a table of one's own does.
+REVOKE ALL ON FUNCTION @note_function@() FROM PUBLIC;
+REVOKE ALL ON FUNCTION @unlink_function@() FROM PUBLIC;
+
+-- Which times are noted in the partitioned table: none before the swap, those up to the swap after it, all
+-- of them on the way back. Replacing this function takes a millisecond under the lock of the swap, making the
+-- triggers of all partitions would take ten. The server writes its body into the triggers' conditions.
+CREATE FUNCTION @noted_function@(written @#time_type@)
 RETURNS boolean
 LANGUAGE sql
 IMMUTABLE
 PARALLEL SAFE
 RETURN false;
-
-CREATE TRIGGER webhook_log_note_insert AFTER INSERT ON webhook_log_new FOR EACH ROW
-    WHEN (webhook_log_is_noted(NEW.id) AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
-    EXECUTE FUNCTION webhook_log_note_change();
-
-CREATE TRIGGER webhook_log_note_update AFTER UPDATE ON webhook_log_new FOR EACH ROW
-    WHEN ((webhook_log_is_noted(OLD.id) OR webhook_log_is_noted(NEW.id))
-          AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
-    EXECUTE FUNCTION webhook_log_note_change();
-
-CREATE TRIGGER webhook_log_note_delete AFTER DELETE ON webhook_log_new FOR EACH ROW
-    WHEN (webhook_log_is_noted(OLD.id) AND current_setting('chronos.copying', true) IS DISTINCT FROM 'on')
-    EXECUTE FUNCTION webhook_log_note_change();

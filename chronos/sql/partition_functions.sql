@@ -1,60 +1,54 @@
--- The two functions that keep webhook_log in daily partitions, callable by anyone who owns the table:
+-- The two functions that keep a table in partitions, callable by anyone who owns the table. For webhook_log:
 --
---     SELECT create_future_webhook_log_partitions(30);   -- today through 30 days ahead
+--     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
 --     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
 --
--- Install with the table's schema first in search_path (that path is stored with the functions, so
--- that nobody's own setting can lead them to another table):
---
---     SET search_path = public, pg_temp;
---     \i partition_functions.sql
---
--- What both have in common. A day is a UTC day, whatever the zone of the server. What exists is read
--- from the catalog's bounds, never from a name. Neither waits more than 200 ms for a lock, so that
--- nobody queues behind it for longer; then it raises lock_not_available and has changed nothing, and
--- the remedy is to call it again. Two callers at once: the second is refused the same way.
+-- What both have in common. A day is a UTC day, whatever the zone of the server, and however much time one
+-- partition holds. What exists is read from the catalog's bounds, never from a name. Neither waits more than
+-- 200 ms for a lock, so that nobody queues behind it for longer; then it raises lock_not_available and has
+-- changed nothing, and the remedy is to call it again. Two callers at once: the second is refused the same
+-- way. Every name is written with its schema, and nothing but pg_catalog is on the search path: no operator
+-- or function that somebody has put elsewhere can be taken for the server's own.
 
 -- An older version with another result or other argument names cannot be replaced in place.
-DO $$
+DO $chronos$
 DECLARE
-    older oid;
+    older pg_catalog.oid;
 BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     FOR older IN
         SELECT p.oid
         FROM pg_proc p
-        WHERE p.pronamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = current_schema())
+        WHERE p.pronamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = @'schema'@)
           AND p.proargtypes::text = 'integer'::regtype::oid::text
-          AND ((p.proname = 'create_future_webhook_log_partitions'
-                AND p.proargnames IS DISTINCT FROM ARRAY['days_ahead'])
-            OR (p.proname = 'drop_old_webhook_log_partitions'
-                AND p.proargnames IS DISTINCT FROM ARRAY['retention_days'])
-            OR (p.proname IN ('create_future_webhook_log_partitions', 'drop_old_webhook_log_partitions')
+          AND ((p.proname = @'create_function'@ AND p.proargnames IS DISTINCT FROM ARRAY['days_ahead'])
+            OR (p.proname = @'drop_function'@ AND p.proargnames IS DISTINCT FROM ARRAY['retention_days'])
+            OR (p.proname IN (@'create_function'@, @'drop_function'@)
                 AND (p.prokind <> 'f' OR pg_get_function_result(p.oid) <> 'SETOF text')))
     LOOP
         EXECUTE format('DROP ROUTINE %s', older::regprocedure);
     END LOOP;
 END
-$$;
+$chronos$;
 
-CREATE OR REPLACE FUNCTION create_future_webhook_log_partitions(days_ahead integer)
+CREATE OR REPLACE FUNCTION @schema@.@create_function@(days_ahead integer)
 RETURNS SETOF text
 LANGUAGE plpgsql
-SET search_path FROM CURRENT
+SET search_path = pg_catalog, pg_temp
 SET lock_timeout = '200ms'
 SET timezone = 'UTC'
 SET datestyle = 'ISO'
-AS $$
+AS $chronos$
 DECLARE
-    parent    CONSTANT regclass := to_regclass('webhook_log');
-    today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
-    home      CONSTANT name := (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-                                WHERE c.oid = parent);
-    zoned     boolean;        -- timestamptz, as opposed to timestamp
-    suffix    text;           -- what makes the literal of a bound mean UTC
+    parent    CONSTANT regclass := to_regclass(format('%I.%I', @'schema'@, @'table'@));
+    first     CONSTANT timestamp := date_trunc('@#every@', now() AT TIME ZONE 'UTC');
+    lower     timestamp;      -- of a new partition, UTC; the upper one is exclusive
+    upper     timestamp;
+    last      timestamp;      -- where the days ahead end
     sibling   oid;            -- the newest partition: the new ones are made in its likeness
     covered   tsmultirange;   -- all that has its place already
-    day       date;
     leaf      text;
+    shown     text;           -- the period of a new partition, for people
     qualified text;
     setting   text;
     privilege record;
@@ -69,19 +63,13 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
-        RAISE EXCEPTION 'webhook_log is not a partitioned table; migrate it first'
+        RAISE EXCEPTION '% is not a partitioned table; migrate it first', @'table'@
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    IF NOT pg_try_advisory_xact_lock(hashtextextended('webhook_log partitions', parent::oid::bigint)) THEN
-        RAISE EXCEPTION 'another session is creating or dropping partitions of webhook_log; call again later'
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(@'table'@ || ' partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', @'table'@
             USING ERRCODE = 'lock_not_available';
     END IF;
-
-    SELECT a.atttypid = 'timestamptz'::regtype INTO zoned
-    FROM pg_partitioned_table p
-    JOIN pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = p.partattrs[0]
-    WHERE p.partrelid = parent;
-    suffix := CASE WHEN zoned THEN ' 00:00:00+00' ELSE ' 00:00:00' END;
 
     SELECT range_agg(tsrange(p.lower_bound, p.upper_bound)),
            (array_agg(p.relid ORDER BY p.lower_bound DESC NULLS LAST) FILTER (WHERE p.relkind = 'r'))[1]
@@ -97,22 +85,27 @@ BEGIN
           WHERE i.inhparent = parent AND NOT i.inhdetachpending
             AND bound IS NOT NULL) p;  -- the default partition has no bounds
 
-    FOR day IN
-        SELECT d::date
-        FROM generate_series(today::timestamp, today::timestamp + days_ahead * interval '1 day', '1 day') d
-        WHERE NOT coalesce(covered @> tsrange(d, d + interval '1 day'), false)
-        ORDER BY d
+    last := date_trunc('day', now() AT TIME ZONE 'UTC') + (days_ahead + 1) * interval '1 day';
+    FOR lower, upper IN
+        SELECT l, l + interval '1 @#every@'
+        FROM generate_series(first, last - interval '1 microsecond', interval '1 @#every@') l
+        WHERE NOT coalesce(covered @> tsrange(l, l + interval '1 @#every@'), false)
+        ORDER BY l
     LOOP
-        leaf := 'webhook_log_y' || to_char(day, 'YYYY"m"MM"d"DD');
-        qualified := format('%I.%I', home, leaf);
+        leaf := @'table'@ || to_char(lower, CASE '@#every@' WHEN 'hour' THEN '"_y"YYYY"m"MM"d"DD"h"HH24'
+                                                            WHEN 'week' THEN '"_y"IYYY"w"IW'
+                                                            WHEN 'month' THEN '"_y"YYYY"m"MM'
+                                                            ELSE '"_y"YYYY"m"MM"d"DD' END);
+        shown := to_char(lower, CASE '@#every@' WHEN 'hour' THEN 'YYYY-MM-DD HH24:MI' ELSE 'YYYY-MM-DD' END);
+        qualified := format('%I.%I', @'schema'@, leaf);
         IF to_regclass(qualified) IS NOT NULL THEN
             IF EXISTS (SELECT FROM pg_inherits
                        WHERE inhrelid = to_regclass(qualified) AND inhparent = parent AND inhdetachpending) THEN
-                RAISE EXCEPTION 'cannot create the partition of %: % was detached half-way; finish that first', day, leaf
+                RAISE EXCEPTION 'cannot create the partition of %: % was detached half-way; finish that first', shown, leaf
                     USING ERRCODE = 'duplicate_table',
                           HINT = format('ALTER TABLE %s DETACH PARTITION %s FINALIZE;', parent, qualified);
             END IF;
-            RAISE EXCEPTION 'cannot create the partition of %: the name % is taken by something that is not that partition', day, leaf
+            RAISE EXCEPTION 'cannot create the partition of %: the name % is taken by something that is not that partition', shown, leaf
                 USING ERRCODE = 'duplicate_table',
                       HINT = format('Rename or drop %s, then call again. No partition was created.', qualified);
         END IF;
@@ -175,7 +168,7 @@ BEGIN
         END LOOP;
 
         attach := attach || format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)',
-                                   parent, qualified, day || suffix, day + 1 || suffix);
+                                   parent, qualified, lower || '+00', upper || '+00');
         RETURN NEXT leaf;
     END LOOP;
 
@@ -184,21 +177,21 @@ BEGIN
         EXECUTE setting;
     END LOOP;
 END
-$$;
+$chronos$;
 
-CREATE OR REPLACE FUNCTION drop_old_webhook_log_partitions(retention_days integer)
+CREATE OR REPLACE FUNCTION @schema@.@drop_function@(retention_days integer)
 RETURNS SETOF text
 LANGUAGE plpgsql
-SET search_path FROM CURRENT
+SET search_path = pg_catalog, pg_temp
 SET lock_timeout = '200ms'
 SET timezone = 'UTC'
 SET datestyle = 'ISO'
-AS $$
+AS $chronos$
 DECLARE
     -- Every lock is held to the end of the call: a month at a time keeps the wait of the others short
     -- and the lock table of the server far from full. What is left over goes with the next call.
     most      CONSTANT integer := 31;
-    parent    CONSTANT regclass := to_regclass('webhook_log');
+    parent    CONSTANT regclass := to_regclass(format('%I.%I', @'schema'@, @'table'@));
     today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
     leaf      record;
     wait      text := '';       -- NOWAIT once a partition has cost us the whole of lock_timeout
@@ -213,16 +206,16 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
-        RAISE EXCEPTION 'webhook_log is not a partitioned table; migrate it first'
+        RAISE EXCEPTION '% is not a partitioned table; migrate it first', @'table'@
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    IF NOT pg_try_advisory_xact_lock(hashtextextended('webhook_log partitions', parent::oid::bigint)) THEN
-        RAISE EXCEPTION 'another session is creating or dropping partitions of webhook_log; call again later'
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(@'table'@ || ' partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', @'table'@
             USING ERRCODE = 'lock_not_available';
     END IF;
 
     -- Nobody attaches, detaches or re-bounds a partition while this is held; everybody reads and writes.
-    LOCK TABLE ONLY webhook_log IN SHARE UPDATE EXCLUSIVE MODE;
+    LOCK TABLE ONLY @schema@.@table@ IN SHARE UPDATE EXCLUSIVE MODE;
 
     -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
     -- The partition that reaches furthest into the future stays in any case: a table without any
@@ -261,7 +254,7 @@ BEGIN
     END LOOP;
 
     IF doomed <> '{}' THEN
-        LOCK TABLE ONLY webhook_log IN ACCESS EXCLUSIVE MODE;
+        LOCK TABLE ONLY @schema@.@table@ IN ACCESS EXCLUSIVE MODE;
     END IF;
     FOR leaf IN
         SELECT d.qualified, c.relname::text AS name
@@ -294,17 +287,16 @@ BEGIN
         RAISE WARNING 'cannot drop these expired partitions: %', array_to_string(needed, '; ');
     END IF;
 END
-$$;
+$chronos$;
 
-REVOKE ALL ON FUNCTION create_future_webhook_log_partitions(integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION drop_old_webhook_log_partitions(integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION @schema@.@create_function@(integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION @schema@.@drop_function@(integer) FROM PUBLIC;
 
-COMMENT ON FUNCTION create_future_webhook_log_partitions(integer) IS
-    'chronos 1: creates the missing daily partitions of webhook_log, today (UTC) through days_ahead '
-    'days from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on webhook_log: reads '
-    'and writes go on. Raises lock_not_available after 200 ms without a lock, having changed nothing.';
-COMMENT ON FUNCTION drop_old_webhook_log_partitions(integer) IS
-    'chronos 1: drops the partitions of webhook_log that end before the day that is retention_days old '
-    '(UTC), at most 31 in a call, never the newest; returns their names. ACCESS EXCLUSIVE on '
-    'webhook_log for milliseconds. Raises lock_not_available after 200 ms without a lock, having '
-    'changed nothing.';
+COMMENT ON FUNCTION @schema@.@create_function@(integer) IS
+    'chronos 2: creates the partitions (one a @#every@) that are missing from now (UTC) through days_ahead days '
+    'from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on the table: reads and writes go on. '
+    'Raises lock_not_available after 200 ms without a lock, having changed nothing.';
+COMMENT ON FUNCTION @schema@.@drop_function@(integer) IS
+    'chronos 2: drops the partitions that end before the day that is retention_days old (UTC), at most 31 in a '
+    'call, never the newest; returns their names. ACCESS EXCLUSIVE on the table for milliseconds. Raises '
+    'lock_not_available after 200 ms without a lock, having changed nothing.';

@@ -12,10 +12,11 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
 from chronos.db import Statement, execute, name, statement
+from chronos.errors import ShapeError
 
 
 @dataclass(frozen=True)
-class Follower:
+class Dependent:
     """One such object. ``again`` makes it refer to the table that has the name then; ``traits`` is all
     else that there is to know of it, and must not change: grants, comments, triggers, defaults.
     ``schema`` is where the owner needs CREATE for it, None where not.
@@ -35,7 +36,7 @@ class Follower:
 
 
 # The rules of the table itself come last: they may name views that come before.
-_FOLLOWERS = r"""
+_DEPENDENTS = r"""
 WITH referring AS (
     SELECT DISTINCT classid, objid FROM pg_depend
     WHERE refclassid = 'pg_class'::regclass AND refobjid = {oid}
@@ -101,31 +102,41 @@ ORDER BY place, name
 """
 
 
-def followers(conn: Connection, oid: int) -> list[Follower]:
+def dependents(conn: Connection, oid: int) -> list[Dependent]:
     """What refers to the table ``oid``, but for its own indexes, constraints, triggers and rules."""
-    rows = execute(conn, statement(_FOLLOWERS, oid=oid)).all()
-    return [Follower(*row[1:]) for row in rows]
+    rows = execute(conn, statement(_DEPENDENTS, oid=oid)).all()
+    return [Dependent(*row[1:]) for row in rows]
 
 
-def follow_statements(found: list[Follower], table: Statement, former: Statement) -> list[Statement]:
+def redirect_statements(found: list[Dependent], table: Statement, former: Statement) -> list[Statement]:
     """After the renames: let all of them refer to ``table``, which was not what they referred to.
 
     ``former`` is the table that they did refer to, by the name that it has by now. ACCESS EXCLUSIVE on
     each view, which nobody can be using, for it is the table's lock that they would wait for.
     """
     statements: list[Statement] = []
-    for follower in found:
-        if follower.publication is None:
-            statements.append(sql.SQL(follower.again))
+    for dependent in found:
+        if dependent.publication is None:
+            statements.append(sql.SQL(dependent.again))
         else:
-            publication = name(follower.publication)
+            publication = name(dependent.publication)
             statements += [
                 statement("ALTER PUBLICATION {p} DROP TABLE ONLY {former}", p=publication, former=former),
                 statement(
                     "ALTER PUBLICATION {p} ADD TABLE ONLY {table}{member}",
                     p=publication,
                     table=table,
-                    member=sql.SQL(follower.member or ""),
+                    member=sql.SQL(dependent.member or ""),
                 ),
             ]
     return statements
+
+
+def require_dependents(conn: Connection, before: list[Dependent], oid: int) -> None:
+    """Raise ShapeError unless what was there ``before`` now refers to the table ``oid``, unchanged."""
+    if not before:
+        return
+    after = dependents(conn, oid)
+    lost = [f"{d.kind} {d.name}" for d in before if d not in after]
+    if lost:
+        raise ShapeError(f"{', '.join(lost)} would not be as before on the other table")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,26 +12,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
 from chronos.db import Statement, execute, joined, name, statement
-
-_NAME_BYTES = 63
-
-# Set to 'on' in the transactions that move rows without the application's doing.
-COPYING_FLAG = "chronos.copying"
-NOT_COPYING = f"current_setting('{COPYING_FLAG}', true) IS DISTINCT FROM 'on'"
-# Made by change_log.sql, and no part of anybody's shape.
-CHANGE_TRIGGERS = ("webhook_log_note_insert", "webhook_log_note_update", "webhook_log_note_delete")
-# The same as the server prints it.
-_NOT_COPYING_PRINTED = f"(current_setting('{COPYING_FLAG}'::text, true) IS DISTINCT FROM 'on'::text)"
-
-
-def derived_name(base: str, suffix: str) -> str:
-    """``base`` + ``suffix`` within PostgreSQL's 63 bytes; a shortened base keeps a hash, to stay unique."""
-    whole = base + suffix
-    if len(whole.encode()) <= _NAME_BYTES:
-        return whole
-    tag = "_" + hashlib.sha256(base.encode()).hexdigest()[:8] + suffix
-    kept = base.encode()[: _NAME_BYTES - len(tag.encode())].decode(errors="ignore")
-    return kept + tag
+from chronos.table import TableSpec
 
 
 @dataclass(frozen=True)
@@ -77,6 +57,7 @@ class Index:
     constraint_comment: str | None
     deferrable: bool
     clustered: bool
+    partial: bool
     statistics: list[list[int]]
 
 
@@ -161,7 +142,7 @@ class Trigger:
 
     @property
     def fires_on_copy(self) -> bool:
-        """Whether moving a row from table to table would fire it: INSERT and DELETE by row do."""
+        """Whether moving a row from partition to partition fires it: INSERT and DELETE by row do."""
         return self.by_row and self.on_copy
 
 
@@ -197,19 +178,26 @@ class Statistics:
     comment: str | None
 
 
+_TIME_TYPES = (
+    (re.compile(r"timestamp(\(\d\))? with time zone"), "timestamptz"),
+    (re.compile(r"timestamp(\(\d\))? without time zone"), "timestamp"),
+    (re.compile(r"date"), "date"),
+)
+
+
 @dataclass(frozen=True)
 class TableShape:
-    """A table as it stands, read from the catalogs in one transaction.
+    """A table as it stands, read from the catalogs in one transaction; ``spec`` says what it is to chronos.
 
     ``leaked`` are the roles to which the default privileges of the current user would give something
     on each new table ("r"), sequence ("S") or function ("f"); None among them is PUBLIC.
     """
 
+    spec: TableSpec
     oid: int
     schema: str
     name: str
     owner: str
-    time_zoned: bool
     columns: tuple[Column, ...]
     indexes: tuple[Index, ...]
     foreign_keys: tuple[ForeignKey, ...]
@@ -233,20 +221,72 @@ class TableShape:
         """The columns that an INSERT may name: all but the generated ones."""
         return [name(c.name) for c in self.columns if not c.generated]
 
-    def instant(self, value: datetime) -> Statement:
-        """``value`` as a literal of the timestamp column's own type, the same instant in UTC."""
-        value = value.astimezone(UTC)
-        return sql.Literal(value if self.time_zoned else value.replace(tzinfo=None))
+    @property
+    def columns_by_name(self) -> dict[str, Column]:
+        """The columns, to be looked up."""
+        return {column.name: column for column in self.columns}
 
-    def content_hash(self, alias: str) -> Statement:
-        """An order-free 64-bit hash of the rows of ``alias``, equal where the rows are equal."""
-        fields = [
-            statement("{a}.{c}" if c.hashable else "{a}.{c}::text", a=name(alias), c=name(c.name))
-            for c in self.columns
+    @property
+    def time_type(self) -> str:
+        """The time column's type: ``timestamptz``, ``timestamp`` or ``date``, whatever its precision.
+
+        Empty when there is no such column, or it has another type.
+        """
+        column = self.columns_by_name.get(self.spec.column)
+        return next((kind for known, kind in _TIME_TYPES if column and known.fullmatch(column.type)), "")
+
+    @property
+    def time_zoned(self) -> bool:
+        """Whether the time column knows its zone."""
+        return self.time_type == "timestamptz"
+
+    @property
+    def time_column(self) -> sql.Identifier:
+        """The time column, quoted."""
+        return name(self.spec.column)
+
+    @property
+    def key_index(self) -> Index | None:
+        """The index by which the plain table knows a row: its primary key, or a unique one.
+
+        No row may escape that: NOT NULL columns, not partial, without expressions, checked at once.
+        """
+        required = {c.name for c in self.columns if c.not_null}
+        unique = [
+            i
+            for i in self.indexes
+            if i.primary
+            or (
+                i.unique and i.valid and not i.partial and not i.deferrable and required.issuperset(i.columns)
+            )
         ]
-        return statement(
-            "coalesce(bit_xor(hash_record_extended(ROW({fields}), 0)), 0)", fields=joined(fields)
-        )
+        unique.sort(key=lambda i: (not i.primary, self.spec.column in i.columns, len(i.columns), i.name))
+        return unique[0] if unique else None
+
+    @property
+    def old_key(self) -> tuple[str, ...]:
+        """The columns of ``key_index``; empty when there is none."""
+        return tuple(self.key_index.columns) if self.key_index else ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """``old_key`` without the time column."""
+        return tuple(c for c in self.old_key if c != self.spec.column)
+
+    @property
+    def new_key(self) -> tuple[str, ...]:
+        """The columns by which the partitioned table knows a row: ``key`` and the time column; empty without
+        ``key_index``.
+        """
+        return (*self.key, self.spec.column) if self.old_key else ()
+
+    def instant(self, value: datetime) -> Statement:
+        """``value`` as a literal of the time column's own type, the same instant in UTC."""
+        value = value.astimezone(UTC)
+        if self.time_type == "timestamptz":
+            return sql.Literal(value)
+        plain = value.replace(tzinfo=None)
+        return sql.Literal(plain if self.time_type == "timestamp" else plain.date())
 
 
 # Among the options a server may keep notes of its own about the column (15.20 does): n_distinct only.
@@ -287,7 +327,7 @@ SELECT c.relname,
              LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = u.attnum
              WHERE u.n <= i.indnkeyatts ORDER BY u.n)::text[],
        obj_description(c.oid, 'pg_class'), obj_description(k.oid, 'pg_constraint'),
-       coalesce(k.condeferrable, false), i.indisclustered,
+       coalesce(k.condeferrable, false), i.indisclustered, i.indpred IS NOT NULL,
        (SELECT coalesce(jsonb_agg(jsonb_build_array(attnum, attstattarget) ORDER BY attnum), '[]')
         FROM pg_attribute WHERE attrelid = c.oid AND attstattarget >= 0)
 FROM pg_index i
@@ -443,13 +483,14 @@ WHERE n.nspname = {schema} AND c.relname = {table}
 """
 
 
-def read(conn: Connection, schema: str, table: str) -> TableShape:
-    """The shape of ``schema.table``, a table that exists; no lock beyond the catalog's own."""
+def read(conn: Connection, spec: TableSpec, table: str) -> TableShape:
+    """The shape of ``table``, which exists in the schema of ``spec``; no lock beyond the catalog's own."""
+    schema = spec.home
     oid, owner, comment, options, row_security, forced, replica_identity, tablespace = execute(
         conn, statement(_TABLE, schema=schema, table=table)
     ).one()
 
-    change_triggers = joined([sql.Literal(trigger) for trigger in CHANGE_TRIGGERS])
+    change_triggers = joined([sql.Literal(trigger) for trigger in spec.note_triggers])
 
     def rows(query: str, of: int = oid) -> list[Any]:
         return list(execute(conn, statement(query, oid=of, change_triggers=change_triggers)).all())
@@ -459,11 +500,11 @@ def read(conn: Connection, schema: str, table: str) -> TableShape:
 
     columns = tuple(Column(*row) for row in rows(_COLUMNS))
     return TableShape(
+        spec=spec,
         oid=oid,
         schema=schema,
         name=table,
         owner=owner,
-        time_zoned=any(c.name == "timestamp" and "with time zone" in c.type for c in columns),
         columns=columns,
         indexes=tuple(Index(*row) for row in rows(_INDEXES)),
         foreign_keys=tuple(ForeignKey(*row) for row in rows(_FOREIGN_KEYS)),
@@ -497,7 +538,7 @@ def _trigger(
     on_copy: bool,
     transition_tables: bool,
 ) -> Trigger:
-    """A trigger from the server's definition of it; the condition that is ours is taken out again."""
+    """A trigger from the server's definition of it, cut up."""
     events, _, rest = definition.partition(on_table)
     condition: str | None = None
     if conditional:
@@ -506,12 +547,6 @@ def _trigger(
         )
         assert parts is not None
         scope, condition, call = parts.groups()
-        if condition == _NOT_COPYING_PRINTED:
-            condition = None
-        else:
-            condition = condition.removeprefix(f"({_NOT_COPYING_PRINTED} AND ")
-            if len(condition) < len(parts[2]):
-                condition = condition[:-1]
     else:
         scope, _, call = rest.partition(" EXECUTE FUNCTION ")
         call = f"EXECUTE FUNCTION {call}"
@@ -530,6 +565,9 @@ def _trigger(
     )
 
 
+_ANNOUNCED = ("options", "sequences", "row_security", "force_row_security")
+
+
 def differences(
     was: TableShape, now: TableShape, names: Iterable[tuple[str, str]] = (), *, announced: bool = False
 ) -> list[str]:
@@ -537,34 +575,34 @@ def differences(
 
     ``names`` are pairs (as ``now`` has it, as ``was`` has it): names that are to change yet. With
     ``announced`` what a partitioned table differs in by its nature, and the plan tells, is left out:
-    the timestamp in the primary key and NOT NULL, no storage parameters of its own, checks that are
-    validated, foreign keys to come when all is copied, no sequence of its own but an identity's.
+    the time column in the primary key and NOT NULL, no storage parameters of its own, checks that are
+    validated, no sequence of its own but an identity's; and what the swap switches on: triggers, row
+    security.
     """
     renamed = dict(names)
     found: list[str] = []
     for field in fields(TableShape):
         what = field.name.replace("_", " ")
-        if field.name in ("oid", "schema", "name", "leaked"):
+        if field.name in ("spec", "oid", "schema", "name", "leaked"):
             continue
-        if announced and field.name in ("options", "foreign_keys", "sequences"):
+        if announced and field.name in _ANNOUNCED:
             continue
         one, other = getattr(was, field.name), getattr(now, field.name)
         if not isinstance(one, tuple) or field.name in ("options", "grants"):
             if one != other:
                 found.append(f"{what}: {_shown(one)} became {_shown(other)}")
             continue
-        befores = {part.name: _comparable(part, announced) for part in one}
+        befores = {part.name: _comparable(part, was, announced) for part in one}
         afters = {
-            renamed.get(part.name, part.name): replace(
-                _comparable(part, announced), name=renamed.get(part.name, part.name)
-            )
+            key: _comparable(replace(part, name=key), was, announced)
             for part in other
+            for key in (renamed.get(part.name, part.name),)
         }
         found += [f"{what}: {key} is missing" for key in befores.keys() - afters.keys()]
         found += [
             f"{what}: {key} is new"
             for key in afters.keys() - befores.keys()
-            if not (announced and _belongs_to_the_key(afters[key]))
+            if not (announced and _belongs_to_the_key(afters[key], was.spec))
         ]
         for key in befores.keys() & afters.keys():
             found += [
@@ -577,26 +615,31 @@ def differences(
     return sorted(found)
 
 
-def _comparable(part: Any, announced: bool) -> Any:
-    """``part`` without what it may differ in by announcement."""
+def _comparable(part: Any, was: TableShape, announced: bool) -> Any:
+    """``part``, under the name that ``was`` has for it, without what it may differ in by announcement."""
     if not announced:
         return part
-    if isinstance(part, Column) and part.name == "timestamp":
+    if isinstance(part, Column) and part.name == was.spec.column:
         return replace(part, not_null=True)
     if isinstance(part, Check):
         return replace(part, validated=True)
+    if isinstance(part, Trigger):
+        return replace(part, enabled="")
     if isinstance(part, Index):
         part = replace(part, clustered=False, statistics=[])
-        if part.primary:
-            return replace(part, body="", constraint="", columns=[])
+        if was.key_index and part.name == was.key_index.name:
+            return replace(part, body="", constraint="", columns=[], primary=True)
     return part
 
 
-def _belongs_to_the_key(part: Any) -> bool:
-    """Whether the primary key over (id, timestamp) has brought it along."""
-    return (isinstance(part, Index) and part.primary) or (
-        isinstance(part, Check) and part.kind == "n" and part.definition.strip() == 'NOT NULL "timestamp"'
-    )
+def _belongs_to_the_key(part: Any, spec: TableSpec) -> bool:
+    """Whether the primary key with the time column in it has brought it along."""
+    if isinstance(part, Index):
+        return part.primary
+    if not isinstance(part, Check) or part.kind != "n":
+        return False
+    column = part.definition.strip().removeprefix("NOT NULL ")
+    return column in (spec.column, '"' + spec.column.replace('"', '""') + '"')
 
 
 def _shown(value: object) -> str:

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from chronos.demo.embedded import EmbeddedPostgres
 from chronos.demo.rows import create_webhook_log
 from chronos.migration.operator import StopRequestedError
-from chronos.migration.pace import Lag, Pacer
+from chronos.migration.throttle import Lag, Throttle
 from tests.command import chronos, started
 from tests.conftest import OwnPostgres
 from tests.tables import query, value
@@ -38,7 +38,7 @@ class Time:
 
 
 def copy(
-    pacer: Pacer,
+    throttle: Throttle,
     time: Time,
     *,
     batches: int,
@@ -49,18 +49,18 @@ def copy(
     """The sizes of so many batches, each of which lasts ``seconds``."""
     sizes = []
     for _ in range(batches):
-        size = pacer.begin(check_stop)
+        size = throttle.begin(check_stop)
         time.now += seconds
-        pacer.end(size, size if rows is None else rows, seconds)
+        throttle.end(size, size if rows is None else rows, seconds)
         sizes.append(size)
     return sizes
 
 
 def test_without_limits_nobody_waits() -> None:
     time = Time()
-    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
 
-    assert copy(pacer, time, batches=50) == [1_000] * 50
+    assert copy(throttle, time, batches=50) == [1_000] * 50
     assert time.now == 1_000.0
 
 
@@ -68,10 +68,10 @@ def test_without_limits_nobody_waits() -> None:
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
 def test_the_rate_is_kept(batch_size: int, rate: int, seconds: float) -> None:
     time = Time()
-    pacer = Pacer(batch_size, rate_limit=rate, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(batch_size, rate_limit=rate, clock=time.clock, sleep=time.sleep)
 
     began = time.now
-    rows = sum(copy(pacer, time, batches=200, seconds=min(seconds, batch_size / rate / 2)))
+    rows = sum(copy(throttle, time, batches=200, seconds=min(seconds, batch_size / rate / 2)))
 
     # The first batch need not wait, so there is one less to wait for.
     assert rows / rate * 0.98 <= time.now - began + min(batch_size, rate) / rate <= rows / rate * 1.02
@@ -79,48 +79,48 @@ def test_the_rate_is_kept(batch_size: int, rate: int, seconds: float) -> None:
 
 def test_what_a_batch_had_less_or_more_than_allowed_counts() -> None:
     time = Time()
-    pacer = Pacer(1_000, rate_limit=1_000, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(1_000, rate_limit=1_000, clock=time.clock, sleep=time.sleep)
 
-    copy(pacer, time, batches=10, rows=100)
+    copy(throttle, time, batches=10, rows=100)
     assert time.now == pytest.approx(1_000.9)
-    copy(pacer, time, batches=1, rows=5_000)
-    copy(pacer, time, batches=1)
+    copy(throttle, time, batches=1, rows=5_000)
+    copy(throttle, time, batches=1)
     assert time.now == pytest.approx(1_006.0)
 
 
 def test_time_that_was_not_used_is_not_made_up_for() -> None:
     time = Time()
-    pacer = Pacer(100, rate_limit=100, clock=time.clock, sleep=time.sleep)
-    copy(pacer, time, batches=1)
+    throttle = Throttle(100, rate_limit=100, clock=time.clock, sleep=time.sleep)
+    copy(throttle, time, batches=1)
     time.now += 3_600
 
     began = time.now
-    copy(pacer, time, batches=11)
+    copy(throttle, time, batches=11)
     assert time.now - began == pytest.approx(10.0)
 
 
 def test_batches_shrink_while_the_database_is_slow_and_grow_again() -> None:
     time = Time()
-    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
 
-    assert copy(pacer, time, batches=7, seconds=1.5) == [1_000, 500, 250, 125, 62, 50, 50]
-    assert copy(pacer, time, batches=2, seconds=0.5) == [50, 50]
-    assert copy(pacer, time, batches=7, seconds=0.1) == [50, 100, 200, 400, 800, 1_000, 1_000]
-    assert copy(Pacer(10), time, batches=3, seconds=2) == [10, 10, 10]
+    assert copy(throttle, time, batches=7, seconds=1.5) == [1_000, 500, 250, 125, 62, 50, 50]
+    assert copy(throttle, time, batches=2, seconds=0.5) == [50, 50]
+    assert copy(throttle, time, batches=7, seconds=0.1) == [50, 100, 200, 400, 800, 1_000, 1_000]
+    assert copy(Throttle(10), time, batches=3, seconds=2) == [10, 10, 10]
 
 
 def test_a_replica_that_lags_is_waited_for() -> None:
     time = Time()
     lags = iter([Lag("a", 1), Lag("a", 9), Lag("b", 12), Lag("b", 5), None, None])
     pauses: list[str | None] = []
-    pacer = Pacer(
+    throttle = Throttle(
         10, max_lag=5, lag=lambda: next(lags), on_pause=pauses.append, clock=time.clock, sleep=time.sleep
     )
 
-    copy(pacer, time, batches=2)
+    copy(throttle, time, batches=2)
     assert (time.now, pauses) == (1_000.0, [])
     time.now += 1
-    copy(pacer, time, batches=1)
+    copy(throttle, time, batches=1)
     assert pauses == ["replica a lags 9 s (at most 5 s)", "replica b lags 12 s (at most 5 s)", None]
     assert time.now == 1_003.0
 
@@ -128,14 +128,14 @@ def test_a_replica_that_lags_is_waited_for() -> None:
 @pytest.mark.parametrize("limits", [{"rate_limit": 1.0}, {"max_lag": 1.0, "lag": lambda: Lag("a", 60)}])
 def test_a_pause_ends_when_asked_to_stop(limits: dict[str, object]) -> None:
     time = Time()
-    pacer = Pacer(10, clock=time.clock, sleep=time.sleep, **limits)  # type: ignore[arg-type]
+    throttle = Throttle(10, clock=time.clock, sleep=time.sleep, **limits)  # type: ignore[arg-type]
 
     def stop_later() -> None:
         if time.now >= 1_000.5:
             raise StopRequestedError
 
     with pytest.raises(StopRequestedError):
-        copy(pacer, time, batches=2, check_stop=stop_later)
+        copy(throttle, time, batches=2, check_stop=stop_later)
     assert time.now < 1_001
 
 
@@ -147,35 +147,35 @@ def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.stderr
     found = json.loads(report.read_text())
-    assert found["steps"][3]["seconds"] > (found["rows_copied"] - 700) / 700
+    assert found["steps"][2]["seconds"] > (found["rows_copied"] - 700) / 700
 
 
 def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:
     time = Time()
-    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
     sizes = []
     for _ in range(7):
-        sizes.append(pacer.begin(lambda: None))
-        pacer.cut_short(sizes[-1], lambda: None)
+        sizes.append(throttle.begin(lambda: None))
+        throttle.cut_short(sizes[-1], lambda: None)
     assert sizes == [1_000, 500, 250, 125, 62, 50, 50]
     assert time.now == 1_007.0
-    pacer.end(50, 50, 0.001)
-    assert pacer.begin(lambda: None) == 50
+    throttle.end(50, 50, 0.001)
+    assert throttle.begin(lambda: None) == 50
 
-    small = Pacer(10, clock=time.clock, sleep=time.sleep)
+    small = Throttle(10, clock=time.clock, sleep=time.sleep)
     small.cut_short(10, lambda: None)
     assert small.begin(lambda: None) == 10
 
 
 def test_who_waits_after_a_cancelled_batch_can_stop() -> None:
     time = Time()
-    pacer = Pacer(1_000, clock=time.clock, sleep=time.sleep)
+    throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
 
     def stop() -> None:
         raise StopRequestedError
 
     with pytest.raises(StopRequestedError):
-        pacer.cut_short(1_000, stop)
+        throttle.cut_short(1_000, stop)
     assert time.now < 1_001.0
 
 

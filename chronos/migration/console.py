@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chronos.migration.pace import Lag
-from chronos.migration.state import DayResult
+from chronos.migration.state import PeriodResult
+from chronos.migration.throttle import Lag
+from chronos.table import Period
 
 _RULE = "=" * 80
 
@@ -49,7 +49,7 @@ def for_reading(text: str, width: int) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: its steps with their seconds, the days with what was found when they were compared.
+    """What a run did: its steps with their seconds, the periods with what was found when they were compared.
 
     A step that an earlier run did has 0 seconds. ``wal_bytes`` is what the whole server wrote meanwhile,
     None if it did not say; ``lock_s`` the longest, in seconds, that anybody can have stood behind a lock
@@ -57,7 +57,7 @@ class Summary:
     """
 
     steps: list[tuple[str, float]]
-    days: dict[date, DayResult]
+    periods: dict[Period, PeriodResult]
     copied: int
     wal_bytes: int | None
     lock_s: float
@@ -110,17 +110,25 @@ class Output:
         """The line that closes a step."""
         self.line(f"{self._tick} {text}")
 
+    def partition(self, leaf: str, period: Period) -> None:
+        """The line for a partition that is there now."""
+        self.line(f"Created partition: {leaf} ({period} to {Period(period.end, period.end)})")
+
+    def waiting(self, why: str, attempt: int) -> None:
+        """What an attempt at a lock came to."""
+        self.line(f"  {why} (attempt {attempt}, trying again)")
+
     def summary(self, found: Summary) -> None:
-        """Rows of each day, seconds of each step, and what it cost the server."""
-        days = Table("Day", "Rows", "Compared", box=None, pad_edge=False)
-        days.columns[1].justify = "right"
-        for day, result in sorted(found.days.items()):
-            days.add_row(f"{day}", f"{result.new_rows:,}", "equal" if result.hash_equal else "counted")
+        """Rows of each period, seconds of each step, and what it cost the server."""
+        periods = Table("Period", "Rows", "Compared", box=None, pad_edge=False)
+        periods.columns[1].justify = "right"
+        for period, result in sorted(found.periods.items()):
+            periods.add_row(f"{period}", f"{result.new_rows:,}", "equal" if result.alike else "counted")
         steps = Table("Step", "Seconds", box=None, pad_edge=False)
         steps.columns[1].justify = "right"
         for number, (step, seconds) in enumerate(found.steps, 1):
             steps.add_row(f"{number} {step}", f"{seconds:.2f}" if seconds else "earlier")
-        for table in (days, steps):
+        for table in (periods, steps):
             self.line()
             self.console.print(table)
         self.line()
@@ -171,8 +179,8 @@ class RowCount:
         self._progress = progress
         self._task = progress.add_task("", total=self._total, completed=self.rows, rate="", note="")
 
-    def add(self, day: date, rows: int, lag: Lag | None = None) -> None:
-        """Note a finished batch of ``day``, and how far the replicas are behind; any worker may call."""
+    def add(self, period: Period, rows: int, lag: Lag | None = None) -> None:
+        """Note a finished batch of ``period``, and how far the replicas are behind; any worker may call."""
         with self._turn:
             self.rows += rows
             now = self._clock()
@@ -183,7 +191,7 @@ class RowCount:
                     completed=self.rows,
                     description=f"{self.rows:,} / {self._total:,} rows",
                     rate=f"{rate:,.0f}/s",
-                    note=f"{day}" if lag is None else f"{day} lag {lag.seconds:.0f} s",
+                    note=f"{period}" if lag is None else f"{period} lag {lag.seconds:.0f} s",
                 )
             elif now - self._last_line >= 1:
                 self._last_line = now
@@ -201,7 +209,8 @@ class RowCount:
             self._paused = why is not None
 
     def finish(self) -> None:
-        """Print where the count ended."""
+        """Print where the count ended; rows that came or went meanwhile are part of the whole."""
+        self._total = self.rows
         self._print()
 
     def _print(self) -> None:

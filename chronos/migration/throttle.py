@@ -27,7 +27,7 @@ class Lag(NamedTuple):
     seconds: float
 
 
-class Pacer:
+class Throttle:
     """Says when the next batch may begin and how many rows it may have; shared by all workers.
 
     ``batch_size`` is the most; a batch that lasts longer than a second halves it, quick ones double it

@@ -1,0 +1,1 @@
+"""What PostgreSQL says of a table, and the statements that say it again."""

@@ -1,0 +1,117 @@
+"""Partitions by the catalog's bounds: which are attached, which are missing, which have expired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+
+from sqlalchemy.engine import Connection
+
+from chronos.db import execute, statement
+from chronos.table import Period, TableSpec, midnight
+
+_BEGINNING = datetime.min.replace(tzinfo=UTC)
+_END = datetime.max.replace(tzinfo=UTC)
+# As far ahead as the function goes that creates partitions.
+_TEN_YEARS = 3650
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One attached partition, as the catalog has it.
+
+    ``lower`` and ``upper`` (UTC; ``upper`` is exclusive) are None for a bound that is no time:
+    MINVALUE, MAXVALUE, or the default partition, which has neither.
+    """
+
+    name: str
+    lower: datetime | None
+    upper: datetime | None
+    detach_pending: bool
+    rows_estimate: int
+    bytes: int
+    schema: str
+
+
+# pg_get_expr prints timestamptz bounds in the session's zone; db.transaction() pins UTC and ISO.
+_ATTACHED = r"""
+SELECT c.relname,
+       to_timestamp(extract(epoch FROM (m.bound)[1]::timestamp)) AS lower,
+       to_timestamp(extract(epoch FROM (m.bound)[2]::timestamp)) AS upper,
+       i.inhdetachpending,
+       greatest(c.reltuples, 0)::bigint,
+       coalesce(pg_total_relation_size(c.oid), 0),
+       n.nspname
+FROM pg_inherits i
+JOIN pg_class c ON c.oid = i.inhrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (
+    SELECT regexp_match(
+        pg_get_expr(c.relpartbound, c.oid),
+        '^FOR VALUES FROM \((?:''(\d[^'']*)''|MINVALUE)\) TO \((?:''(\d[^'']*)''|MAXVALUE)\)$') AS bound
+) m ON true
+WHERE i.inhparent = to_regclass({table})
+ORDER BY lower NULLS LAST, c.relname
+"""
+
+
+def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> list[Partition]:
+    """The partitions of ``spec``, or of ``table`` beside it, oldest first.
+
+    To be called inside ``db.transaction``. ACCESS SHARE on each partition, for its size.
+    """
+    qualified = execute(
+        conn, statement("SELECT format('%I.%I', {s}, {t})", s=spec.home, t=table or spec.name)
+    )
+    rows = execute(conn, statement(_ATTACHED, table=qualified.scalar_one())).all()
+    return [Partition(*row) for row in rows]
+
+
+def _covered(existing: Iterable[Partition]) -> list[tuple[datetime, datetime]]:
+    """The time that has its place in a partition, as ranges that neither overlap nor touch, oldest first."""
+    ranges: list[tuple[datetime, datetime]] = []
+    for lower, upper in sorted(
+        (p.lower or _BEGINNING, p.upper or _END)
+        for p in existing
+        if not p.detach_pending and (p.lower or p.upper)  # the default partition is no time's place
+    ):
+        if ranges and lower <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(upper, ranges[-1][1]))
+        else:
+            ranges.append((lower, upper))
+    return ranges
+
+
+def missing(existing: Iterable[Partition], wanted: Iterable[Period]) -> list[Period]:
+    """The wanted periods of which some instant has no place in any existing partition."""
+    covered = _covered(existing)
+    return [w for w in wanted if not any(lower <= w.start and w.end <= upper for lower, upper in covered)]
+
+
+def expired(existing: Iterable[Partition], today: date, retention_days: int | None) -> list[Partition]:
+    """The partitions whose last instant lies before the day that is ``retention_days`` old; none for None."""
+    if retention_days is None:
+        return []
+    cutoff = midnight(today - timedelta(days=retention_days))
+    return [p for p in existing if p.upper is not None and p.upper <= cutoff]
+
+
+def droppable(existing: Iterable[Partition], today: date, retention_days: int | None) -> list[Partition]:
+    """The expired partitions that the drop function takes: not the newest, not one detached half-way."""
+    bounded = [p for p in existing if not p.detach_pending and (p.lower or p.upper)]
+    newest = max(bounded, key=lambda p: p.upper or _END, default=None)
+    return [p for p in expired(bounded, today, retention_days) if p is not newest]
+
+
+def runway(existing: Iterable[Partition], spec: TableSpec, now: datetime) -> int:
+    """For how many whole days after today every row finds a partition; 0 when the current period has none.
+
+    At most ten years, which is as far as the function goes that creates them.
+    """
+    current = spec.period(now)
+    for lower, upper in _covered(existing):
+        if lower <= current.start and current.end <= upper:
+            ahead = (upper - midnight(now.astimezone(UTC).date())).days - 1
+            return min(max(ahead, 0), _TEN_YEARS)
+    return 0

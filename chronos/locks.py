@@ -1,0 +1,219 @@
+"""Strong locks in short attempts: who holds them, what would end it, and one more attempt after a pause.
+
+Whoever waits long in the lock queue stops everybody behind. So an attempt waits 100 ms at most, lets go,
+and says who was in the way. Only when attempts fail for long may each wait longer, up to the operator's
+``--max-lock-wait``.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from psycopg2 import sql
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from chronos.db import Statement, begin, execute, is_lock_failure, joined, name, statement, transaction
+from chronos.errors import LockUnavailableError
+
+Tables = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a lock, and how often.
+
+    An attempt waits ``shortest_s`` seconds; after ``short_attempts`` of them each waits twice as long as the
+    one before, up to ``longest_s``: nobody queues behind us for longer. ``attempts`` bounds the whole. The
+    pause between two attempts doubles up to ``longest_pause_s`` and is jittered, so that two waiters do not
+    meet again and again.
+    """
+
+    shortest_s: float = 0.1
+    longest_s: float = 1.0
+    short_attempts: int = 10
+    attempts: int = 60
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 5.0
+    sleep: Callable[[float], None] = time.sleep
+
+    def wait_s(self, attempt: int) -> float:
+        """Seconds that the attempt with this number (from 1) waits for its locks."""
+        grown = self.shortest_s * 2.0 ** min(max(0, attempt - self.short_attempts), 16)
+        return min(grown, max(self.longest_s, self.shortest_s))
+
+    def pause_s(self, attempt: int) -> float:
+        """Seconds to wait after the attempt with this number."""
+        ceiling = min(self.longest_pause_s, self.first_pause_s * 2.0 ** min(attempt - 1, 16))
+        return ceiling * random.uniform(0.5, 1.0)  # jitter, not cryptography
+
+
+class BlockedError(Exception):
+    """What an attempt needs is not to be had now, though no lock was refused; the text says why."""
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """Who holds a lock that we wait for: a session by its pid, or a prepared transaction by its gid."""
+
+    pid: int | None
+    gid: str | None
+    application: str
+    state: str
+    seconds: float
+    query: str
+
+    @property
+    def remedy(self) -> str:
+        """The statement that would end it."""
+        if self.pid is None:
+            escaped = (self.gid or "").replace("'", "''")
+            return f"ROLLBACK PREPARED '{escaped}'"
+        return f"SELECT pg_terminate_backend({self.pid})"
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            age = f"open for {self.seconds:.0f} s"
+            return f"prepared transaction '{self.gid}', {age}; {self.remedy} would end it"
+        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+        doing = f", query: {self.query}" if self.query else ""
+        state = self.state or "in a transaction"
+        return f"{who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"
+
+
+# A query may quote a row: the first words say what it is, and no more of it is shown.
+_HOLDERS = r"""
+WITH held AS (
+    SELECT DISTINCT l.pid, l.virtualtransaction FROM pg_locks l
+    JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (n.nspname, c.relname) IN ({wanted})
+)
+SELECT a.pid, NULL::text,
+       coalesce(nullif(a.application_name, ''), nullif(a.backend_type, 'client backend'), ''),
+       coalesce(a.state, ''),
+       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8 AS age,
+       left(regexp_replace(regexp_replace(coalesce(a.query, ''), '''[^'']*''', '''...''', 'g'),
+                           '\s+', ' ', 'g'), 60)
+FROM pg_stat_activity a WHERE a.pid IN (SELECT pid FROM held) AND a.pid <> pg_backend_pid()
+  AND NOT a.pid = ANY({ours})
+UNION ALL
+SELECT NULL, p.gid, '', '', extract(epoch FROM clock_timestamp() - p.prepared)::float8, ''
+FROM pg_prepared_xacts p
+WHERE p.database = current_database() AND EXISTS (
+    SELECT FROM held h WHERE h.pid IS NULL AND h.virtualtransaction = '-1/' || p.transaction::text)
+ORDER BY age DESC
+"""
+
+
+def lock_holders(conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -> list[LockHolder]:
+    """Who holds locks on ``tables`` (schema, name), the oldest first; takes no lock itself.
+
+    ``ours`` are the pids of our own other connections, which are no holders to wait for.
+    """
+    wanted = joined([statement("({schema}, {table})", schema=s, table=t) for s, t in tables])
+    mine = statement("{pids}::int[]", pids=list(ours))
+    rows = execute(conn, statement(_HOLDERS, wanted=wanted, ours=mine)).all()
+    return [LockHolder(*row) for row in rows]
+
+
+def lock_table(schema: str, table: str, mode: str, *, partitions: bool = False) -> Statement:
+    """LOCK TABLE, for this table alone unless its ``partitions`` are to be locked as well."""
+    return statement(
+        "LOCK TABLE {only}{table} IN {mode} MODE",
+        only=sql.SQL("" if partitions else "ONLY "),
+        table=name(schema, table),
+        mode=sql.SQL(mode),
+    )
+
+
+class Attempt:
+    """One short transaction on ``conn``; a lock that is not to be had ends it without an error."""
+
+    def __init__(self, locks: Locks, conn: Connection, wait_s: float) -> None:
+        self._locks = locks
+        self._conn = conn
+        self.wait_s = wait_s
+        self.began = time.monotonic()
+        self.asked = self.began
+        self.succeeded = False
+        self.why: str | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left of what others may have to wait for this attempt."""
+        return max(self.wait_s - (time.monotonic() - self.asked), 0.0)
+
+    def asks_now(self) -> None:
+        """For work that first looks around: only from here on does anybody wait."""
+        self.asked = time.monotonic()
+
+    def __enter__(self) -> Connection:
+        self._transaction = self._conn.begin()
+        begin(self._conn, lock_timeout_ms=max(1, round(self.wait_s * 1000)))
+        # Nobody behind our lock need wait for the disk as well: a commit that anybody makes
+        # after ours takes ours along to the disk, so after a crash both are there, or neither.
+        execute(self._conn, statement("SELECT set_config('synchronous_commit', 'off', true)"))
+        return self._conn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            if error is None:
+                self._transaction.commit()
+                self.succeeded = True
+                return False
+            if self._transaction.is_active:
+                self._transaction.rollback()
+        except DBAPIError as second:
+            if error is None and is_lock_failure(second):
+                return True
+            if error is None:
+                raise
+        finally:
+            self._locks.longest_s = max(self._locks.longest_s, time.monotonic() - self.asked)
+        if isinstance(error, BlockedError):
+            self.why = str(error)
+            return True
+        return isinstance(error, DBAPIError) and is_lock_failure(error)
+
+
+class Locks:
+    """Attempts at strong locks: ``for attempt in locks.attempts(...): with attempt as conn: ...``.
+
+    ``on_blocked`` is told of each attempt that came to nothing; it may raise to give up.
+    ``longest_s`` is the longest that any attempt lasted from the moment it asked for the strong lock,
+    waiting and working together: nobody can have stood behind one of ours for longer than that.
+    """
+
+    def __init__(
+        self, patience: Patience | None = None, on_blocked: Callable[[str, int], None] | None = None
+    ) -> None:
+        self.patience = patience or Patience()
+        self.longest_s = 0.0
+        self._on_blocked = on_blocked or (lambda message, attempt: None)
+
+    def attempts(self, conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -> Iterator[Attempt]:
+        """Attempts until one has committed. Raises LockUnavailableError when all are used up."""
+        for number in range(1, self.patience.attempts + 1):
+            attempt = Attempt(self, conn, self.patience.wait_s(number))
+            yield attempt
+            if attempt.succeeded:
+                return
+            message = attempt.why or self._held(conn, tables, ours)
+            if number < self.patience.attempts:
+                self._on_blocked(message, number)
+                self.patience.sleep(self.patience.pause_s(number))
+        raise LockUnavailableError(f"gave up {message} ({number} attempts)")
+
+    def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> str:
+        with transaction(conn):
+            holders = lock_holders(conn, tables, ours)
+        what = " and ".join(dict.fromkeys(table for _, table in tables))
+        who = "; ".join(map(str, holders[:3])) or "a session that is gone by now"
+        return f"waiting for a lock on {what}, held by {who}"

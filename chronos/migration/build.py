@@ -1,0 +1,133 @@
+"""Build the partitioned table beside the plain one, and begin to note what is written in the plain one.
+
+Nobody uses what is built. Once the note triggers are committed, every writer before them has committed too,
+for their lock waits for all of them: what the copy reads from then on, and the notes, are everything.
+"""
+
+from __future__ import annotations
+
+from chronos.catalog.ddl import (
+    attach_statements,
+    leaf_statements,
+    owner_only,
+    parent_statements,
+)
+from chronos.catalog.shape import TableShape
+from chronos.db import Statement, execute, joined, name, statement, transaction
+from chronos.locks import lock_table
+from chronos.migration.changes import change_log_statements, note_trigger_statements
+from chronos.migration.context import Direction, Migration
+from chronos.migration.state import Phase, State, create_statement, phase_statement
+from chronos.table import Period
+
+
+def parent_and_log_statements(shape: TableShape, state: State) -> list[Statement]:
+    """The partitioned table without partitions, the notes without triggers on the table in use, the state."""
+    return [
+        *parent_statements(shape, state.plan.renames),
+        *change_log_statements(shape, state.plan),
+        create_statement(state),
+        *owner_only(shape, name(shape.spec.home, shape.spec.state)),
+    ]
+
+
+def begin_notes_statements(shape: TableShape) -> list[Statement]:
+    """The note triggers on the table in use, under SHARE ROW EXCLUSIVE: writers wait for an instant."""
+    spec = shape.spec
+    return [
+        lock_table(spec.home, spec.name, "SHARE ROW EXCLUSIVE"),
+        *note_trigger_statements(shape, spec.name, Direction.FORWARD),
+        phase_statement(spec, Phase.COPYING),
+    ]
+
+
+def build_parent(migration: Migration) -> None:
+    """Step 1: the partitioned table, then the triggers that note what is written from now on.
+
+    SHARE ROW EXCLUSIVE on the table in use for the triggers, in short attempts. Raises
+    LockUnavailableError.
+    """
+    shape, state, conn = migration.shape, migration.state, migration.conn
+    with transaction(conn):
+        execute(conn, joined(parent_and_log_statements(shape, state), ";\n"))
+    begin_notes(migration)
+
+
+def begin_notes(migration: Migration) -> None:
+    """Note what is written in the table in use from now on; see ``build_parent``."""
+    locks = migration.locks(attempts=None)
+    tables = [(migration.table.home, migration.table.name)]
+    for attempt in locks.attempts(migration.conn, tables):
+        with attempt as conn:
+            migration.claim(conn)
+            execute(conn, joined(begin_notes_statements(migration.shape), ";\n"))
+    migration.note(locks)
+    migration.refresh()
+
+
+def leaves_statements(shape: TableShape, periods: list[Period], empty_from: Period | None) -> list[Statement]:
+    """The partitions: bare beside the table, or, from ``empty_from`` on, with indexes and in their place."""
+    statements: list[Statement] = []
+    for period in periods:
+        empty = empty_from is not None and period >= empty_from
+        statements += leaf_statements(shape, period, indexes=empty)
+        if empty:
+            statements += attach_statements(shape, period, checked=False)
+    return statements
+
+
+def build_partitions(migration: Migration) -> None:
+    """Step 2: a partition for each period. Those after the newest row are empty, and attached at once."""
+    shape, conn = migration.shape, migration.conn
+    with transaction(conn):
+        migration.claim(conn)
+        if _built(migration):
+            return
+        newest = execute(
+            conn,
+            statement(
+                "SELECT max({c}) FROM {table}",
+                c=shape.time_column,
+                table=migration.relation(migration.table.name),
+            ),
+        ).scalar_one()
+        periods = migration.plan.periods
+        empty = [period for period in periods if newest is None or _after(migration, period, newest)]
+        execute(conn, joined(leaves_statements(shape, periods, empty[0] if empty else None), ";\n"))
+
+
+def _after(migration: Migration, period: Period, newest: object) -> bool:
+    """Whether ``period`` begins after the newest row; the server compares, for it also knows infinity."""
+    found: bool = execute(
+        migration.conn,
+        statement("SELECT {start} > {newest}", start=migration.shape.instant(period.start), newest=newest),
+    ).scalar_one()
+    return found
+
+
+def _built(migration: Migration) -> bool:
+    found: bool = execute(
+        migration.conn,
+        statement(
+            "SELECT to_regclass(format('%I.%I', {schema}, {leaf})) IS NOT NULL",
+            schema=migration.table.home,
+            leaf=migration.table.partition(migration.plan.periods[0]),
+        ),
+    ).scalar_one()
+    return found
+
+
+def pending_periods(migration: Migration) -> list[Period]:
+    """The periods whose partition is not in its place yet."""
+    with transaction(migration.conn):
+        rows = execute(
+            migration.conn,
+            statement(
+                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+                " WHERE i.inhparent = to_regclass(format('%I.%I', {schema}, {new}))",
+                schema=migration.table.home,
+                new=migration.table.new,
+            ),
+        ).all()
+    attached = {row[0] for row in rows}
+    return [p for p in migration.plan.periods if migration.table.partition(p) not in attached]

@@ -1,0 +1,475 @@
+"""The notes: which rows were written in the table in use, and their replay into the other one.
+
+Triggers note keys, not contents. A replay takes some notes away and brings those rows in the target to what
+they are in the source, in one statement and so in one snapshot: what is committed later has notes of its
+own. Replaying twice does no harm. ENABLE ALWAYS, so that writes under a replication role are noted too.
+"""
+
+from __future__ import annotations
+
+from psycopg2 import errorcodes, sql
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from chronos.catalog.ddl import nobody_calls, owner_only, script
+from chronos.catalog.shape import TableShape
+from chronos.db import (
+    Statement,
+    application_path,
+    execute,
+    is_lock_failure,
+    joined,
+    name,
+    one_line,
+    our_path,
+    sqlstate,
+    statement,
+    transaction,
+)
+from chronos.errors import ChronosError, LockUnavailableError, StrayRowError
+from chronos.migration.context import CheckStop, Direction, Migration, match, names
+from chronos.migration.state import Plan
+from chronos.table import TableSpec
+
+_BATCH = 2_000
+# Few enough to be replayed while writers wait.
+FEW = 200
+# A batch that meets what a later note takes away is tried again with more notes, up to all of them.
+_GROWTH = 10
+_ATTEMPTS = 100
+_PAUSE_S = 0.1
+# Shorter than the server's deadlock_timeout: should we and a transaction of the application's wait for each
+# other, it is we who let go.
+_LOCK_TIMEOUT_MS = 200
+
+
+class TruncatedError(ChronosError):
+    """The table was emptied by TRUNCATE while it was copied."""
+
+
+def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
+    """The tables and functions of the notes, and triggers on the table that is built: silent as yet."""
+    table = shape.spec
+    key = plan.new_key
+    log = script(
+        "change_log.sql",
+        table,
+        columns=_text(key),
+        old_values=_text(key, "OLD"),
+        new_values=_text(key, "NEW"),
+        match_old=" AND ".join(f"n.{_quoted(c)} = OLD.{_quoted(c)}" for c in key),
+        time_type=shape.time_type,
+    )
+    owner, home = name(shape.owner), table.home
+    functions = (
+        (table.note_function, ""),
+        (table.unlink_function, ""),
+        (table.noted_function, shape.time_type),
+    )
+    statements: list[Statement] = [log]
+    for kept in (table.changes, table.replayed):
+        statements += [
+            statement("ALTER TABLE {t} OWNER TO {owner}", t=name(home, kept), owner=owner),
+            *owner_only(shape, name(home, kept)),
+        ]
+    for function, arguments in functions:
+        statements += [
+            statement(
+                "ALTER FUNCTION {f}({a}) OWNER TO {owner}",
+                f=name(home, function),
+                a=sql.SQL(arguments),
+                owner=owner,
+            ),
+            *nobody_calls(shape, name(home, function), arguments),
+        ]
+    # Whoever writes the table evaluates it in the triggers' conditions.
+    statements.append(
+        statement(
+            "GRANT EXECUTE ON FUNCTION {f}({a}) TO PUBLIC",
+            f=name(home, table.noted_function),
+            a=sql.SQL(shape.time_type),
+        )
+    )
+    return statements + note_trigger_statements(shape, table.new, Direction.BACK)
+
+
+def _quoted(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+def _text(columns: tuple[str, ...], alias: str = "") -> str:
+    return ", ".join((f"{alias}." if alias else "") + _quoted(c) for c in columns)
+
+
+def note_trigger_statements(shape: TableShape, on_table: str, direction: Direction) -> list[Statement]:
+    """The triggers on ``on_table`` that note what is written there for a replay in ``direction``.
+
+    SHARE ROW EXCLUSIVE on it. On the partitioned table they ask which times are noted.
+    """
+    spec = shape.spec
+    table = name(spec.home, on_table)
+    insert, update, delete, truncate, _ = spec.note_triggers
+
+    def when(*rows: str) -> Statement:
+        if direction is Direction.FORWARD:
+            return sql.SQL("")
+        asked = [
+            statement(
+                "{f}({row}.{c})",
+                f=name(spec.home, spec.noted_function),
+                row=sql.SQL(row),
+                c=shape.time_column,
+            )
+            for row in rows
+        ]
+        return statement(" WHEN ({asked})", asked=joined(asked, " OR "))
+
+    def trigger(name_: str, event: str, scope: str, when_: Statement) -> Statement:
+        return statement(
+            "CREATE TRIGGER {t} AFTER {event} ON {table} {scope}{when} EXECUTE FUNCTION {f}({origin});\n"
+            "ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}",
+            t=name(name_),
+            event=sql.SQL(event),
+            table=table,
+            scope=sql.SQL(scope),
+            when=when_,
+            f=name(spec.home, spec.note_function),
+            origin=direction.origin,
+        )
+
+    return [
+        trigger(insert, "INSERT", "FOR EACH ROW", when("NEW")),
+        trigger(update, "UPDATE", "FOR EACH ROW", when("OLD", "NEW")),
+        trigger(delete, "DELETE", "FOR EACH ROW", when("OLD")),
+        trigger(truncate, "TRUNCATE", "FOR EACH STATEMENT", sql.SQL("")),
+    ]
+
+
+def unlink_trigger_statements(shape: TableShape) -> list[Statement]:
+    """From now on whoever changes or deletes a row takes its copy away as well. SHARE ROW EXCLUSIVE."""
+    spec = shape.spec
+    trigger, table = name(spec.note_triggers[4]), name(spec.home, spec.name)
+    return [
+        statement(
+            "CREATE TRIGGER {t} AFTER UPDATE OR DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {f}()",
+            t=trigger,
+            table=table,
+            f=name(spec.home, spec.unlink_function),
+        ),
+        statement("ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}", table=table, t=trigger),
+    ]
+
+
+def drop_trigger_statements(spec: TableSpec, on_table: str, *triggers: str) -> list[Statement]:
+    """Take our ``triggers`` (all of them, if none are named) off a table. ACCESS EXCLUSIVE on it."""
+    return [
+        statement("DROP TRIGGER IF EXISTS {t} ON {table}", t=name(trigger), table=name(spec.home, on_table))
+        for trigger in triggers or spec.note_triggers
+    ]
+
+
+def drop_log_statement(spec: TableSpec) -> Statement:
+    """Drop the notes, their functions and the state: a migration that is over leaves nothing else behind."""
+    home = spec.home
+    return statement(
+        "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {unlink}(), {noted};\nDROP TABLE {state}",
+        changes=name(home, spec.changes),
+        replayed=name(home, spec.replayed),
+        note=name(home, spec.note_function),
+        unlink=name(home, spec.unlink_function),
+        noted=name(home, spec.noted_function),
+        state=name(home, spec.state),
+    )
+
+
+_NOTED = """
+CREATE OR REPLACE FUNCTION {function}(written {type}) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN {condition}
+"""
+
+
+def note_everything_statement(shape: TableShape) -> Statement:
+    """From now on note every key that is written in the partitioned table."""
+    return _noted(shape, sql.SQL("true"))
+
+
+# The fence is known only under the lock, so the server puts it into the function itself.
+_NOTED_UP_TO_THE_FENCE = """
+DO $do$
+BEGIN
+    EXECUTE format('CREATE OR REPLACE FUNCTION %I.%I(written %s) RETURNS boolean'
+                   ' LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN written <= %L::%s', {schema}, {function},
+                   {type}, (SELECT {fence} FROM {state}), {type});
+END
+$do$"""
+
+
+def note_up_to_the_fence_statement(shape: TableShape) -> Statement:
+    """From now on note the keys that are written at or below the fence in the partitioned table."""
+    spec = shape.spec
+    return statement(
+        _NOTED_UP_TO_THE_FENCE,
+        schema=spec.home,
+        function=spec.noted_function,
+        type=shape.time_type,
+        fence=fence_value(shape),
+        state=name(spec.home, spec.state),
+    )
+
+
+def fence_value(shape: TableShape) -> Statement:
+    """The fence, a column of the state, in the type of the time column."""
+    return sql.SQL(
+        {
+            "timestamptz": "fence",
+            "timestamp": "(fence AT TIME ZONE 'UTC')",
+            "date": "(fence AT TIME ZONE 'UTC')::date",
+        }[shape.time_type]
+    )
+
+
+def _noted(shape: TableShape, condition: Statement) -> Statement:
+    spec = shape.spec
+    return statement(
+        _NOTED,
+        function=name(spec.home, spec.noted_function),
+        type=sql.SQL(shape.time_type),
+        condition=condition,
+    )
+
+
+def note_skewed_rows_statement(shape: TableShape, plan: Plan) -> Statement:
+    """In the swap: rows of the frozen table beyond the fence are known by their keys, not by their times."""
+    spec = shape.spec
+    return statement(
+        "INSERT INTO {changes} ({key}, chronos_origin)"
+        " SELECT {key}, 'n' FROM {old} WHERE {c} > (SELECT {fence} FROM {state})",
+        changes=name(spec.home, spec.changes),
+        key=names(plan.new_key),
+        old=name(spec.home, spec.old),
+        c=shape.time_column,
+        fence=fence_value(shape),
+        state=name(spec.home, spec.state),
+    )
+
+
+def waiting_notes(conn: Connection, migration: Migration, direction: Direction, limit: int) -> int:
+    """How many notes are to be replayed in ``direction``, at most ``limit``.
+
+    Raises TruncatedError when a TRUNCATE is among them, StrayRowError when a row has no time.
+    """
+    notes, truncated, timeless = execute(conn, waiting_notes_query(migration, direction, limit)).one()
+    if truncated:
+        raise TruncatedError(f"{migration.table} was emptied by TRUNCATE while it was copied")
+    if timeless:
+        _require_times(conn, migration)
+    return int(notes)
+
+
+def waiting_notes_query(migration: Migration, direction: Direction, limit: int) -> Statement:
+    """One row: how many notes are to be replayed, at most ``limit``; whether a TRUNCATE is among them, and
+    whether a row without a time is.
+    """
+    return statement(
+        "SELECT (SELECT count(*) FROM (SELECT FROM {changes} WHERE chronos_origin = {origin}"
+        " AND NOT chronos_truncated LIMIT {limit}) AS n),"
+        " EXISTS (SELECT FROM {changes} WHERE {c} IS NULL AND chronos_truncated"
+        "  AND chronos_origin = {origin}),"
+        " EXISTS (SELECT FROM {changes} WHERE {c} IS NULL AND NOT chronos_truncated)",
+        changes=migration.relation(migration.table.changes),
+        c=migration.shape.time_column,
+        origin=direction.origin,
+        limit=limit,
+    )
+
+
+def _require_times(conn: Connection, migration: Migration) -> None:
+    table = migration.table
+    rows = execute(
+        conn,
+        statement(
+            "SELECT count(*) FROM {t} WHERE {c} IS NULL",
+            t=migration.relation(table.name),
+            c=migration.shape.time_column,
+        ),
+    ).scalar_one()
+    if rows:
+        raise StrayRowError(
+            f"{rows:,} rows were written meanwhile whose {table.column} is NULL, which no partition takes;"
+            " correct or delete them"
+        )
+
+
+# Notes are taken in the order in which they lie in the table, which is nearly that in which they were
+# written: a row that leaves a unique value comes before the one that takes it. The deletions end before the
+# first insertion begins, for that asks how many they were. Rows that are locked in the source are locked
+# before their copies are, as the application's transactions do it (``held`` is not run otherwise).
+_REPLAY = """
+WITH notes AS MATERIALIZED (
+    DELETE FROM {changes} WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM {changes} WHERE chronos_origin = {origin} AND NOT chronos_truncated LIMIT {limit}))
+    RETURNING {new_key}
+), kept AS (
+    INSERT INTO {replayed} ({new_key}) SELECT DISTINCT {new_key} FROM notes WHERE {column} >= {since}
+), keys AS MATERIALIZED (
+    SELECT DISTINCT {key} FROM notes WHERE {column} >= {since}
+), held AS MATERIALIZED (
+    SELECT 1 FROM keys AS k JOIN {source} AS s ON {source_same}{lock}
+), gone AS (
+    DELETE FROM {target} AS t USING keys AS k WHERE {target_same} AND {held_first} RETURNING 1
+), put AS (
+    INSERT INTO {target} ({columns}) OVERRIDING SYSTEM VALUE
+    SELECT {source_columns} FROM keys AS k JOIN {source} AS s ON {source_same}
+    WHERE (SELECT count(*) FROM gone) >= 0 AND s.{column} >= {since}{lock}
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM notes), (SELECT count(*) FROM put)
+"""
+
+# Few keys at a time and large tables: by the index, whatever the statistics say.
+_REPLAY_SETTINGS = """
+SET CONSTRAINTS ALL IMMEDIATE;
+SELECT set_config(setting, 'off', true)
+FROM unnest(ARRAY['enable_hashjoin', 'enable_mergejoin', 'enable_seqscan', 'jit']) AS setting
+"""
+
+
+def replay(conn: Connection, migration: Migration, direction: Direction, limit: int = _BATCH) -> int:
+    """Replay up to ``limit`` notes in the transaction that is open; returns how many there were.
+
+    ROW EXCLUSIVE on the target. While the target has foreign keys of its own, the rows are also locked in
+    the source (FOR SHARE): a transaction that has changed one of them is waited for, so that no copy of its
+    row appears behind its back.
+    """
+    execute(conn, joined(replay_settings(), ";\n"))
+    notes, _ = execute(conn, replay_statement(migration, direction, limit)).one()
+    execute(conn, our_path())
+    return int(notes)
+
+
+def replay_settings() -> list[Statement]:
+    """What ``replay_statement`` needs for its transaction."""
+    return [statement(_REPLAY_SETTINGS), application_path()]
+
+
+def replay_statement(migration: Migration, direction: Direction, limit: int) -> Statement:
+    """The statement of ``replay``: one row, how many notes there were and how many rows were put."""
+    plan, shape = migration.plan, migration.shape
+    source, target = direction.source(plan.table), direction.target(plan.table)
+    locked = direction is Direction.FORWARD and plan.foreign_keys
+    key = direction.key(plan)
+    return statement(
+        _REPLAY,
+        changes=migration.relation(plan.table.changes),
+        replayed=migration.relation(plan.table.replayed),
+        origin=direction.origin,
+        limit=limit,
+        new_key=names(plan.new_key),
+        key=names(key),
+        column=shape.time_column,
+        since=shape.instant(migration.since(direction)),
+        target=migration.relation(target),
+        target_same=match(key, "t", "k"),
+        source=migration.relation(source),
+        source_same=match(key, "s", "k"),
+        columns=joined(shape.copied_columns()),
+        source_columns=joined([statement("s.{c}", c=c) for c in shape.copied_columns()]),
+        lock=sql.SQL(" FOR SHARE OF s" if locked else ""),
+        held_first=sql.SQL("(SELECT count(*) FROM held) >= 0" if locked else "true"),
+    )
+
+
+def replay_most(
+    migration: Migration, direction: Direction, check_stop: CheckStop, conn: Connection | None = None
+) -> int:
+    """Replay in rounds, each a transaction of its own, until a round is small; returns how many notes.
+
+    What is left then can be replayed while writers wait. Raises TruncatedError, StrayRowError, and
+    LockUnavailableError when a row stays locked.
+    """
+    conn = conn or migration.conn
+    done, attempts, limit = 0, 0, _BATCH
+    while True:
+        check_stop()
+        try:
+            with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+                migration.claim(conn)
+                waiting_notes(conn, migration, direction, 1)
+                notes = replay(conn, migration, direction, limit)
+        except DBAPIError as error:
+            # A transaction of the application's holds one of the rows, or a note that is still to come
+            # takes away what this batch ran into.
+            attempts += 1
+            if sqlstate(error) == errorcodes.CHECK_VIOLATION and "no partition of relation" in str(error):
+                raise StrayRowError(
+                    f"a row was written meanwhile for a time that no partition takes"
+                    f" ({one_line(error)}); correct or delete it"
+                ) from error
+            if sqlstate(error) not in _PASSING:
+                raise
+            if attempts == _ATTEMPTS:
+                if not is_lock_failure(error):
+                    raise
+                raise LockUnavailableError(
+                    f"rows of {migration.table} that were written meanwhile stay locked by another"
+                    f" transaction ({one_line(error)})"
+                ) from error
+            if sqlstate(error) == errorcodes.UNIQUE_VIOLATION:
+                limit *= _GROWTH
+            migration.operator.patience.sleep(_PAUSE_S)
+            continue
+        done += notes
+        if notes < FEW:
+            return done
+        attempts, limit = 0, _BATCH
+
+
+_PASSING = (
+    errorcodes.LOCK_NOT_AVAILABLE,
+    errorcodes.DEADLOCK_DETECTED,
+    errorcodes.UNIQUE_VIOLATION,
+    errorcodes.FOREIGN_KEY_VIOLATION,
+    errorcodes.QUERY_CANCELED,
+)
+
+
+def empty_after_truncate(migration: Migration) -> bool:
+    """On the way back: empty the window of the plain table if the partitioned one was truncated.
+
+    Rows older than the window were not in the table that was truncated, and stay. Returns whether it was.
+    """
+    plan, conn = migration.plan, migration.conn
+    with transaction(conn):
+        migration.claim(conn)
+        truncated = execute(
+            conn,
+            statement(
+                "WITH notes AS (DELETE FROM {changes} WHERE chronos_origin = 'n' AND chronos_truncated"
+                " RETURNING 1) SELECT count(*) FROM notes",
+                changes=migration.relation(plan.table.changes),
+            ),
+        ).scalar_one()
+        if truncated:
+            execute(
+                conn,
+                statement(
+                    "DELETE FROM {old} WHERE {c} >= {cutoff}",
+                    old=migration.relation(plan.table.old),
+                    c=migration.shape.time_column,
+                    cutoff=migration.shape.instant(plan.cutoff),
+                ),
+            )
+    return bool(truncated)
+
+
+def written_by_hand(conn: Connection, migration_table: TableSpec) -> int:
+    """How many rows of the frozen table were written by hand since the swap."""
+    return int(
+        execute(
+            conn,
+            statement(
+                "SELECT count(*) FROM {changes} WHERE chronos_origin = 'o'",
+                changes=name(migration_table.home, migration_table.changes),
+            ),
+        ).scalar_one()
+    )

@@ -1,0 +1,145 @@
+"""What travels through a migration together: server, table, state, and the operator who is told about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum
+
+from psycopg2 import sql
+from sqlalchemy.engine import Connection, Engine
+
+from chronos.catalog.shape import TableShape
+from chronos.catalog.shape import read as read_shape
+from chronos.db import Statement, joined, name, statement, transaction
+from chronos.errors import SupersededError
+from chronos.locks import Locks, Tables
+from chronos.migration import state as states
+from chronos.migration.operator import AN_HOUR, Operator
+from chronos.migration.state import Phase, Plan, State
+from chronos.table import TableSpec
+
+
+@dataclass
+class Migration:
+    """A migration that this run owns. ``shape`` is that of the plain table, whatever its name is now.
+
+    ``oldest`` is where the partitions began when a way back set out, ``longest_lock_s`` the longest that
+    anybody can have stood behind a lock of ours, ``may_stop`` false when a stop must not cut this short.
+    """
+
+    engine: Engine
+    conn: Connection
+    operator: Operator
+    state: State
+    shape: TableShape
+    longest_lock_s: float = 0.0
+    oldest: datetime | None = None
+    may_stop: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        """What was fixed when the migration began."""
+        return self.state.plan
+
+    @property
+    def table(self) -> TableSpec:
+        """The table that is migrated."""
+        return self.plan.table
+
+    def relation(self, table: str) -> sql.Identifier:
+        """A table of this name in the table's schema, quoted."""
+        return name(self.table.home, table)
+
+    def referred(self) -> Tables:
+        """The tables that the foreign keys refer to."""
+        return [(key.schema, key.table) for key in self.plan.foreign_keys]
+
+    def claim(self, conn: Connection) -> None:
+        """``state.claim`` for this run."""
+        states.claim(conn, self.table, self.state.run_id)
+
+    def refresh(self) -> None:
+        """Read the state anew. Raises SupersededError when it is another run's, or gone."""
+        with transaction(self.conn):
+            found = states.read(self.conn, self.table)
+        if found is None or found.run_id != self.state.run_id:
+            raise SupersededError("another run has taken this migration over")
+        self.state = found
+
+    def since(self, direction: Direction) -> datetime:
+        """Notes of rows older than this are not replayed: the target has no place for such rows, or, on the
+        way back, retention has dropped them in the source, and the plain table keeps what it had.
+        """
+        return self.plan.cutoff if direction is Direction.FORWARD else self.oldest or self.plan.first
+
+    def locks(self, attempts: int | None = AN_HOUR) -> Locks:
+        """Attempts at strong locks, an hour of them; None: as many as the operator has patience for."""
+        return self.operator.locks(attempts, may_stop=self.may_stop)
+
+    def note(self, locks: Locks) -> None:
+        """Remember how long anybody can have stood behind one of our locks."""
+        self.longest_lock_s = max(self.longest_lock_s, locks.longest_s)
+
+
+def read_plain(conn: Connection, state: State) -> TableShape:
+    """The shape of the plain table, which is called ``T_old`` while the partitioned one is in use.
+
+    Its triggers and rules have the states that they had before a way back switched them off.
+    """
+    shape = read_shape(conn, state.table, state.table.old if state.phase.swapped else state.table.name)
+    if state.phase is not Phase.RETURNING:
+        return shape
+    was = state.quieted
+    return replace(
+        shape,
+        triggers=tuple(replace(t, enabled=was.get(f"trigger {t.name}", t.enabled)) for t in shape.triggers),
+        rules=tuple(replace(r, enabled=was.get(f"rule {r.name}", r.enabled)) for r in shape.rules),
+    )
+
+
+def states_of(shape: TableShape) -> dict[str, str]:
+    """The states of the table's triggers and rules, as ``State.quieted`` keeps them."""
+    return {f"trigger {t.name}": t.enabled for t in shape.triggers} | {
+        f"rule {r.name}": r.enabled for r in shape.rules
+    }
+
+
+class Direction(Enum):
+    """Which way rows go: FORWARD into the partitioned table, BACK into the plain one."""
+
+    FORWARD = "o"
+    BACK = "n"
+
+    @property
+    def origin(self) -> str:
+        """The notes that are replayed: those taken in the table in use."""
+        return self.value
+
+    def source(self, table: TableSpec) -> str:
+        """The table in use."""
+        return table.name
+
+    def target(self, table: TableSpec) -> str:
+        """The table that is being filled."""
+        return table.new if self is Direction.FORWARD else table.old
+
+    def key(self, plan: Plan) -> tuple[str, ...]:
+        """The columns by which the target knows a row."""
+        return plan.new_key if self is Direction.FORWARD else plan.old_key
+
+
+def match(columns: tuple[str, ...], one: str, other: str) -> Statement:
+    """``one.a = other.a AND one.b = other.b``."""
+    return joined(
+        [statement("{o}.{c} = {p}.{c}", o=name(one), p=name(other), c=name(c)) for c in columns], " AND "
+    )
+
+
+def names(columns: tuple[str, ...], alias: str | None = None) -> Statement:
+    """The columns, of ``alias`` if there is one, one after another."""
+    return joined([name(alias, c) if alias else name(c) for c in columns])
+
+
+CheckStop = Callable[[], None]

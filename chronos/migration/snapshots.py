@@ -1,0 +1,64 @@
+"""Old snapshots: who could still look at the tables as they were before our last commit.
+
+A REPEATABLE READ transaction whose snapshot is older than the last rows that were replayed would not see them
+in the table that takes the name. So the swap waits until no such snapshot is left. pg_stat_activity does
+not say when a snapshot was taken, only the oldest transaction that was running then: a session counts as
+gone once it has no snapshot, a later one, or another transaction. A statement that is its own transaction has
+locked all its tables before it began, and is no such session; nor is one that waits for a lock of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.engine import Connection
+
+from chronos.db import execute, statement
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session with a snapshot: ``xmin`` is the oldest transaction that it may still look behind."""
+
+    pid: int
+    xact_start: str
+    xmin: int
+    application: str
+    seconds: float
+    has_lock: bool
+
+    def __str__(self) -> str:
+        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+        return (
+            f"{who}, whose transaction of {self.seconds:.0f} s may not see the last changes;"
+            f" SELECT pg_terminate_backend({self.pid}) would end it"
+        )
+
+
+_SNAPSHOTS = """
+SELECT a.pid, coalesce(a.xact_start::text, ''), a.backend_xmin::text::bigint,
+       coalesce(a.application_name, ''),
+       coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8,
+       EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.granted
+               AND l.relation = to_regclass(format('%I.%I', {schema}, {table})))
+FROM pg_stat_activity a
+WHERE a.datname = current_database() AND a.backend_xmin IS NOT NULL
+  AND (a.state = 'active' AND a.xact_start = a.query_start) IS NOT TRUE
+  AND a.pid <> pg_backend_pid() AND NOT a.pid = ANY ({ours}::int[])
+  AND a.backend_type NOT IN ('autovacuum worker', 'walsender')
+  AND NOT EXISTS (SELECT FROM pg_stat_progress_vacuum v WHERE v.pid = a.pid)
+  AND CASE WHEN coalesce(a.wait_event_type, 'Lock') = 'Lock'
+           THEN NOT pg_blocking_pids(a.pid) && {ours}::int[] ELSE true END
+"""
+
+
+def snapshots(conn: Connection, schema: str, table: str, ours: tuple[int, ...]) -> list[Snapshot]:
+    """Everybody's snapshots but ours, and whether the session has a lock on the table; takes no lock."""
+    rows = execute(conn, statement(_SNAPSHOTS, schema=schema, table=table, ours=list(ours))).all()
+    return [Snapshot(*row) for row in rows]
+
+
+def still_there(before: list[Snapshot], now: list[Snapshot]) -> list[Snapshot]:
+    """Those of ``before`` that may still be the same snapshot ``now``."""
+    current = {(s.pid, s.xact_start): s.xmin for s in now}
+    return [s for s in before if current.get((s.pid, s.xact_start), s.xmin + 1) <= s.xmin]

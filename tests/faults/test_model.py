@@ -1,0 +1,224 @@
+"""A migration that is killed again and again, under an application that knows what each of its rows must be.
+
+A round is a table of its own. In it the command is killed at random moments, then taken on or taken back at
+random, until it has been killed often enough; then it is brought to one of its two ends, and the table is
+compared row by row with the model. The moments are statements, counted by the proxy: half of them any, half
+of them drawn from the statements that differ, for those of a build, a replay, a comparison or a swap are few
+and those of the fill are many.
+
+``CHRONOS_MODEL_ROUNDS=100 pytest -m faults tests/faults/test_model.py -s`` runs more than the usual six
+rounds, and ``-s`` shows what was killed where.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+
+import pytest
+
+from tests.command import Run
+from tests.conftest import MakeDatabase
+from tests.faults.proxy import Proxy
+from tests.live import Application, KeyType, Readers, TimestampType, load, phase
+from tests.tables import query, relations, value
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.faults
+
+ROUNDS = int(os.environ.get("CHRONOS_MODEL_ROUNDS", "6"))
+ROWS = 1_500
+DAYS = 17
+KILLS = 8
+# The most commands that a round may need, so that one that never ends is seen.
+COMMANDS = 40
+
+TABLES: list[tuple[KeyType, TimestampType]] = [
+    ("serial", "timestamptz"),
+    ("uuid", "timestamptz"),
+    ("identity", "timestamp"),
+]
+
+MIGRATE = ("migrate", "--yes", "--batch-size", "50")
+RESUME = (*MIGRATE, "--resume")
+HOLD = (*MIGRATE, "--hold")
+ROLLBACK = ("rollback", "--yes")
+
+SESSIONS = """
+SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%' AND datname = current_database()
+"""
+
+# What the first statement of a command that changes anything begins with.
+CHANGES = ("CREATE", "UPDATE", "LOCK")
+
+SWAPPED = ("migrated", "returning", "finalizing")
+
+Command = tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What became of one command: ``at`` is the last statement that it sent, if it was killed."""
+
+    command: Command
+    before: str | None
+    after: str | None
+    code: int
+    at: str = ""
+
+    def __str__(self) -> str:
+        what = f"killed at {self.at[:80]!r}" if self.at else f"exit {self.code}"
+        return f"{' '.join(self.command)}: {self.before} -> {self.after}, {what}"
+
+
+Traces = dict[tuple[Command, str | None], list[str]]
+
+
+_traces: Traces = {}
+
+
+@pytest.fixture
+def traces(make_database: MakeDatabase) -> Traces:
+    """The statements that undisturbed runs send, by command and phase before it; found out once."""
+    if not _traces:
+        url = make_database()
+        load(url, ROWS, days=DAYS)
+        for command in (MIGRATE, ROLLBACK, HOLD, RESUME):
+            before = phase(url)
+            with Proxy(url) as proxy:
+                done = Run(proxy.url, *command).finish()
+            assert done.returncode == 0, done.stdout + done.stderr
+            _traces[command, before] = proxy.statements
+    return _traces
+
+
+def moment(traces: Traces, command: Command, now: str | None, chance: random.Random) -> int:
+    """The number of the statement to die at: any after the first change, or one of a rare kind."""
+    # A resumed copy is like one that begins, a rollback may have less to do than the whole.
+    like = {RESUME: (MIGRATE, None), ROLLBACK: (ROLLBACK, "migrated")}
+    trace = traces[(command, now) if (command, now) in traces else like[command]]
+    first = next((n for n, text in enumerate(trace) if text.lstrip().startswith(CHANGES)), 0)
+    numbers = range(max(first, 1), len(trace))
+    if chance.random() < 0.5:
+        return chance.choice(numbers) + 1
+    # As in test_faults.py: what a statement is, is told by itself and the one before it.
+    kind = chance.choice(sorted({(trace[n - 1], trace[n]) for n in numbers}))
+    return chance.choice([n for n in numbers if (trace[n - 1], trace[n]) == kind]) + 1
+
+
+def possible(now: str | None, chance: random.Random) -> Command:
+    """What an operator may type in this phase, at random."""
+    if now is None:
+        return chance.choice((MIGRATE, MIGRATE, HOLD))
+    if now == "migrated":
+        return chance.choice((ROLLBACK, ROLLBACK, ROLLBACK, RESUME))
+    if now in ("returning", "undone"):
+        return ROLLBACK
+    return chance.choice((RESUME, RESUME, ROLLBACK))
+
+
+def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
+    """Run a command; unless ``at`` is 0 kill it before that statement, or when it has just been sent."""
+    before = phase(url)
+    delay = chance.choice((0.0, 0.0, chance.uniform(0, 0.01)))
+    begun: Future[int] = Future()
+    ended = threading.Event()
+
+    def kill() -> None:
+        pid = begun.result()
+        if not ended.wait(delay):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def act(proxy: Proxy) -> None:
+        if delay:
+            threading.Thread(target=kill, daemon=True).start()
+        else:
+            kill()
+
+    with Proxy(url, at, act) as proxy:
+        running = Run(proxy.url, *command)
+        begun.set_result(running.pid)
+        done = running.finish()
+        ended.set()
+        killed = done.returncode == -signal.SIGKILL
+        sent = proxy.statements[at - 1] if killed else ""
+    # The server ends a statement that was under way, and its COMMIT, before it sees that nobody is there.
+    wait_until(lambda: not query(url, SESSIONS), 60, "the sessions of the command are gone")
+    if not killed:
+        # What is complete need not be resumed.
+        fine = (0, 2) if before == "migrated" and command == RESUME else (0,)
+        assert done.returncode in fine, done.stdout + done.stderr
+    return Outcome(command, before, phase(url), done.returncode, sent)
+
+
+def cutoff(url: str) -> datetime | None:
+    """From when on rows are in the table; None: all of them are."""
+    if phase(url) not in SWAPPED:
+        return None
+    found = value(url, "SELECT (plan ->> 'cutoff')::timestamptz FROM webhook_log_migration")
+    assert isinstance(found, datetime)
+    return found
+
+
+def check(url: str, application: Application, readers: Readers) -> None:
+    """All go on, and each row is what the model says."""
+    application.go_on(3)
+    readers.go_on(1)
+    assert not application.errors, application.errors[:3]
+    assert not readers.short, readers.short[:3]
+    assert not readers.errors, readers.errors[:3]
+    difference = application.compare(since=cutoff(url))
+    assert not difference, difference
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_killed_again_and_again(make_database: MakeDatabase, traces: Traces, seed: int) -> None:
+    chance = random.Random(seed)
+    url = make_database()
+    key_type, timestamp_type = TABLES[seed % len(TABLES)]
+    loaded = load(url, ROWS, key_type=key_type, timestamp_type=timestamp_type, days=DAYS)
+    plain = relations(url)
+    history: list[Outcome] = []
+    try:
+        with (
+            Application(url, loaded, threads=3, rate=150, seed=seed) as application,
+            Readers(url, loaded, application, pause_s=0.02, seed=seed) as readers,
+        ):
+            while sum(bool(outcome.at) for outcome in history) < KILLS:
+                assert len(history) < COMMANDS
+                now = phase(url)
+                command = possible(now, chance)
+                history.append(run(url, command, moment(traces, command, now, chance), chance))
+                check(url, application, readers)
+            end = chance.choice(("migrated", None))
+            while (now := phase(url)) != end:
+                assert len(history) < COMMANDS
+                history.append(run(url, to_the_end(now, end), 0, chance))
+                check(url, application, readers)
+    except BaseException as error:
+        error.add_note("\n".join([f"seed {seed}", *map(str, history)]))
+        raise
+    kind = "p" if end else "r"
+    assert value(url, "SELECT relkind::text FROM pg_class WHERE oid = 'webhook_log'::regclass") == kind
+    if end is None:
+        assert relations(url) == plain
+    places = Counter(str(outcome.before) for outcome in history if outcome.at)
+    print(f"\nseed {seed}, ends {end or 'plain'}, killed in {dict(places)}")
+    print("\n".join(f"  {outcome}" for outcome in history))
+
+
+def to_the_end(now: str | None, end: str | None) -> Command:
+    """The command that leads from this phase towards the end that is wanted."""
+    if now is None:
+        return MIGRATE
+    if end is None or now in ("migrated", "returning", "undone"):
+        return ROLLBACK
+    return RESUME
