@@ -259,7 +259,7 @@ def migrate(
         table = _table(settings)
         engine = connect_engine(url, application_name="chronos migrate")
         if dry_run:
-            print_plan(engine, table, Console())
+            print_plan(engine, table, Console(), operator.patience)
             return
         run_migration(
             engine,

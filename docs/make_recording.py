@@ -12,8 +12,8 @@ from rich.text import Text
 from sqlalchemy.engine import URL
 
 from chronos.demo.run import demo
-from chronos.migration.output import Output
-from chronos.migration.preflight import Survey
+from chronos.migration.checks import Survey
+from chronos.migration.console import Output
 
 PICTURE = Path(__file__).with_name("recording.svg")
 ROWS = 200_000

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from typing import Any
 
 import psycopg2
@@ -94,3 +95,74 @@ def waiting_pid(url: str, table: str) -> int:
 def exists(url: str, table: str) -> bool:
     """Whether there is a relation of this name."""
     return bool(value(url, "SELECT to_regclass(%s) IS NOT NULL", table))
+
+
+def planned(url: str, what: str) -> datetime:
+    """An instant that the migration's plan has fixed: ``started_at``, ``cutoff``, ``first`` or ``end``."""
+    found = value(url, "SELECT (plan ->> %s)::timestamptz FROM webhook_log_migration", what)
+    assert isinstance(found, datetime)
+    return found
+
+
+# Whoever meets it waits until nobody keeps it closed: an advisory lock, for which no lock_timeout is set
+# while rows are copied.
+_GATE = """
+CREATE FUNCTION passes_gate(bigint) RETURNS boolean LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_advisory_xact_lock_shared(4711, 1); RETURN true; END $$;
+CREATE FUNCTION at_the_gate() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_advisory_xact_lock_shared(4711, 1); RETURN NEW; END $$;
+"""
+
+
+@contextmanager
+def closed_gate(url: str) -> Iterator[Callable[[], None]]:
+    """A gate in the database's way, see ``gate_in_the_copy``; the yielded function opens it."""
+    with ExitStack() as closed:
+        closed.enter_context(holding(url, "SELECT pg_advisory_xact_lock(4711, 1)"))
+        yield closed.close
+
+
+def gate_in_the_copy(url: str, days: int = 10) -> int:
+    """Put a gate before the last row of the day ``days`` + 1 days ago: a check that waits.
+
+    Newer days are copied by then, if one worker copies. Returns the row's id.
+    """
+    query(url, _GATE)
+    gated = value(
+        url,
+        "SELECT id FROM webhook_log WHERE timestamp < date_trunc('day', now() - %s * interval '1 day', 'UTC')"
+        " ORDER BY timestamp DESC, id DESC LIMIT 1",
+        days,
+    )
+    query(
+        url,
+        f"ALTER TABLE webhook_log ADD CONSTRAINT gate CHECK (CASE id WHEN {gated} THEN passes_gate(id)"
+        " ELSE true END)",
+    )
+    assert isinstance(gated, int)
+    return gated
+
+
+def gate_before_the_last_word(url: str) -> None:
+    """Put a gate between the swap and the note that the rows written before it were compared after it."""
+    query(
+        url,
+        _GATE + "CREATE TRIGGER gate BEFORE UPDATE ON webhook_log_migration FOR EACH ROW"
+        " WHEN (NEW.verified) EXECUTE FUNCTION at_the_gate()",
+    )
+
+
+def pid_at_the_gate(url: str) -> int:
+    """The pid of the session that waits at the gate, once there is one."""
+    [[pid]] = wait_until(
+        lambda: query(
+            url,
+            "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database"
+            " WHERE locktype = 'advisory' AND NOT granted AND classid = 4711"
+            " AND datname = current_database()",
+        ),
+        30,
+        "somebody waits at the gate",
+    )
+    assert isinstance(pid, int)
+    return pid

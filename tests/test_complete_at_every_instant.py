@@ -245,6 +245,8 @@ SELECT l.pid, l.virtualtransaction, (SELECT application_name FROM pg_stat_activi
 FROM pg_locks l
 WHERE l.relation = to_regclass('webhook_log') AND l.mode = 'AccessExclusiveLock' AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  -- The number is 0 while a transaction that has ended lets go of its locks.
+  AND l.virtualtransaction !~ '/0$'
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import Enum
 
 from psycopg2 import sql
@@ -19,6 +19,8 @@ from chronos.migration import state as states
 from chronos.migration.operator import AN_HOUR, Operator
 from chronos.migration.state import Phase, Plan, State
 from chronos.table import TableSpec
+
+_BEFORE_ALL = datetime(1, 1, 1, tzinfo=UTC)
 
 
 @dataclass
@@ -72,7 +74,10 @@ class Migration:
         """Notes of rows older than this are not replayed: the target has no place for such rows, or, on the
         way back, retention has dropped them in the source, and the plain table keeps what it had.
         """
-        return self.plan.cutoff if direction is Direction.FORWARD else self.oldest or self.plan.first
+        if direction is Direction.BACK:
+            return self.oldest or self.plan.first
+        # Where every row is kept, one that is older than all partitions must not be passed over.
+        return self.plan.cutoff if self.table.retention_days is not None else _BEFORE_ALL
 
     def locks(self, attempts: int | None = AN_HOUR) -> Locks:
         """Attempts at strong locks, an hour of them; None: as many as the operator has patience for."""

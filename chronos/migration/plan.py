@@ -100,13 +100,13 @@ class Section:
     locks: bool = False
 
 
-def dry_run(engine: Engine, table: TableSpec, console: Console) -> None:
+def dry_run(engine: Engine, table: TableSpec, console: Console, patience: Patience | None = None) -> None:
     """Print the plan of a migration, and then its SQL; nothing is changed, and nothing can be.
 
     One read-only transaction: ACCESS SHARE on the table, as a query would take it. Raises RefusedError
     when something stands in the way of the migration, after all of it has been printed.
     """
-    report = _Report(console)
+    report = _Report(console, patience or Patience())
     with opened(engine) as conn:
         table = require_located(conn, table)
         with transaction(conn):
@@ -275,10 +275,10 @@ def _replay(migration: Migration) -> list[Statement]:
     return [
         _refuse_if(
             statement(
-                "(SELECT truncated FROM ({notes}) AS w (notes, truncated))",
+                "(SELECT truncated OR timeless FROM ({notes}) AS w (notes, truncated, timeless))",
                 notes=waiting_notes_query(migration, Direction.FORWARD, 1),
             ),
-            f"{migration.table} was emptied by TRUNCATE meanwhile;"
+            f"{migration.table} was emptied by TRUNCATE meanwhile, or has a row without a time;"
             f" undo the migration with: {rollback_command(migration.table)}",
         ),
         *replay_settings(),
@@ -505,8 +505,9 @@ def _reading_rate(migration: Migration) -> float | None:
 class _Report:
     """Prints within 80 columns, all but SQL behind ``--``."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, patience: Patience) -> None:
         self.console = console
+        self.patience = patience
 
     def raw(self, text: str) -> None:
         """A line as it is."""
@@ -586,7 +587,7 @@ class _Report:
                 f"about {_duration(rows / rate * _COPY_FACTOR)}, going by a sample read here at"
                 f" {rate:,.0f} rows/s; {table} is complete and in use all the time",
             )
-        patience = Patience()
+        patience = self.patience
         self.item(
             "locks",
             f"writers wait for an instant when the notes begin{_more_locks(plan)}; everybody waits for"
@@ -601,7 +602,7 @@ class _Report:
         self.say(section.title)
         if section.in_transaction:
             self.raw("BEGIN;")
-            wait_ms = round(Patience().longest_s * 1000) if section.locks else 0
+            wait_ms = round(self.patience.longest_s * 1000) if section.locks else 0
             self.raw(render(conn, session_settings(wait_ms)) + ";")
         for query in section.statements:
             self.raw(render(conn, query).strip().rstrip(";") + ";")

@@ -152,7 +152,7 @@ def roll_back(migration: Migration, *, check_stop: CheckStop = lambda: None) -> 
     if migration.state.phase is Phase.RETURNING:
         carried = _return(migration, check_stop)
     elif migration.state.phase in (Phase.BUILT, Phase.COPYING, Phase.READY):
-        _stop_noting(migration)
+        _give_up(migration)
     _validate(migration)
     _clean_up(migration)
     return carried
@@ -231,24 +231,11 @@ def _compare(conn: Connection, migration: Migration) -> None:
     compare_replayed(conn, migration, table.name, table.old)
 
 
-def _stop_noting(migration: Migration) -> None:
-    """Before the swap: our triggers off the table in use. ACCESS EXCLUSIVE on it for a moment."""
-    table = migration.table
-    locks = migration.locks()
-    for attempt in locks.attempts(migration.conn, [(table.home, table.name)]):
-        with attempt as conn:
-            migration.claim(conn)
-            execute(
-                conn,
-                joined(
-                    [
-                        *drop_trigger_statements(table, table.name),
-                        phase_statement(table, Phase.UNDONE),
-                    ],
-                    ";\n",
-                ),
-            )
-    migration.note(locks)
+def _give_up(migration: Migration) -> None:
+    """Before the swap: from here on what was built is only to be dropped."""
+    with transaction(migration.conn) as conn:
+        migration.claim(conn)
+        execute(conn, phase_statement(migration.table, Phase.UNDONE))
     migration.refresh()
 
 
@@ -305,7 +292,9 @@ def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) 
 def _clean_up(migration: Migration) -> None:
     """Drop what the migration made: each partition by itself, then the rest, the state last.
 
-    ACCESS EXCLUSIVE on the tables that the foreign keys refer to, for moments.
+    ACCESS EXCLUSIVE on the tables that the foreign keys refer to, for moments; and on the plain table, if our
+    triggers are still on it. They stay to the end: as long as there is a partition with a foreign key, a row
+    that the application deletes must not be left in it.
     """
     table, conn = migration.table, migration.conn
     home = table.home
@@ -322,13 +311,42 @@ def _clean_up(migration: Migration) -> None:
                 _lock_referred(migration)
                 execute(conn, statement("DROP TABLE {leaf}", leaf=name(home, leaf)))
     locks = migration.locks()
-    for attempt in locks.attempts(conn, [(home, table.new), *referred]):
+    for attempt in locks.attempts(conn, [(home, table.name), (home, table.new), *referred]):
         with attempt:
             migration.claim(conn)
-            _lock_referred(migration)
             _functions_back(migration)
+            if triggers := _our_triggers(migration):
+                attempt.asks_now()
+                execute(
+                    conn,
+                    joined(
+                        [
+                            lock_table(home, table.name, "ACCESS EXCLUSIVE"),
+                            *drop_trigger_statements(table, table.name, *triggers),
+                        ],
+                        ";\n",
+                    ),
+                )
+            _lock_referred(migration)
             execute(conn, statement("DROP TABLE IF EXISTS {new}", new=name(home, table.new)))
             execute(conn, drop_log_statement(table))
+    migration.note(locks)
+
+
+def _our_triggers(migration: Migration) -> list[str]:
+    """Those of the note triggers that are still on the plain table."""
+    table = migration.table
+    rows = execute(
+        migration.conn,
+        statement(
+            "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(format('%I.%I', {s}, {t}))"
+            " AND tgname::text IN ({ours})",
+            s=table.home,
+            t=table.name,
+            ours=joined([sql.Literal(trigger) for trigger in table.note_triggers]),
+        ),
+    ).all()
+    return [row[0] for row in rows]
 
 
 def _kind_of_name(migration: Migration) -> str | None:

@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -15,20 +16,36 @@ from sqlalchemy.engine import make_url
 
 # What differs from day to day and from run to run, so that equal statements look equal.
 _VARIABLE = re.compile(
-    r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d( \d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?"
-    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d+\b"
+    r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d([ T]\d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?"
+    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9A-F]+/[0-9A-F]+\b|\b\d+\b"
 )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A statement of a run, which another run sends too, though not under the same number.
+
+    It is the ``nth`` (from 1) that reads like this and comes after one that reads like ``before``.
+    """
+
+    before: str
+    statement: str
+    nth: int
 
 
 class Proxy:
     """Forwards connections to the server of ``url``, and records every statement, over all connections.
 
-    Before statement number ``at`` (from 1) is forwarded, ``act`` is called with the proxy, once.
+    Before the statement ``at``, a point or a number (from 1), is forwarded, ``act`` is called with the
+    proxy, once.
     """
 
-    def __init__(self, url: str, at: int = 0, act: Callable[[Proxy], None] = lambda proxy: None) -> None:
+    def __init__(
+        self, url: str, at: int | Point = 0, act: Callable[[Proxy], None] = lambda proxy: None
+    ) -> None:
         self._server = make_url(url)
         self._at = at
+        self._met = 0
         self._act = act
         self._turn = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -93,9 +110,17 @@ class Proxy:
     def _on_statement(self, text: str) -> None:
         with self._turn:
             self.statements.append(_VARIABLE.sub("?", text))
-            if len(self.statements) == self._at:
+            if self._is_there():
                 self._act(self)
                 self.acted.set()
+
+    def _is_there(self) -> bool:
+        if isinstance(self._at, int):
+            return len(self.statements) == self._at
+        if self.statements[-2:] != [self._at.before, self._at.statement]:
+            return False
+        self._met += 1
+        return self._met == self._at.nth
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
