@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import ExitStack
+from datetime import UTC
 
 import pytest
 from sqlalchemy import create_engine
@@ -12,7 +13,19 @@ from sqlalchemy.pool import NullPool
 from chronos.demo.rows import KeyType, create_webhook_log
 from chronos.demo.writer import LiveWriter
 from tests.command import chronos, started
-from tests.tables import digest, exists, holding, query, relations, value
+from tests.tables import (
+    closed_gate,
+    connected,
+    digest,
+    exists,
+    gate_in_the_copy,
+    holding,
+    pid_at_the_gate,
+    planned,
+    query,
+    relations,
+    value,
+)
 from tests.waiting import wait_until
 
 ROWS = 2_000
@@ -54,7 +67,7 @@ def kill_when_built(url: str) -> None:
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> None:
-    """Beyond the fence, below it by an explicit id, changed and deleted ones: as they were left."""
+    """Old and new rows, explicit ids, changed, moved and deleted ones: as they were left."""
     fill(database, key_type)
     before = relations(database), shape(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
@@ -71,7 +84,7 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
             ROWS - 5,
         )
         moved = query(database, "SELECT id, timestamp FROM webhook_log WHERE id = %s", ROWS - 5)
-        cutoff = value(database, "SELECT cutoff FROM webhook_log_migration")
+        cutoff = planned(database, "cutoff")
 
         result = chronos(database, "rollback", answer="ROLLBACK\n")
         seen = len(writer.commits)
@@ -114,7 +127,7 @@ def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
     fill(database)
     migrate(database)
     new = value(database, INSERT)
-    today = value(database, "SELECT today FROM webhook_log_migration")
+    today = planned(database, "started_at").astimezone(UTC).date()
     query(database, f"DROP TABLE webhook_log_y{today:%Y}m{today:%m}d{today:%d}")
 
     result = chronos(database, "rollback", "--yes")
@@ -230,7 +243,7 @@ def test_finalize(database: str, key_type: KeyType) -> None:
     assert chronos(database, "rollback", "--yes").returncode == 2
 
 
-@pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete"])
+@pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete", "not compared"])
 def test_finalize_refuses(database: str, reason: str) -> None:
     fill(database)
     if reason == "not complete":
@@ -238,16 +251,20 @@ def test_finalize_refuses(database: str, reason: str) -> None:
         expected = "not complete"
     else:
         migrate(database)
-        if reason == "a view":
+        if reason == "not compared":
+            query(database, "UPDATE webhook_log_migration SET verified = false")
+            expected = "were not compared yet"
+        elif reason == "a view":
             query(database, "CREATE VIEW still_reads AS SELECT id FROM webhook_log_old")
             expected = "still_reads"
         else:
-            query(
-                database,
-                "SET session_replication_role = replica; DELETE FROM webhook_log WHERE id = %s",
-                ROWS - 3,
+            # Nothing notes what is done behind the table's back.
+            leaf = value(
+                database, "SELECT tableoid::regclass::text FROM webhook_log WHERE id = %s", ROWS - 300
             )
-            expected = "1 rows of webhook_log_old"
+            rows = value(database, f"SELECT count(*) FROM {leaf}")
+            query(database, f"TRUNCATE {leaf}")
+            expected = f"{rows:,} rows of webhook_log_old within retention are not in webhook_log"
     before = relations(database)
 
     result = chronos(database, "finalize", "--yes")
@@ -339,3 +356,232 @@ def test_half_done_is_refused_with_both_commands(database: str) -> None:
     assert "--resume" in result.stderr
     assert "python -m chronos rollback" in result.stderr
     assert chronos(database, "migrate", "--resume").returncode == 0
+
+
+def phase(url: str) -> str | None:
+    found = (
+        query(url, "SELECT phase FROM webhook_log_migration") if exists(url, "webhook_log_migration") else []
+    )
+    return found[0][0] if found else None
+
+
+def test_rollback_carries_what_a_replication_role_wrote(database: str) -> None:
+    """As a logical subscriber writes, or a restore: no ordinary trigger fires for it."""
+    fill(database)
+    migrate(database)
+    query(
+        database,
+        "SET session_replication_role = replica;"
+        " INSERT INTO webhook_log (id, status, timestamp) VALUES (-1, 'late', now() - interval '2 days'),"
+        f" (-2, 'new', now()); UPDATE webhook_log SET status = 'changed' WHERE id = {ROWS - 1};"
+        f" DELETE FROM webhook_log WHERE id = {ROWS}",
+    )
+    expected = digest(database, where=f"id < 0 OR id > {ROWS - 10}")
+    assert expected[0] == 11
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert digest(database, where=f"id < 0 OR id > {ROWS - 10}") == expected
+
+
+def test_rollback_carries_a_truncate(database: str) -> None:
+    """The window is empty then, but for what was written afterwards; what was not copied is still there."""
+    fill(database)
+    migrate(database)
+    cutoff = planned(database, "cutoff")
+    older = value(database, "SELECT count(*) FROM webhook_log_old WHERE timestamp < %s", cutoff)
+    assert older > 0
+    gone = value(database, INSERT)
+    query(database, "TRUNCATE webhook_log")
+    kept = value(database, INSERT)
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert digest(database, where=f"id <= {ROWS}")[0] == older
+    assert query(database, "SELECT id FROM webhook_log WHERE id IN (%s, %s)", gone, kept) == [(kept,)]
+    assert digest(database)[0] == older + 1
+
+
+def test_rollback_carries_a_truncate_while_it_waits(database: str) -> None:
+    fill(database)
+    migrate(database)
+    older = value(
+        database, "SELECT count(*) FROM webhook_log_old WHERE timestamp < %s", planned(database, "cutoff")
+    )
+    with ExitStack() as reader:
+        # A reader of the old table alone: TRUNCATE need not wait for it, the swap must.
+        reader.enter_context(holding(database, "SELECT FROM webhook_log_old LIMIT 1"))
+        with started(database, "rollback", "--yes") as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if "waiting for a lock" in line)
+            reader.close()
+            reader.enter_context(holding(database, "SELECT FROM webhook_log LIMIT 1"))
+            next(line for line in process.stdout if "waiting for" in line)
+            reader.close()
+            query(database, "TRUNCATE webhook_log")
+            kept = value(database, INSERT)
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert query(database, "SELECT id FROM webhook_log WHERE id > %s", ROWS) == [(kept,)]
+    assert digest(database)[0] == older + 1
+
+
+BY_HAND = "INSERT INTO webhook_log_old (status, timestamp) VALUES ('by hand', now()) RETURNING id"
+
+
+def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> None:
+    fill(database)
+    migrate(database)
+    late = value(database, BY_HAND)
+    before = relations(database)
+
+    result = chronos(database, "finalize", "--yes")
+
+    assert result.returncode == 2
+    assert "1 rows of webhook_log_old were written after the swap; nothing was changed" in result.stderr
+    assert relations(database) == before
+    # What the message says.
+    query(database, "INSERT INTO webhook_log SELECT * FROM webhook_log_old WHERE id = %s", late)
+    assert "DELETE FROM webhook_log_migration_changes WHERE chronos_origin = 'o'" in result.stderr
+    query(database, "DELETE FROM webhook_log_migration_changes WHERE chronos_origin = 'o'")
+    again = chronos(database, "finalize", "--yes")
+    assert again.returncode == 0, again.stderr
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", late) == 1
+
+
+def test_rollback_keeps_a_row_that_was_written_by_hand(database: str) -> None:
+    fill(database)
+    migrate(database)
+    new, late = value(database, INSERT), value(database, BY_HAND)
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert query(database, "SELECT id, status FROM webhook_log WHERE id > %s ORDER BY id", ROWS) == [
+        (new, "new"),
+        (late, "by hand"),
+    ]
+
+
+@pytest.mark.parametrize("key", ["new", "old"])
+def test_rollback_refuses_when_both_tables_have_a_row_under_a_key(database: str, key: str) -> None:
+    """One was written by hand, the other by the application: nobody but a person knows which is right."""
+    fill(database)
+    migrate(database)
+    if key == "new":
+        mine = value(database, INSERT)
+        query(database, "INSERT INTO webhook_log_old SELECT * FROM webhook_log WHERE id = %s", mine)
+        query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", mine)
+    else:
+        mine = ROWS - 1
+        query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", mine)
+        query(database, "UPDATE webhook_log_old SET status = 'by hand' WHERE id = %s", mine)
+    before = relations(database)
+
+    refused = chronos(database, "rollback", "--yes")
+
+    assert refused.returncode == 2
+    assert "1 rows were written to webhook_log_old after the swap under keys that webhook_log has" in (
+        refused.stderr
+    )
+    assert (relations(database), phase(database)) == (before, "migrated")
+    query(database, "DELETE FROM webhook_log_old WHERE id = %s", mine)
+    result = chronos(database, "rollback", "--yes")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert value(database, "SELECT status FROM webhook_log WHERE id = %s", mine) == "changed"
+    assert digest(database)[0] == ROWS + (key == "new")
+
+
+def test_a_row_that_was_deleted_from_the_old_table_by_hand_comes_back(database: str) -> None:
+    fill(database)
+    before = digest(database)
+    migrate(database)
+    query(database, "DELETE FROM webhook_log_old WHERE id IN (%s, %s)", ROWS, ROWS - 1)
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert digest(database) == before
+
+
+def test_rollback_after_the_old_table_was_emptied_by_hand(database: str) -> None:
+    """The partitioned table has the only copies: they may not go with it."""
+    fill(database)
+    migrate(database)
+    query(database, "TRUNCATE webhook_log_old")
+    kept = digest(database)
+
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "webhook_log_old was emptied by TRUNCATE" in result.stderr
+    assert (digest(database), phase(database)) == (kept, "migrated")
+
+
+def delete_endpoint(url: str) -> int:
+    """As the application deletes an endpoint that has rows of every day: in one transaction, at once."""
+    with connected(url, autocommit=False) as conn, conn.cursor() as cursor:
+        cursor.execute("SET lock_timeout = '5s'")
+        cursor.execute(
+            "SELECT webhook_endpoint_id FROM webhook_log GROUP BY 1 HAVING count(*) > 10 ORDER BY 1"
+        )
+        [endpoint] = cursor.fetchone() or ()
+        cursor.execute("DELETE FROM webhook_log WHERE webhook_endpoint_id = %s", (endpoint,))
+        assert cursor.rowcount > 10
+        cursor.execute("DELETE FROM webhook_endpoint WHERE id = %s", (endpoint,))
+        assert cursor.rowcount == 1
+        conn.commit()
+    assert isinstance(endpoint, int)
+    return endpoint
+
+
+def test_the_application_can_delete_an_endpoint_in_every_phase(database: str) -> None:
+    fill(database)
+    gated = gate_in_the_copy(database)
+    query(database, "UPDATE webhook_log SET webhook_endpoint_id = NULL WHERE id = %s", gated)
+    gone = []
+
+    with (
+        closed_gate(database) as release,
+        started(database, "migrate", "--yes", "--workers", "1", "--hold") as process,
+    ):
+        pid_at_the_gate(database)
+        assert phase(database) == "copying"
+        gone.append(delete_endpoint(database))
+        release()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert phase(database) == "ready"
+    gone.append(delete_endpoint(database))
+
+    result = chronos(database, "migrate", "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert phase(database) == "migrated"
+    gone.append(delete_endpoint(database))
+
+    reader = holding(database, "SELECT FROM webhook_log LIMIT 1")
+    with reader, started(database, "rollback", "--yes") as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert phase(database) == "returning"
+    gone.append(delete_endpoint(database))
+
+    result = chronos(database, "rollback", "--yes")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert phase(database) is None
+    gone.append(delete_endpoint(database))
+    assert len(set(gone)) == 5
+    within = "timestamp >= now() - interval '14 days'"
+    assert (
+        value(
+            database,
+            f"SELECT count(*) FROM webhook_log WHERE webhook_endpoint_id = ANY (%s) AND {within}",
+            gone,
+        )
+        == 0
+    )

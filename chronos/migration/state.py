@@ -84,9 +84,9 @@ class Plan:
 
     ``cutoff`` is the oldest instant whose rows are copied, ``first`` and ``end`` bound the partitions.
     ``old_key`` are the columns that identify a row of the plain table, ``new_key`` those and the time
-    column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those that the plain table owns; ``foreign_keys``
-    those that it gives up in the swap and gets back from a rollback; ``functions`` the definitions of
-    functions that stood under the names of ours.
+    column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those
+    that the plain table owns; ``foreign_keys`` those that it gives up in the swap and gets back from a
+    rollback; ``functions`` the definitions of functions that stood under the names of ours.
     """
 
     table: TableSpec

@@ -8,9 +8,8 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from sqlalchemy.engine import make_url
 
@@ -21,37 +20,73 @@ _VARIABLE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Point:
-    """A statement of a run, which another run sends too, though not under the same number.
+# What changes or locks something, or lets go of it. What only reads leaves no trace when it is cut off.
+_CHANGE = re.compile(
+    r"(^|;)\s*(ALTER|ANALYZE|CREATE|DELETE|DO|DROP|INSERT|LOCK|UPDATE"
+    r"|WITH \w+ AS( MATERIALIZED)? \(\s*(DELETE|INSERT|UPDATE))\b"
+)
 
-    It is the ``nth`` (from 1) that reads like this and comes after one that reads like ``before``.
+
+class Point(NamedTuple):
+    """A kind of moment: between two changes, before the COMMIT of one, or right after it.
+
+    ``done`` is the last change that was sent before it, over whichever connection; ``next`` is the change
+    that comes, "COMMIT", or "" when that has just been answered.
     """
 
-    before: str
-    statement: str
-    nth: int
+    done: str
+    next: str
+
+
+class Trace:
+    """The statements of a run in the order in which they were sent, and the points that it passed."""
+
+    def __init__(self) -> None:
+        self.statements: list[str] = []
+        self.points: list[Point | None] = []
+        self._done = ""
+        self._open = self._committed = False
+
+    def add(self, text: str) -> None:
+        """Before ``text`` is sent."""
+        self.statements.append(text)
+        self.points.append(self._point(text))
+
+    def _point(self, text: str) -> Point | None:
+        done, committed = self._done, self._committed
+        self._committed = False
+        if _CHANGE.search(text):
+            self._done, self._open = text, True
+            return Point(done, text)
+        if text == "COMMIT" and self._open:
+            self._open, self._committed = False, True
+            return Point(done, text)
+        return Point(done, "") if committed else None
 
 
 class Proxy:
     """Forwards connections to the server of ``url``, and records every statement, over all connections.
 
-    Before the statement ``at``, a point or a number (from 1), is forwarded, ``act`` is called with the
-    proxy, once.
+    ``act`` is called with the proxy, once: before the statement with the number ``at`` (from 1) is forwarded,
+    or at the given point, when it is passed for the given time (from 1).
     """
 
     def __init__(
-        self, url: str, at: int | Point = 0, act: Callable[[Proxy], None] = lambda proxy: None
+        self, url: str, at: int | tuple[Point, int] = 0, act: Callable[[Proxy], None] = lambda proxy: None
     ) -> None:
         self._server = make_url(url)
         self._at = at
-        self._met = 0
         self._act = act
         self._turn = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.statements: list[str] = []
+        self.trace = Trace()
         self.acted = threading.Event()
+
+    @property
+    def statements(self) -> list[str]:
+        """What was sent so far."""
+        return self.trace.statements
 
     @property
     def url(self) -> str:
@@ -109,18 +144,16 @@ class Proxy:
 
     def _on_statement(self, text: str) -> None:
         with self._turn:
-            self.statements.append(_VARIABLE.sub("?", text))
-            if self._is_there():
+            self.trace.add(_VARIABLE.sub("?", text))
+            if self._is_there() and not self.acted.is_set():
                 self._act(self)
                 self.acted.set()
 
     def _is_there(self) -> bool:
         if isinstance(self._at, int):
             return len(self.statements) == self._at
-        if self.statements[-2:] != [self._at.before, self._at.statement]:
-            return False
-        self._met += 1
-        return self._met == self._at.nth
+        point, times = self._at
+        return self.trace.points[-1] == point and self.trace.points.count(point) == times
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
