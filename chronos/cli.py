@@ -137,8 +137,8 @@ def _confirm_migration(
         f"Table: {found.spec.schema}.{table}   Rows (estimate): {found.rows_estimate:,}"
         f"   Size: {in_bytes(found.bytes)}\n"
         f"The rows since {found.cutoff:%Y-%m-%d %H:%M} UTC are copied into partitions beside it\n"
-        f"and compared; then {table} is renamed to {table.old}, and the partitioned table\n"
-        f"takes its name.\n"
+        f"and compared; then {table} is renamed to {table.old},\n"
+        f"and the partitioned table takes its name.\n"
         f"Writers wait for a lock at most {max_lock_wait:g} s at a time (--max-lock-wait)."
     )
     if ask:

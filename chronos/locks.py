@@ -22,6 +22,8 @@ from chronos.errors import LockUnavailableError
 
 Tables = list[tuple[str, str]]
 
+_POLL_S = 0.02
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -35,10 +37,10 @@ class Patience:
 
     shortest_s: float = 0.1
     longest_s: float = 1.0
-    short_attempts: int = 10
+    short_attempts: int = 5
     attempts: int = 60
     first_pause_s: float = 0.1
-    longest_pause_s: float = 5.0
+    longest_pause_s: float = 4.0
     sleep: Callable[[float], None] = time.sleep
 
     def wait_s(self, attempt: int) -> float:
@@ -209,7 +211,23 @@ class Locks:
             if number < self.patience.attempts:
                 self._on_blocked(message, number)
                 self.patience.sleep(self.patience.pause_s(number))
+                self._wait_for_a_gap(conn, tables, ours)
         raise LockUnavailableError(f"gave up {message} ({number} attempts)")
+
+    def _wait_for_a_gap(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> None:
+        """Until one of the holders has let go: the best moment to ask is before it comes back.
+
+        Two readers whose queries follow each other closely, out of step, may never leave a gap by themselves;
+        who comes back while we ask has to wait, and falls into step with the other.
+        """
+        before: set[int] | None = None
+        for _ in range(round(self.patience.longest_pause_s / _POLL_S)):
+            with transaction(conn):
+                now = {h.pid for h in lock_holders(conn, tables, ours) if h.pid is not None}
+            if not now or (before is not None and before - now):
+                return
+            before = now if before is None else before | now
+            self.patience.sleep(_POLL_S)
 
     def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> str:
         with transaction(conn):

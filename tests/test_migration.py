@@ -7,14 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from psycopg2.extensions import connection
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
@@ -23,16 +25,13 @@ from sqlmodel import Session, select
 from chronos.db import connect_engine
 from chronos.demo.rows import KeyType, TimestampType, create_webhook_log
 from chronos.demo.writer import LiveWriter
-from chronos.locks import Patience
 from chronos.migration.console import Output
 from chronos.migration.context import Migration
-from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
-from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
 from chronos.sql_models import WebhookEndpoint, WebhookLog
-from chronos.table import WEBHOOK_LOG, Interval, TableSpec
+from chronos.table import WEBHOOK_LOG
 from tests.command import chronos, chronos_environment, started
 from tests.conftest import MakeDatabase
 from tests.tables import (
@@ -48,7 +47,6 @@ from tests.tables import (
     query,
     relations,
     value,
-    waiting_pid,
 )
 from tests.waiting import wait_until
 
@@ -581,7 +579,7 @@ def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
         " WHERE relname LIKE 'webhook_log_y%' AND reloptions = '{autovacuum_enabled=off}'"
     )
     with stopped_in_the_copy(database) as migration:
-        assert value(database, kept_away) == 46
+        assert value(database, kept_away) == 16
         migration.release()
         _, errors = migration.process.communicate(timeout=60)
     assert migration.process.returncode == 0, errors
@@ -678,6 +676,202 @@ def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
         process.communicate(timeout=60)
     assert process.returncode == 0
     assert_nothing_lost(database, writer)
+
+
+def test_held_before_the_swap(database: str) -> None:
+    """Prepared at noon, swapped at night: what piles up is replayed whenever that is asked for."""
+    fill(database)
+    with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
+        held = chronos(database, "migrate", "--yes", "--hold")
+        assert held.returncode == 0, held.stdout + held.stderr
+        assert "READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED" in held.stdout
+        assert "[Step 6/6]" not in held.stdout
+        assert "Next:" not in held.stdout
+        assert state(database) == ("ready", False)
+        assert value(database, "SELECT relkind = 'r' FROM pg_class WHERE relname = 'webhook_log'")
+
+        query(database, "UPDATE webhook_log SET status = 'held' WHERE id % 10 = 0")
+        query(database, "DELETE FROM webhook_log WHERE id % 10 = 1")
+        noted = "SELECT count(*) FROM webhook_log_migration_changes"
+        assert value(database, noted) >= ROWS // 5
+        again = chronos(database, "migrate", "--resume", "--hold")
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert state(database) == ("ready", False)
+        assert value(database, noted) < ROWS // 5
+        assert value(database, "SELECT count(*) FROM webhook_log_new WHERE status = 'held'") > 0
+
+        resumed = chronos(database, "migrate", "--resume")
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        assert "[Step 6/6]" in resumed.stdout
+        assert state(database) == ("migrated", True)
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+    assert_nothing_lost(database, writer)
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE id <= %s AND id %% 10 = 1", ROWS) == 0
+    assert digest(database, "webhook_log_old", window(database)) == digest(
+        database, where="id IN (SELECT id FROM webhook_log_old)"
+    )
+
+
+def test_a_held_migration_is_undone_like_any_other(database: str) -> None:
+    fill(database)
+    before = relations(database), digest(database)
+    assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
+
+    refused = chronos(database, "migrate", "--yes")
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (relations(database), digest(database)) == before
+
+
+@pytest.mark.parametrize("when", ["during the copy", "while it is held", "while the swap waits"])
+def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str) -> None:
+    """There is nothing left to migrate, and what was copied must not come back."""
+    fill(database)
+    if when == "during the copy":
+        with stopped_in_the_copy(database) as migration:
+            # TRUNCATE itself waits for the batch that is under way.
+            with connected(database) as conn, conn.cursor() as cursor:
+                truncating = threading.Thread(target=cursor.execute, args=("TRUNCATE webhook_log",))
+                truncating.start()
+                wait_until(
+                    lambda: query(
+                        database,
+                        "SELECT FROM pg_locks WHERE NOT granted AND pid = %s AND locktype = 'relation'",
+                        conn.get_backend_pid(),
+                    ),
+                    20,
+                    "TRUNCATE waits",
+                )
+                migration.release()
+                truncating.join()
+            output, errors = migration.process.communicate(timeout=60)
+            code = migration.process.returncode
+    elif when == "while it is held":
+        assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
+        query(database, "TRUNCATE webhook_log")
+        result = chronos(database, "migrate", "--resume")
+        code, output, errors = result.returncode, result.stdout, result.stderr
+    else:
+        with ExitStack() as reader:
+            # It waits for this old snapshot, which has no lock on the table.
+            reader.enter_context(connected_repeatable(database))
+            process = reader.enter_context(started(database, "migrate", "--yes"))
+            assert process.stdout is not None
+            next(line for line in process.stdout if "waiting for pid" in line)
+            query(database, "TRUNCATE webhook_log")
+            output, errors = process.communicate(timeout=60)
+            code = process.returncode
+
+    assert code == 1, output + errors
+    assert "webhook_log was emptied by TRUNCATE while it was copied" in errors
+    assert "rolled back: webhook_log is the plain table it was" in errors
+    assert state(database) is None
+    assert digest(database)[0] == 0
+    assert not [name for _, name in relations(database) if "webhook_log_" in name and "id_seq" not in name]
+
+
+@contextmanager
+def connected_repeatable(url: str) -> Iterator[connection]:
+    """A transaction whose snapshot is as old as it, with no lock on any table of the application."""
+    with connected(url, autocommit=False) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ")
+        with conn.cursor() as cursor:
+            cursor.execute("SET application_name = 'nightly report'")
+            cursor.execute("SELECT 1")
+        yield conn
+        conn.rollback()
+
+
+@pytest.mark.parametrize("verb", ["migrate", "rollback"])
+def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, verb: str) -> None:
+    fill(database)
+    if verb == "rollback":
+        assert chronos(database, "migrate", "--yes").returncode == 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(connected_repeatable(database))
+        expected = digest(database)
+        process = stack.enter_context(started(database, verb, "--yes"))
+        assert process.stdout is not None
+        waiting = next(line for line in process.stdout if "waiting for pid" in line)
+        pid = reader.get_backend_pid()
+        assert f"pid {pid} (nightly report)" in waiting
+        assert f"SELECT pg_terminate_backend({pid}) would end it" in waiting
+        # Nobody stands behind us meanwhile.
+        written = query(
+            database,
+            "SET lock_timeout = '2s'; INSERT INTO webhook_log (status, timestamp)"
+            " SELECT 'after', now() FROM generate_series(1, 500) RETURNING id",
+        )
+        with reader.cursor() as cursor:
+            cursor.execute("SELECT count(*), count(*) FILTER (WHERE status = 'after') FROM webhook_log")
+            assert cursor.fetchall() == [(expected[0], 0)]
+        reader.rollback()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    assert len(written) == 500
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'after'") == 500
+
+
+@pytest.mark.parametrize("end", ["killed", "cut off"])
+def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> None:
+    """The partitioned table is in use by then, and complete; --resume compares what is left to compare."""
+    fill(database)
+    assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
+    gate_before_the_last_word(database)
+    query(database, "UPDATE webhook_log SET status = 'noted' WHERE id % 10 = 0")
+    with closed_gate(database) as release, started(database, "migrate", "--resume") as process:
+        pid = pid_at_the_gate(database)
+        if end == "killed":
+            process.kill()
+            process.wait()
+            release()
+        else:
+            query(database, "SELECT pg_terminate_backend(%s)", pid)
+            release()
+        _, errors = process.communicate(timeout=60)
+    if end == "cut off":
+        assert process.returncode == 3, errors
+        assert "--resume" in errors
+    wait_until(
+        lambda: not query(database, "SELECT FROM pg_stat_activity WHERE pid = %s", pid), 20, "it is gone"
+    )
+    assert state(database) == ("migrated", False)
+    assert chronos(database, "finalize", "--yes").returncode == 2
+    query(database, "UPDATE webhook_log SET status = 'later' WHERE id % 20 = 0")
+
+    result = chronos(database, "migrate", "--resume")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "compared and equal" in result.stdout
+    assert state(database) == ("migrated", True)
+    assert chronos(database, "finalize", "--yes").returncode == 0
+
+
+def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
+    """A row of the new table that was replayed is changed there behind its back: it is found, and undone."""
+    fill(database)
+    before = relations(database)
+    assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
+    query(database, "UPDATE webhook_log SET status = 'noted' WHERE id > %s", ROWS - 10)
+    assert chronos(database, "migrate", "--resume", "--hold").returncode == 0
+    query(database, "UPDATE webhook_log_new SET status = 'tampered' WHERE id = %s", ROWS - 1)
+
+    with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
+        result = chronos(database, "migrate", "--resume")
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "step 6 " in result.stderr
+    assert "1 of 10 rows that were written during the migration differ" in result.stderr
+    assert f"({ROWS - 1}," in result.stderr
+    assert "rolled back: webhook_log is the plain table it was" in result.stderr
+    assert_plain_again(database, before, writer)
+    assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'noted'") == 10
 
 
 def test_models_before_and_after(database: str) -> None:

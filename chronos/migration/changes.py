@@ -462,6 +462,18 @@ def empty_after_truncate(migration: Migration) -> bool:
     return bool(truncated)
 
 
+def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
+    """Whether the frozen table was emptied by TRUNCATE since the swap."""
+    found: bool = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_origin = 'o' AND chronos_truncated)",
+            changes=name(table.home, table.changes),
+        ),
+    ).scalar_one()
+    return found
+
+
 def written_by_hand(conn: Connection, migration_table: TableSpec) -> int:
     """How many rows of the frozen table were written by hand since the swap."""
     return int(

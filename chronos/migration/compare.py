@@ -92,7 +92,8 @@ def _comparison(
     content: bool,
 ) -> Statement:
     """One row: how many rows each side has, and whether each has its like on the other, byte for byte
-    (NULL when only counted). Keys with notes that are still to be replayed are left out.
+    (NULL when only counted). Keys with notes that are still to be replayed are left out, and, on the way
+    back, those of rows that somebody has written into the plain table by hand, which stay there.
     """
     plan, key = migration.plan, migration.plan.new_key
     changes = migration.relation(plan.table.changes)
@@ -101,12 +102,14 @@ def _comparison(
     def side(table: Statement) -> Statement:
         return statement(
             "SELECT {columns} FROM {table} AS t WHERE {which} AND NOT EXISTS (SELECT FROM {changes} AS c"
-            " WHERE c.chronos_origin = {origin} AND {same}){order}",
+            " WHERE {origin}{same}){order}",
             columns=names(columns),
             table=table,
             which=which,
             changes=changes,
-            origin=direction.origin,
+            origin=sql.SQL("")
+            if direction is Direction.BACK
+            else statement("c.chronos_origin = {origin} AND ", origin=direction.origin),
             same=match(key, "c", "t"),
             order=statement(" ORDER BY {c}, {key}", c=migration.shape.time_column, key=names(plan.old_key))
             if content

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from psycopg2 import sql
+from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import (
     bound_check,
@@ -24,7 +25,7 @@ from chronos.catalog.ddl import (
 from chronos.catalog.partitions import attached, missing
 from chronos.commands import finalize as finalize_command
 from chronos.commands import rollback as rollback_command
-from chronos.db import Statement, execute, joined, name, statement, transaction
+from chronos.db import Statement, execute, joined, name, render, sqlstate, statement, transaction
 from chronos.errors import NeedsPersonError, RefusedError
 from chronos.locks import lock_table
 from chronos.migration import state as states
@@ -32,6 +33,7 @@ from chronos.migration.changes import (
     TruncatedError,
     drop_log_statement,
     drop_trigger_statements,
+    emptied_by_hand,
     empty_after_truncate,
     note_everything_statement,
     replay_most,
@@ -81,12 +83,15 @@ def undo(
             by_hand = undone_by_hand(conn, found)
             gone = [] if by_hand else dropped_since(conn, found)
             rivals = 0 if by_hand else _rivals(conn, found)
+            emptied = found.phase is Phase.MIGRATED and emptied_by_hand(conn, found.table)
         if gone and not force:
             raise RefusedError(
                 f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
                 f" in no other table; nothing was changed. To go back without them:"
                 f" {rollback_command(table)} --force"
             )
+        if emptied and not by_hand:
+            raise RefusedError(_emptied(found.table))
         if rivals:
             raise RefusedError(
                 f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
@@ -107,6 +112,14 @@ def undo(
         operator.output.ok(
             f"{table} is the plain table again; {carried:,} rows written since the swap came along"
         )
+
+
+def _emptied(table: TableSpec) -> str:
+    return (
+        f"{table.old} was emptied by TRUNCATE after the swap, and the rows are in {table} alone; nothing was"
+        f" changed. Stay with {table}: {finalize_command(table)}; or fill {table.old} again from it, and"
+        f" then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
+    )
 
 
 def dropped_since(conn: Connection, found: State) -> list[Period]:
@@ -170,6 +183,8 @@ def _set_out(migration: Migration) -> None:
         with attempt as conn:
             migration.claim(conn)
             execute(conn, lock_table(table.home, table.old, "ACCESS EXCLUSIVE"))
+            if emptied_by_hand(conn, table):
+                raise NeedsPersonError(_emptied(table))
             attempt.asks_now()
             execute(conn, lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE", partitions=True))
             statements = [
@@ -185,12 +200,14 @@ def _set_out(migration: Migration) -> None:
 
 
 def _take_hand_written_notes(migration: Migration) -> Statement:
-    """Rows written by hand into the frozen table stay, unless the partitioned one knows their keys."""
+    """Rows written by hand into the frozen table stay, unless the partitioned one knows their keys.
+
+    The notes of those that stay are kept: the comparison leaves these rows out.
+    """
     table, key = migration.table, migration.plan.old_key
     return statement(
         "UPDATE {changes} AS k SET chronos_origin = 'n' WHERE chronos_origin = 'o'"
         " AND EXISTS (SELECT FROM {new} AS n WHERE {same});\n"
-        "DELETE FROM {changes} WHERE chronos_origin = 'o';\n"
         "DELETE FROM {replayed}",
         changes=migration.relation(table.changes),
         replayed=migration.relation(table.replayed),
@@ -240,22 +257,36 @@ def _give_up(migration: Migration) -> None:
 
 
 def _validate(migration: Migration) -> None:
-    """The plain table's foreign keys that came back unchecked: check them, while everybody goes on."""
+    """The plain table's foreign keys that came back unchecked: check them, while everybody goes on.
+
+    The application may have deleted what rows from before the window refer to. They were out of its sight,
+    and stay; their key stays unchecked then, and the operator is told.
+    """
     table, conn = migration.table, migration.conn
     for key in migration.plan.foreign_keys:
-        with transaction(conn):
-            unchecked = execute(
-                conn,
-                statement(
-                    "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = {key} AND NOT convalidated"
-                    " AND conrelid = to_regclass(format('%I.%I', {schema}, {table})))",
-                    key=key.name,
-                    schema=table.home,
-                    table=table.name,
-                ),
-            ).scalar_one()
-            if unchecked:
-                execute(conn, validate_statement(migration.relation(table.name), key))
+        try:
+            with transaction(conn):
+                unchecked = execute(
+                    conn,
+                    statement(
+                        "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = {key} AND NOT convalidated"
+                        " AND conrelid = to_regclass(format('%I.%I', {schema}, {table})))",
+                        key=key.name,
+                        schema=table.home,
+                        table=table.name,
+                    ),
+                ).scalar_one()
+                if unchecked:
+                    execute(conn, validate_statement(migration.relation(table.name), key))
+        except DBAPIError as error:
+            if sqlstate(error) != errorcodes.FOREIGN_KEY_VIOLATION:
+                raise
+            migration.operator.output.line(
+                f"Rows of {table} from before {migration.plan.cutoff:%Y-%m-%d %H:%M} UTC refer to rows of"
+                f" {key.table} that were deleted since the swap. The foreign key {key.name} holds for what is"
+                f" written from now on. Delete or correct those rows, then:"
+                f" {render(conn, validate_statement(migration.relation(table.name), key))};"
+            )
 
 
 def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) -> None:
