@@ -21,7 +21,6 @@ from chronos.db import (
     joined,
     name,
     one_line,
-    our_path,
     sqlstate,
     statement,
     transaction,
@@ -301,26 +300,32 @@ def _require_times(conn: Connection, migration: Migration) -> None:
 
 
 # Notes are taken in the order in which they lie in the table, which is nearly that in which they were
-# written: a row that leaves a unique value comes before the one that takes it. The deletions end before the
-# first insertion begins, for that asks how many they were. Rows that are locked in the source are locked
-# before their copies are, as the application's transactions do it (``held`` is not run otherwise).
+# written: a row that leaves a unique value comes before the one that takes it.
+_WHICH = "SELECT ctid FROM {changes} WHERE chronos_origin = {origin} AND NOT chronos_truncated LIMIT {limit}"
+
+# A statement of its own, before the replay: what that one reads is what is there by then, and it meets no row
+# that changes under its hands, which would have the server evaluate it anew for that row.
+_LOCK = """
+SELECT count(*) FROM (
+    SELECT 1 FROM (SELECT DISTINCT {key} FROM {changes} WHERE ctid = ANY ({which})) AS k
+    JOIN {source} AS s ON {source_same} FOR SHARE OF s
+) AS locked
+"""
+
+# The deletions end before the first insertion begins, for that asks how many they were.
 _REPLAY = """
 WITH notes AS MATERIALIZED (
-    DELETE FROM {changes} WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM {changes} WHERE chronos_origin = {origin} AND NOT chronos_truncated LIMIT {limit}))
-    RETURNING {new_key}
+    DELETE FROM {changes} WHERE ctid = ANY ({which}) RETURNING {new_key}
 ), kept AS (
     INSERT INTO {replayed} ({new_key}) SELECT DISTINCT {new_key} FROM notes WHERE {column} >= {since}
 ), keys AS MATERIALIZED (
     SELECT DISTINCT {key} FROM notes WHERE {column} >= {since}
-), held AS MATERIALIZED (
-    SELECT 1 FROM keys AS k JOIN {source} AS s ON {source_same}{lock}
 ), gone AS (
-    DELETE FROM {target} AS t USING keys AS k WHERE {target_same} AND {held_first} RETURNING 1
+    DELETE FROM {target} AS t USING keys AS k WHERE {target_same} RETURNING 1
 ), put AS (
     INSERT INTO {target} ({columns}) OVERRIDING SYSTEM VALUE
     SELECT {source_columns} FROM keys AS k JOIN {source} AS s ON {source_same}
-    WHERE (SELECT count(*) FROM gone) >= 0 AND s.{column} >= {since}{lock}
+    WHERE (SELECT count(*) FROM gone) >= 0 AND s.{column} >= {since}
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM notes), (SELECT count(*) FROM put)
@@ -335,16 +340,24 @@ FROM unnest(ARRAY['enable_hashjoin', 'enable_mergejoin', 'enable_seqscan', 'jit'
 
 
 def replay(conn: Connection, migration: Migration, direction: Direction, limit: int = _BATCH) -> int:
-    """Replay up to ``limit`` notes in the transaction that is open; returns how many there were.
+    """Replay up to ``limit`` notes, the last thing in the transaction that is open; returns how many there were.
 
-    ROW EXCLUSIVE on the target. While the target has foreign keys of its own, the rows are also locked in
+    ROW EXCLUSIVE on the target. When the target gets foreign keys of its own, the rows are also locked in
     the source (FOR SHARE): a transaction that has changed one of them is waited for, so that no copy of its
     row appears behind its back.
     """
-    execute(conn, joined(replay_settings(), ";\n"))
-    notes, _ = execute(conn, replay_statement(migration, direction, limit)).one()
-    execute(conn, our_path())
-    return int(notes)
+    which = statement(
+        "SELECT ARRAY({which})::text",
+        which=which_notes(migration, direction, limit),
+    )
+    tids = execute(conn, joined([*replay_settings(), which], ";\n")).scalar_one()
+    if tids == "{}":
+        return 0
+    notes = statement("{tids}::tid[]", tids=tids)
+    statements = [replay_statement(migration, direction, notes)]
+    if direction is Direction.FORWARD and migration.plan.foreign_keys:
+        statements.insert(0, _lock_statement(migration, direction, notes))
+    return int(execute(conn, joined(statements, ";\n")).one()[0])
 
 
 def replay_settings() -> list[Statement]:
@@ -352,18 +365,41 @@ def replay_settings() -> list[Statement]:
     return [statement(_REPLAY_SETTINGS), application_path()]
 
 
-def replay_statement(migration: Migration, direction: Direction, limit: int) -> Statement:
-    """The statement of ``replay``: one row, how many notes there were and how many rows were put."""
+def which_notes(migration: Migration, direction: Direction, limit: int) -> Statement:
+    """A query for the ctids of up to ``limit`` notes."""
+    return statement(
+        _WHICH,
+        changes=migration.relation(migration.table.changes),
+        origin=direction.origin,
+        limit=limit,
+    )
+
+
+def _lock_statement(migration: Migration, direction: Direction, which: Statement) -> Statement:
+    plan, key = migration.plan, direction.key(migration.plan)
+    return statement(
+        _LOCK,
+        key=names(key),
+        changes=migration.relation(plan.table.changes),
+        which=which,
+        source=migration.relation(direction.source(plan.table)),
+        source_same=match(key, "s", "k"),
+    )
+
+
+def replay_statement(migration: Migration, direction: Direction, which: Statement) -> Statement:
+    """The statement of ``replay``: one row, how many notes there were and how many rows were put.
+
+    ``which`` is the array of the notes' ctids.
+    """
     plan, shape = migration.plan, migration.shape
     source, target = direction.source(plan.table), direction.target(plan.table)
-    locked = direction is Direction.FORWARD and plan.foreign_keys
     key = direction.key(plan)
     return statement(
         _REPLAY,
         changes=migration.relation(plan.table.changes),
         replayed=migration.relation(plan.table.replayed),
-        origin=direction.origin,
-        limit=limit,
+        which=which,
         new_key=names(plan.new_key),
         key=names(key),
         column=shape.time_column,
@@ -374,8 +410,6 @@ def replay_statement(migration: Migration, direction: Direction, limit: int) -> 
         source_same=match(key, "s", "k"),
         columns=joined(shape.copied_columns()),
         source_columns=joined([statement("s.{c}", c=c) for c in shape.copied_columns()]),
-        lock=sql.SQL(" FOR SHARE OF s" if locked else ""),
-        held_first=sql.SQL("(SELECT count(*) FROM held) >= 0" if locked else "true"),
     )
 
 

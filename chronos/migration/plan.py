@@ -51,6 +51,7 @@ from chronos.migration.changes import (
     replay_settings,
     replay_statement,
     waiting_notes_query,
+    which_notes,
 )
 from chronos.migration.checks import Finding, Survey, first_plan, survey, warnings
 from chronos.migration.compare import (
@@ -282,7 +283,11 @@ def _replay(migration: Migration) -> list[Statement]:
             f" undo the migration with: {rollback_command(migration.table)}",
         ),
         *replay_settings(),
-        replay_statement(migration, Direction.FORWARD, _EVERY_NOTE),
+        replay_statement(
+            migration,
+            Direction.FORWARD,
+            statement("ARRAY({which})", which=which_notes(migration, Direction.FORWARD, _EVERY_NOTE)),
+        ),
     ]
 
 

@@ -257,7 +257,7 @@ def go_on(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
     """Resume, or start again where nothing was begun, with the application writing."""
     state = state_of(url)
     with writing(url, seed=2) as writer:
-        wait_until(lambda: writer.commits, 20, "the writer writes")
+        writer.catch_up()
         code, output = stage.runner.run(url, *MIGRATE, *(["--resume"] if state else []))
     assert code == (2 if state == "verified" else 0), output
     assert_migrated(url, stage, [*writers, writer])
@@ -267,7 +267,7 @@ def go_back(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
     """Roll back, with the application writing."""
     state = state_of(url)
     with writing(url, seed=3) as writer:
-        wait_until(lambda: writer.commits, 20, "the writer writes")
+        writer.catch_up()
         code, output = stage.runner.run(url, *ROLLBACK)
     assert code == (0 if state else 2), output
     assert_plain(url, stage, [*writers, writer])
@@ -279,7 +279,7 @@ def disturb(
     """Run ``command`` on a copy of ``source`` with a writer, and ``act`` at the moment ``at``."""
     url = stage.copy(source)
     with Proxy(url, at, act) as proxy, writing(url) as writer:
-        wait_until(lambda: writer.commits, 20, "the writer writes")
+        writer.catch_up()
         stage.runner.start(proxy.url, *command)
         code, output = stage.runner.finish()
         assert proxy.acted.is_set(), f"never came to {shown(at)}\n{output}"
@@ -347,6 +347,36 @@ def test_rollback_killed_before_any_statement(stage: Stage, chunk: int) -> None:
             assert relations(url) == stage.plain_relations
             assert digest(url, where=f"id <= {ROWS}") == expected
             assert_rows(url, [first, writer])
+        except AssertionError as error:
+            error.add_note(f"killed for the {shown(moment)}")
+            raise
+        drop(stage, url)
+
+
+def test_finalize_killed_before_any_statement(stage: Stage) -> None:
+    """What was begun to be dropped is dropped by the next call; the application never notices."""
+    migrated = stage.copy(stage.template)
+    code, output = stage.runner.run(migrated, *MIGRATE)
+    assert code == 0, output
+    rehearsal = stage.copy(migrated)
+    with Proxy(rehearsal) as proxy:
+        code, output = stage.runner.run(proxy.url, *FINALIZE)
+        assert code == 0, output
+    finalized = relations(rehearsal)
+    assert ("r", "public.webhook_log_old") not in finalized
+    for moment in moments(proxy.trace):
+        url, writer, code, output = disturb(stage, migrated, FINALIZE, moment, kill(stage))
+        assert code == -signal.SIGKILL, output
+        try:
+            state = state_of(url)
+            with writing(url, seed=2) as other:
+                other.catch_up()
+                code, output = stage.runner.run(url, *FINALIZE)
+            assert code == (0 if state else 2), output
+            assert state_of(url) is None
+            assert relations(url) == finalized
+            assert query(url, SHAPE) == stage.migrated
+            assert_rows(url, [writer, other])
         except AssertionError as error:
             error.add_note(f"killed for the {shown(moment)}")
             raise
@@ -423,7 +453,7 @@ def test_server_stopped(own_postgres: OwnPostgres) -> None:
             Proxy(url, moment, lambda proxy: server.stop("immediate")) as proxy,
             writing(url, reconnect=True) as writer,
         ):
-            wait_until(lambda: writer.commits, 20, "the writer writes")
+            writer.catch_up()
             pid = runner.start(proxy.url, *MIGRATE)
             assert proxy.acted.wait(60), shown(moment)
             # The operator's terminal goes with the server, so nobody is left to roll back.
