@@ -42,6 +42,9 @@ WAYS: dict[str, Work] = {
 }
 DELETE = f"DELETE in batches of {ways.DELETE_BATCH:,}"
 DROP = "drop_old_webhook_log_partitions"
+PLAIN = "the plain table"
+NOTED = "the plain table with notes"
+INSERTS = 20_000
 SIZES = (0.25, 0.5, 1, 2)
 
 
@@ -52,6 +55,7 @@ class Results:
     copies: dict[str, list[Sample]] = field(default_factory=dict)
     retention: dict[str, list[Sample]] = field(default_factory=dict)
     growth: dict[int, list[Sample]] = field(default_factory=dict)
+    insert_s: dict[str, float] = field(default_factory=dict)
 
 
 @click.command()
@@ -68,6 +72,7 @@ def main(rows: int, quick: bool, output: Path) -> None:
         _say(f"making {rows:,} rows")
         _copies(stage, rows, rounds, results, idle_s=2.0 if quick else 10.0)
         _retention(stage, rows, rounds, results)
+        _notes(stage, rows, rounds, results)
         _growth(stage, [int(rows * size) for size in SIZES], rounds, results)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -108,6 +113,18 @@ def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
             live = stage.measure(engine, partial(remove, age=13))
         sample = Sample(alone.rows, alone.seconds, alone.wal, live.writer_s, live.reader_s)
         _note(results.retention, turn, name, sample)
+
+
+def _notes(stage: Stage, rows: int, rounds: int, results: Results) -> None:
+    """What a note adds to an insert, with nobody else about."""
+    with stage.clone(stage.template(rows, DAYS)) as engine:
+        for what in (PLAIN, NOTED):
+            if what == NOTED:
+                ways.begin_notes(engine)
+            ways.insert_seconds(engine, INSERTS)  # warm
+            costs = [ways.insert_seconds(engine, INSERTS) for _ in range(rounds)]
+            results.insert_s[what] = statistics.median(costs)
+            _say(f"an insert into {what}: {results.insert_s[what] * 1e6:.0f} microseconds")
 
 
 def _growth(stage: Stage, sizes: list[int], rounds: int, results: Results) -> None:

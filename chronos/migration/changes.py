@@ -27,7 +27,7 @@ from chronos.db import (
 )
 from chronos.errors import ChronosError, LockUnavailableError, StrayRowError
 from chronos.migration.context import CheckStop, Direction, Migration, match, names
-from chronos.migration.state import Plan
+from chronos.migration.state import Plan, verified_statement
 from chronos.table import TableSpec
 
 _BATCH = 2_000
@@ -237,8 +237,19 @@ def _noted(shape: TableShape, condition: Statement) -> Statement:
     )
 
 
+def verified_statements(shape: TableShape, plan: Plan) -> list[Statement]:
+    """When the replayed keys are compared: from now on a row beyond the fence is new by its time."""
+    spec = shape.spec
+    return [
+        note_up_to_the_fence_statement(shape),
+        note_skewed_rows_statement(shape, plan),
+        verified_statement(spec),
+        statement("DELETE FROM {replayed}", replayed=name(spec.home, spec.replayed)),
+    ]
+
+
 def note_skewed_rows_statement(shape: TableShape, plan: Plan) -> Statement:
-    """In the swap: rows of the frozen table beyond the fence are known by their keys, not by their times."""
+    """Rows of the frozen table beyond the fence are known by their keys, not by their times."""
     spec = shape.spec
     return statement(
         "INSERT INTO {changes} ({key}, chronos_origin)"
@@ -340,7 +351,7 @@ FROM unnest(ARRAY['enable_hashjoin', 'enable_mergejoin', 'enable_seqscan', 'jit'
 
 
 def replay(conn: Connection, migration: Migration, direction: Direction, limit: int = _BATCH) -> int:
-    """Replay up to ``limit`` notes, the last thing in the transaction that is open; returns how many there were.
+    """Replay up to ``limit`` notes, the last thing in the open transaction; returns how many there were.
 
     ROW EXCLUSIVE on the target. When the target gets foreign keys of its own, the rows are also locked in
     the source (FOR SHARE): a transaction that has changed one of them is waited for, so that no copy of its
@@ -350,7 +361,7 @@ def replay(conn: Connection, migration: Migration, direction: Direction, limit: 
         "SELECT ARRAY({which})::text",
         which=which_notes(migration, direction, limit),
     )
-    tids = execute(conn, joined([*replay_settings(), which], ";\n")).scalar_one()
+    tids = execute(conn, joined([*replay_settings(migration), which], ";\n")).scalar_one()
     if tids == "{}":
         return 0
     notes = statement("{tids}::tid[]", tids=tids)
@@ -360,9 +371,14 @@ def replay(conn: Connection, migration: Migration, direction: Direction, limit: 
     return int(execute(conn, joined(statements, ";\n")).one()[0])
 
 
-def replay_settings() -> list[Statement]:
+def replay_settings(migration: Migration) -> list[Statement]:
     """What ``replay_statement`` needs for its transaction."""
-    return [statement(_REPLAY_SETTINGS), application_path()]
+    settings = [statement(_REPLAY_SETTINGS), application_path()]
+    if not all(key.passive for key in migration.plan.foreign_keys):
+        # A row of the target may then change under its hands, and PostgreSQL 18 may crash when it evaluates
+        # a statement anew for such a row while it chooses partitions at run time.
+        settings.insert(0, statement("SET LOCAL enable_partition_pruning = off"))
+    return settings
 
 
 def which_notes(migration: Migration, direction: Direction, limit: int) -> Statement:

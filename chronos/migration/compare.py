@@ -150,13 +150,10 @@ def require_equal(migration: Migration, period: Period, result: PeriodResult) ->
 def compare_replayed(conn: Connection, migration: Migration, one: str, other: str) -> int:
     """Compare the keys whose notes were replayed, in the relations ``one`` and ``other``; how many there are.
 
-    Those that the application has written in the partitioned table since, up to the fence, are noted and
-    left out; rows beyond the fence are left to ``compare_newer_rows``. Raises VerificationError.
+    Those that the application has written in the partitioned table since are noted, and left out. Raises
+    VerificationError.
     """
-    fence = migration.state.fence
-    row = execute(
-        conn, replayed_comparison(migration, one, other, migration.shape.instant(fence) if fence else None)
-    ).one()
+    row = execute(conn, replayed_comparison(migration, one, other)).one()
     if row[1]:
         raise VerificationError(
             f"verification failed: {row[1]:,} of {row[0]:,} rows that were written during the migration"
@@ -165,18 +162,17 @@ def compare_replayed(conn: Connection, migration: Migration, one: str, other: st
     return int(row[0])
 
 
-def replayed_comparison(migration: Migration, one: str, other: str, fence: Statement | None) -> Statement:
+def replayed_comparison(migration: Migration, one: str, other: str) -> Statement:
     """The query of ``compare_replayed``: how many keys there are, how many differ, and one that does."""
     plan, shape = migration.plan, migration.shape
     columns = tuple(column.name for column in shape.columns)
     keys = statement(
-        "SELECT DISTINCT {key} FROM {replayed} AS r WHERE {c} >= {cutoff}{fence} AND NOT EXISTS ("
+        "SELECT DISTINCT {key} FROM {replayed} AS r WHERE {c} >= {cutoff} AND NOT EXISTS ("
         "SELECT FROM {changes} AS c WHERE c.chronos_origin = 'n' AND {same})",
         key=names(plan.new_key),
         replayed=migration.relation(plan.table.replayed),
         c=shape.time_column,
         cutoff=shape.instant(plan.cutoff),
-        fence=statement(" AND {c} <= {fence}", c=shape.time_column, fence=fence) if fence else sql.SQL(""),
         changes=migration.relation(plan.table.changes),
         same=match(plan.new_key, "c", "r"),
     )

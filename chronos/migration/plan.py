@@ -47,9 +47,9 @@ from chronos.locks import Patience, lock_table
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes_statements, leaves_statements, parent_and_log_statements
 from chronos.migration.changes import (
-    fence_value,
     replay_settings,
     replay_statement,
+    verified_statements,
     waiting_notes_query,
     which_notes,
 )
@@ -72,7 +72,7 @@ from chronos.migration.foreign_keys import (
 from chronos.migration.operator import Operator, require_located
 from chronos.migration.rollback import definitions
 from chronos.migration.run import function_statements
-from chronos.migration.state import Phase, Plan, State, phase_statement, verified_statement
+from chronos.migration.state import Phase, Plan, State, phase_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
 
@@ -216,8 +216,7 @@ def sections(
         "Step 6: compare what was written during the migration; it is complete",
         [
             _require_equal_keys(migration),
-            verified_statement(table),
-            statement("DELETE FROM {replayed}", replayed=migration.relation(table.replayed)),
+            *verified_statements(shape, plan),
         ],
     )
     yield Section("Statistics", [final_statistics(conn, shape, [present])], in_transaction=False)
@@ -282,7 +281,7 @@ def _replay(migration: Migration) -> list[Statement]:
             f"{migration.table} was emptied by TRUNCATE meanwhile, or has a row without a time;"
             f" undo the migration with: {rollback_command(migration.table)}",
         ),
-        *replay_settings(),
+        *replay_settings(migration),
         replay_statement(
             migration,
             Direction.FORWARD,
@@ -332,15 +331,10 @@ def _require_equal_periods(migration: Migration) -> Statement:
 
 def _require_equal_keys(migration: Migration) -> Statement:
     table = migration.table
-    fence = statement(
-        "(SELECT {fence} FROM {state})",
-        fence=fence_value(migration.shape),
-        state=migration.relation(table.state),
-    )
     return _refuse_if(
         statement(
             "(SELECT differing > 0 FROM ({comparison}) AS c (keys, differing, example))",
-            comparison=replayed_comparison(migration, table.old, table.name, fence),
+            comparison=replayed_comparison(migration, table.old, table.name),
         ),
         f"rows that were written during the migration differ between {table.old} and {table.name};"
         f" undo it with: {rollback_command(table)}",

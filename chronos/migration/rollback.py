@@ -36,6 +36,7 @@ from chronos.migration.changes import (
     emptied_by_hand,
     empty_after_truncate,
     note_everything_statement,
+    note_skewed_rows_statement,
     replay_most,
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
@@ -189,6 +190,7 @@ def _set_out(migration: Migration) -> None:
             execute(conn, lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE", partitions=True))
             statements = [
                 note_everything_statement(shape),
+                *([] if migration.state.verified else [note_skewed_rows_statement(shape, migration.plan)]),
                 _take_hand_written_notes(migration),
                 quieted_statement(table, states_of(shape)),
                 *quiet_statements(shape, migration.relation(table.old)),

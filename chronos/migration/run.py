@@ -46,7 +46,7 @@ from chronos.errors import (
 )
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
-from chronos.migration.changes import replay_most
+from chronos.migration.changes import replay_most, verified_statements
 from chronos.migration.checks import Survey, first_plan, survey
 from chronos.migration.compare import VerificationError, compare_replayed
 from chronos.migration.console import RowCount, Summary
@@ -56,7 +56,7 @@ from chronos.migration.foreign_keys import add_foreign_keys
 from chronos.migration.operator import Operator, StopRequestedError, sole_operator
 from chronos.migration.report import write_report
 from chronos.migration.rollback import definitions, roll_back, tidy_up
-from chronos.migration.state import Phase, State, phase_statement, verified_statement
+from chronos.migration.state import Phase, State, phase_statement
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
 from chronos.table import Period, TableSpec
@@ -365,8 +365,7 @@ class _Run:
                 rows = compare_replayed(conn, migration, self.table.old, self.table.name)
             with transaction(migration.conn) as conn:
                 migration.claim(conn)
-                execute(conn, verified_statement(self.table))
-                execute(conn, statement("DELETE FROM {t}", t=migration.relation(self.table.replayed)))
+                execute(conn, joined(verified_statements(migration.shape, migration.plan), ";\n"))
             migration.refresh()
             if rows:
                 self.output.line(f"Rows written during the migration: {rows:,}, compared and equal")

@@ -36,8 +36,7 @@ from chronos.locks import Attempt, BlockedError, lock_table
 from chronos.migration.changes import (
     FEW,
     drop_trigger_statements,
-    note_skewed_rows_statement,
-    note_up_to_the_fence_statement,
+    note_everything_statement,
     replay,
     replay_most,
     waiting_notes,
@@ -265,8 +264,7 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         *sequence_statements(shape),
         *rule_statements(shape, name(home, table.name)),
         fence_statement(table),
-        note_up_to_the_fence_statement(shape),
-        note_skewed_rows_statement(shape, plan),
+        note_everything_statement(shape),
         phase_statement(table, Phase.MIGRATED),
     ]
 

@@ -71,8 +71,8 @@ $$;
 REVOKE ALL ON FUNCTION @note_function@() FROM PUBLIC;
 REVOKE ALL ON FUNCTION @unlink_function@() FROM PUBLIC;
 
--- Which times are noted in the partitioned table: none before the swap, those up to the swap after it, all
--- of them on the way back. Replacing this function takes a millisecond under the lock of the swap, making the
+-- Which times are noted in the partitioned table: none before the swap; all of them after it, until the notes
+-- from before were compared; then those up to the swap; and all of them again on the way back. Replacing this function takes a millisecond under the lock of the swap, making the
 -- triggers of all partitions would take ten. The server writes its body into the triggers' conditions.
 CREATE FUNCTION @noted_function@(written @#time_type@)
 RETURNS boolean

@@ -158,7 +158,7 @@ LANDMARKS = (
     r"VALIDATE CONSTRAINT",
     r"CREATE OR REPLACE FUNCTION \S*drop_old",
     r"phase = 'ready'",
-    r"^WITH notes",
+    r"WITH notes",
     r"^LOCK TABLE ONLY \S+\.\"webhook_log\" IN SHARE ROW EXCLUSIVE MODE$",
     r"RENAME TO \S+_old",
     r"verified = true",
