@@ -215,6 +215,11 @@ def report(about: list[str], results: Results) -> str:
         ("rate of the copy / pgslice's manner, at least 2", f"{ours.rate / copies[PGSLICE].rate:.2f}"),
         ("longest writer wait beyond the usual, at most 25 ms", f"{beyond:.0f} ms"),
         (
+            "a live insert while notes are taken, at most 60 microseconds more",
+            f"{(results.insert_s[NOTED] - results.insert_s[PLAIN]) * 1e6:.0f}"
+            f" (of {results.insert_s[PLAIN] * 1e6:.0f})",
+        ),
+        (
             "comparing contents / the rest of steps 3 and 5, at most 0.5",
             f"{ours.seconds / counted.seconds - 1:.2f}",
         ),

@@ -304,7 +304,8 @@ def rollback(yes: bool, force: bool) -> None:
             click.echo(
                 f"{_target(url, settings)}\n"
                 f"{describe(found.table, found.phase)}\n"
-                f"{found.table} will be the plain table again, with the rows written since the swap."
+                f"{found.table} will be the plain table again"
+                f"{', with every row written since the swap' if found.phase.swapped else ''}."
             )
             if not yes:
                 _ask("ROLLBACK")

@@ -76,13 +76,16 @@ def leaves_statements(shape: TableShape, periods: list[Period], empty_from: Peri
     return statements
 
 
-def build_partitions(migration: Migration) -> None:
-    """Step 2: a partition for each period. Those after the newest row are empty, and attached at once."""
+def build_partitions(migration: Migration) -> bool:
+    """Step 2: a partition for each period. Those after the newest row are empty, and attached at once.
+
+    Returns whether there was anything to build.
+    """
     shape, conn = migration.shape, migration.conn
     with transaction(conn):
         migration.claim(conn)
         if _built(migration):
-            return
+            return False
         newest = execute(
             conn,
             statement(
@@ -94,6 +97,7 @@ def build_partitions(migration: Migration) -> None:
         periods = migration.plan.periods
         empty = [period for period in periods if newest is None or _after(migration, period, newest)]
         execute(conn, joined(leaves_statements(shape, periods, empty[0] if empty else None), ";\n"))
+    return True
 
 
 def _after(migration: Migration, period: Period, newest: object) -> bool:

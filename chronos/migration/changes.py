@@ -144,6 +144,30 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
     ]
 
 
+def notes_are_taken(conn: Connection, spec: TableSpec) -> bool:
+    """Whether the note triggers of the table in use, and of its partitions, are there and always fire.
+
+    Somebody may have dropped or disabled them; ENABLE TRIGGER ALL does not make them what they were.
+    """
+    insert, update, delete, truncate, _ = (sql.Literal(trigger) for trigger in spec.note_triggers)
+    found: bool = execute(
+        conn,
+        statement(
+            "SELECT (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = p.oid AND t.tgenabled = 'A'"
+            "  AND t.tgname::text IN ({row_triggers}, {truncate})) = 4"
+            " AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = p.oid"
+            "  AND (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = i.inhrelid AND t.tgenabled = 'A'"
+            "       AND t.tgname::text IN ({row_triggers})) < 3)"
+            " FROM pg_class p WHERE p.oid = to_regclass(format('%I.%I', {schema}, {table}))",
+            row_triggers=joined([insert, update, delete]),
+            truncate=truncate,
+            schema=spec.home,
+            table=spec.name,
+        ),
+    ).scalar_one()
+    return found
+
+
 def unlink_trigger_statements(shape: TableShape) -> list[Statement]:
     """From now on whoever changes or deletes a row takes its copy away as well. SHARE ROW EXCLUSIVE."""
     spec = shape.spec

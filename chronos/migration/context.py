@@ -94,9 +94,11 @@ def read_plain(conn: Connection, state: State) -> TableShape:
     Its triggers and rules have the states that they had before a way back switched them off.
     """
     shape = read_shape(conn, state.table, state.table.old if state.phase.swapped else state.table.name)
-    if state.phase is not Phase.RETURNING:
-        return shape
-    was = state.quieted
+    return with_states(shape, state.quieted) if state.phase is Phase.RETURNING else shape
+
+
+def with_states(shape: TableShape, was: dict[str, str]) -> TableShape:
+    """``shape`` with the states of triggers and rules that ``State.quieted`` has kept."""
     return replace(
         shape,
         triggers=tuple(replace(t, enabled=was.get(f"trigger {t.name}", t.enabled)) for t in shape.triggers),

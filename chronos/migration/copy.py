@@ -41,6 +41,7 @@ from chronos.db import (
 )
 from chronos.errors import ChronosError, CutShortError, SupersededError
 from chronos.locks import lock_table
+from chronos.migration.changes import waiting_notes
 from chronos.migration.compare import compare_period, require_equal
 from chronos.migration.context import Direction, Migration, match
 from chronos.migration.operator import StopRequestedError
@@ -419,6 +420,9 @@ class _PeriodCopy:
             need_not_wait_for_the_disk(conn)
             execute(conn, statistics_statement(migration.shape, migration.relation(self._leaf)))
             result = compare_period(conn, migration, self.period, content=self.copying.content)
+        if not result.equal:
+            with transaction(conn):
+                waiting_notes(conn, migration, Direction.FORWARD, 1)  # a TRUNCATE is no difference
         require_equal(migration, self.period, result)
         with transaction(conn):
             need_not_wait_for_the_disk(conn)

@@ -17,12 +17,14 @@ from sqlalchemy.exc import DBAPIError
 from chronos.catalog.ddl import (
     bound_check,
     foreign_key_statements,
+    loud_statements,
     quiet_statements,
     rename,
     sequences_back_statements,
     validate_statement,
 )
 from chronos.catalog.partitions import attached, missing
+from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, joined, name, render, sqlstate, statement, transaction
@@ -37,10 +39,20 @@ from chronos.migration.changes import (
     empty_after_truncate,
     note_everything_statement,
     note_skewed_rows_statement,
+    notes_are_taken,
     replay_most,
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
-from chronos.migration.context import CheckStop, Direction, Migration, match, names, read_plain, states_of
+from chronos.migration.context import (
+    CheckStop,
+    Direction,
+    Migration,
+    match,
+    names,
+    read_plain,
+    states_of,
+    with_states,
+)
 from chronos.migration.copy import Copying, carry_newer_rows
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.state import (
@@ -84,6 +96,7 @@ def undo(
             by_hand = undone_by_hand(conn, found)
             gone = [] if by_hand else dropped_since(conn, found)
             rivals = 0 if by_hand else _rivals(conn, found)
+            noted = by_hand or not found.phase.swapped or notes_are_taken(conn, table)
             emptied = found.phase is Phase.MIGRATED and emptied_by_hand(conn, found.table)
         if gone and not force:
             raise RefusedError(
@@ -93,6 +106,12 @@ def undo(
             )
         if emptied and not by_hand:
             raise RefusedError(_emptied(found.table))
+        if not noted and not force:
+            raise RefusedError(
+                f"the note triggers on {table} were dropped or disabled since the swap, and what was"
+                " written to migrated rows meanwhile is not known; nothing was changed. To go back all the"
+                f" same, without those changes: {rollback_command(table)} --force"
+            )
         if rivals:
             raise RefusedError(
                 f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
@@ -110,9 +129,8 @@ def undo(
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape)
             carried = roll_back(migration, check_stop=operator.check_stop)
-        operator.output.ok(
-            f"{table} is the plain table again; {carried:,} rows written since the swap came along"
-        )
+        came = f"; {carried:,} rows written since the swap came along" if found.phase.swapped else ""
+        operator.output.ok(f"{table} is the plain table again{came}")
 
 
 def _emptied(table: TableSpec) -> str:
@@ -305,10 +323,14 @@ def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) 
             if there is None:
                 execute(conn, rename(home, "TABLE", table.old, table.name))
             execute(conn, lock_table(home, table.name, "ACCESS EXCLUSIVE"))
+            plain = with_states(read_shape(conn, table, table.name), found.quieted)
+            standing = {key.name for key in plain.foreign_keys}
+            lacking = [key for key in found.plan.foreign_keys if key.name not in standing]
             statements = [
                 *(rename(home, kind, aside, original) for kind, original, aside, _ in found.plan.renames),
                 *drop_trigger_statements(table, table.name),
-                *foreign_key_statements(found.plan.foreign_keys, name(home, table.name), not_valid=True),
+                *loud_statements(plain, name(home, table.name)),
+                *foreign_key_statements(lacking, name(home, table.name), not_valid=True),
                 *sequences_back_statements(table, [s for s in found.plan.sequences if not s.identity]),
                 phase_statement(table, Phase.UNDONE),
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
@@ -262,34 +262,35 @@ class _Run:
         self._swap()
 
     @contextmanager
-    def _step(self, number: int, done: str) -> Iterator[None]:
-        """Print the step's line, count its seconds, print that it is done."""
+    def _step(self, number: int, done: str, *, earlier: bool = False) -> Iterator[None]:
+        """Print the step's line, count its seconds unless it was done ``earlier``, print that it is done."""
         self.step = number
         self.output.step(number, self.titles[number])
-        with self.timings.step(number):
+        with nullcontext() if earlier else self.timings.step(number):
             yield
         self.output.ok(done)
 
     def _build(self) -> None:
         """Steps 1 and 2."""
         migration = self.migration
-        with self._step(1, "Partitioned table created"):
-            with transaction(migration.conn) as conn:
-                built = states.read(conn, self.table) is not None
+        with transaction(migration.conn) as conn:
+            built = states.read(conn, self.table) is not None
+        begun = built and self.phase is not Phase.BUILT
+        with self._step(1, "Partitioned table created", earlier=begun):
             if not built:
                 build_parent(migration)
             elif self.phase is Phase.BUILT:
                 begin_notes(migration)
         self.operator.check_stop()
-        with self._step(2, "All partitions created"):
-            build_partitions(migration)
-            for period in migration.plan.periods:
+        with self._step(2, "All partitions created", earlier=self.phase is Phase.READY):
+            built = build_partitions(migration)
+            for period in migration.plan.periods if built else []:
                 self.output.partition(self.table.partition(period), period)
 
     def _copy(self) -> None:
         """Step 3: every period, and the foreign keys."""
         migration = self.migration
-        with self._step(3, "Data migration complete"):
+        with self._step(3, "Data migration complete", earlier=self.phase is Phase.READY):
             if self.phase is Phase.COPYING:
                 with transaction(migration.conn):
                     rows = rows_per_period(migration)
@@ -373,21 +374,13 @@ class _Run:
     def _finish(self) -> None:
         """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
         migration = self.migration
-        if self.held:
-            self._end_held()
-            return
-        try:
-            with opened(migration.engine) as analyzing:
-                analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
-                execute(analyzing, final_statistics(analyzing, migration.shape, self._live_periods()))
-        except DBAPIError as error:
-            self.output.line(
-                f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {self.table};"
-            )
+        if not self.held:
+            self._gather_statistics()
+        compared = migration.state.compared
         found = Summary(
             steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
-            periods={self.table.period(start): result for start, result in migration.state.compared.items()},
-            copied=sum(result.new_rows for result in migration.state.compared.values()),
+            periods={self.table.period(start): result for start, result in compared.items()},
+            copied=sum(result.new_rows for result in compared.values()),
             wal_bytes=self._wal_bytes(),
             lock_s=migration.longest_lock_s,
         )
@@ -399,12 +392,25 @@ class _Run:
                     f"The report could not be written to {self.options.report}: {error.strerror}"
                 )
         self.output.line()
+        if self.held:
+            self._end_held()
+            return
         self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
         self.output.summary(found)
 
+    def _gather_statistics(self) -> None:
+        migration = self.migration
+        try:
+            with opened(migration.engine) as analyzing:
+                analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
+                execute(analyzing, final_statistics(analyzing, migration.shape, self._live_periods()))
+        except DBAPIError as error:
+            self.output.line(
+                f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {self.table};"
+            )
+
     def _end_held(self) -> None:
         command = migrate_command(self.table)
-        self.output.line()
         self.output.banner("READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED")
         self.output.line(
             f"{self.table} is still the plain table; what is written to it is noted. Swap with:"

@@ -37,6 +37,7 @@ from chronos.migration.changes import (
     FEW,
     drop_trigger_statements,
     note_everything_statement,
+    notes_are_taken,
     replay,
     replay_most,
     waiting_notes,
@@ -120,6 +121,11 @@ class _Exchange:
         self.attempt.asks_now()
         partitions = self.direction is Direction.BACK
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE ROW EXCLUSIVE", partitions=partitions))
+        if self.direction is Direction.FORWARD and not notes_are_taken(conn, self.table):
+            raise ShapeError(
+                f"the note triggers on {self.table} were dropped or disabled meanwhile, so what was"
+                " written is not known"
+            )
         if waiting_notes(conn, migration, self.direction, FEW + 1) > FEW:
             raise _TooMuchToReplayError
         self._replay_the_rest()

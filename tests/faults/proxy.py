@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 # What differs from day to day and from run to run, so that equal statements look equal.
 _VARIABLE = re.compile(
     r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d([ T]\d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?"
-    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9A-F]+/[0-9A-F]+\b|\b\d+\b"
+    r"|'\{[^']*\}'(?=::tid\[\])|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9A-F]+/[0-9A-F]+\b|\b\d+\b"
 )
 
 
@@ -68,15 +68,21 @@ class Proxy:
     """Forwards connections to the server of ``url``, and records every statement, over all connections.
 
     ``act`` is called with the proxy, once: before the statement with the number ``at`` (from 1) is forwarded,
-    or at the given point, when it is passed for the given time (from 1).
+    or at the given point, when it is passed for the given time (from 1). ``hold`` is shown each statement,
+    which is sent when it returns.
     """
 
     def __init__(
-        self, url: str, at: int | tuple[Point, int] = 0, act: Callable[[Proxy], None] = lambda proxy: None
+        self,
+        url: str,
+        at: int | tuple[Point, int] = 0,
+        act: Callable[[Proxy], None] = lambda proxy: None,
+        hold: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._server = make_url(url)
         self._at = at
         self._act = act
+        self._hold = hold
         self._turn = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -148,6 +154,7 @@ class Proxy:
             if self._is_there() and not self.acted.is_set():
                 self._act(self)
                 self.acted.set()
+            self._hold(text)
 
     def _is_there(self) -> bool:
         if isinstance(self._at, int):

@@ -123,7 +123,7 @@ def stage(postgres: str, make_database: MakeDatabase) -> Stage:
     create_webhook_log(create_engine(found.template, poolclass=NullPool), ROWS, days=DAYS)
     found.plain, found.plain_relations = query(found.template, SHAPE), relations(found.template)
     undisturbed = found.copy(found.template)
-    with Proxy(undisturbed) as proxy:
+    with writing(undisturbed) as writer, Proxy(undisturbed, hold=until_noted(writer)) as proxy:
         code, output = found.runner.run(proxy.url, *MIGRATE)
         assert code == 0, output
     found.trace = proxy.trace
@@ -203,6 +203,20 @@ def writing(url: str, *, seed: int = 1, rate: float = 150, reconnect: bool = Fal
     )
 
 
+def until_noted(writer: LiveWriter) -> Callable[[str], None]:
+    """Hold back what looks for notes until there are some, so that each run sends the same statements."""
+
+    def hold(text: str) -> None:
+        if LOOKS_FOR_NOTES.search(text) or STOPS_WRITERS.fullmatch(text):
+            writer.catch_up()
+
+    return hold
+
+
+LOOKS_FOR_NOTES = re.compile(r"NOT chronos_truncated LIMIT 1\)")
+STOPS_WRITERS = re.compile(r'LOCK TABLE( ONLY)? \S+\."webhook_log" IN SHARE ROW EXCLUSIVE MODE')
+
+
 def assert_rows(url: str, writers: list[LiveWriter]) -> None:
     """Each commit that a writer was told of is there, once; nothing that it was not told of is."""
     engine = create_engine(url, poolclass=NullPool)
@@ -278,7 +292,7 @@ def disturb(
 ) -> tuple[str, LiveWriter, int, str]:
     """Run ``command`` on a copy of ``source`` with a writer, and ``act`` at the moment ``at``."""
     url = stage.copy(source)
-    with Proxy(url, at, act) as proxy, writing(url) as writer:
+    with writing(url) as writer, Proxy(url, at, act, until_noted(writer)) as proxy:
         writer.catch_up()
         stage.runner.start(proxy.url, *command)
         code, output = stage.runner.finish()
@@ -329,7 +343,7 @@ def test_rollback_killed_before_any_statement(stage: Stage, chunk: int) -> None:
     query(migrated, "UPDATE webhook_log SET status = 'seen again' WHERE id BETWEEN 201 AND 250")
     query(migrated, "DELETE FROM webhook_log WHERE id BETWEEN 251 AND 260")
     rehearsal = stage.copy(migrated)
-    with Proxy(rehearsal) as proxy:
+    with writing(rehearsal) as other, Proxy(rehearsal, hold=until_noted(other)) as proxy:
         code, output = stage.runner.run(proxy.url, *ROLLBACK)
         assert code == 0, output
     expected = digest(rehearsal, where=f"id <= {ROWS}")
@@ -444,14 +458,15 @@ def test_server_stopped(own_postgres: OwnPostgres) -> None:
     def fresh(name: str) -> str:
         return server.create_database(name, template="filled")
 
-    with Proxy(fresh("rehearsal")) as rehearsal:
+    url = fresh("rehearsal")
+    with writing(url) as writer, Proxy(url, hold=until_noted(writer)) as rehearsal:
         code, output = runner.run(rehearsal.url, *MIGRATE)
         assert code == 0, output
     for number, moment in enumerate(once_a_step(rehearsal.trace)):
         url = fresh(f"stopped_{number}")
         with (
-            Proxy(url, moment, lambda proxy: server.stop("immediate")) as proxy,
             writing(url, reconnect=True) as writer,
+            Proxy(url, moment, lambda proxy: server.stop("immediate"), until_noted(writer)) as proxy,
         ):
             writer.catch_up()
             pid = runner.start(proxy.url, *MIGRATE)
@@ -475,7 +490,8 @@ def test_server_back_in_time_is_rolled_back_by_itself(own_postgres: OwnPostgres)
     template = server.create_database("filled")
     create_webhook_log(create_engine(template, poolclass=NullPool), ROWS, days=DAYS)
     before = query(template, SHAPE), relations(template)
-    with Proxy(server.create_database("rehearsal", template="filled")) as rehearsal:
+    url = server.create_database("rehearsal", template="filled")
+    with writing(url) as writer, Proxy(url, hold=until_noted(writer)) as rehearsal:
         code, output = runner.run(rehearsal.url, *MIGRATE)
         assert code == 0, output
     url = server.create_database("restarted", template="filled")
