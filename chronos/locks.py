@@ -23,6 +23,7 @@ from chronos.errors import LockUnavailableError
 Tables = list[tuple[str, str]]
 
 _POLL_S = 0.02
+_GRACE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Patience:
     def wait_s(self, attempt: int) -> float:
         """Seconds that the attempt with this number (from 1) waits for its locks."""
         grown = self.shortest_s * 2.0 ** min(max(0, attempt - self.short_attempts), 16)
-        return min(grown, max(self.longest_s, self.shortest_s))
+        longest = max(self.longest_s, self.shortest_s)
+        # A moment more than the deadlock_timeout of most servers, after which they call autovacuum off.
+        return grown if grown < longest else longest + _GRACE_S
 
     def pause_s(self, attempt: int) -> float:
         """Seconds to wait after the attempt with this number."""

@@ -176,14 +176,13 @@ class _Exchange:
 
     def _take_the_rest_of_the_locks(self) -> None:
         """ACCESS EXCLUSIVE, in the order in which an insert takes its locks; readers wait from here on."""
-        left = max(1, round(self.attempt.left_s * 1000))
-        statements = [
-            statement("SELECT set_config('lock_timeout', {left}, true)", left=str(left)),
-            lock_table(self.table.home, self.in_use, "ACCESS EXCLUSIVE"),
-            lock_table(self.table.home, self.target, "ACCESS EXCLUSIVE"),
-            *(lock_table(schema, table, "ACCESS EXCLUSIVE") for schema, table in self.migration.referred()),
-        ]
-        execute(self.conn, joined(statements, ";\n"))
+        home = self.table.home
+        for schema, table in [(home, self.in_use), (home, self.target), *self.migration.referred()]:
+            # What one lock has taken of the attempt is not there for the next.
+            left = str(max(1, round(self.attempt.left_s * 1000)))
+            timeout = statement("SELECT set_config('lock_timeout', {left}, true)", left=left)
+            lock = lock_table(schema, table, "ACCESS EXCLUSIVE")
+            execute(self.conn, joined([timeout, lock], ";\n"))
         if waiting := still_there(self.before, self._snapshots()):
             raise BlockedError(f"waiting for {waiting[0]}")
 
