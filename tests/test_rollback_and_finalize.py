@@ -526,7 +526,7 @@ def delete_endpoint(url: str) -> int:
     with connected(url, autocommit=False) as conn, conn.cursor() as cursor:
         cursor.execute("SET lock_timeout = '5s'")
         cursor.execute(
-            "SELECT webhook_endpoint_id FROM webhook_log JOIN webhook_endpoint e ON e.id = webhook_endpoint_id"
+            "SELECT e.id FROM webhook_endpoint e JOIN webhook_log l ON l.webhook_endpoint_id = e.id"
             " GROUP BY 1 HAVING count(*) > 10 ORDER BY 1"
         )
         [endpoint] = cursor.fetchone() or ()

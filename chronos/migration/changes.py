@@ -26,8 +26,9 @@ from chronos.db import (
     transaction,
 )
 from chronos.errors import ChronosError, LockUnavailableError, StrayRowError
-from chronos.migration.context import CheckStop, Direction, Migration, match, names
+from chronos.migration.context import Direction, Migration, match, names
 from chronos.migration.state import Plan, verified_statement
+from chronos.migration.workers import CheckStop
 from chronos.table import TableSpec
 
 _BATCH = 2_000

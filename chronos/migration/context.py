@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
@@ -147,6 +146,3 @@ def match(columns: tuple[str, ...], one: str, other: str) -> Statement:
 def names(columns: tuple[str, ...], alias: str | None = None) -> Statement:
     """The columns, of ``alias`` if there is one, one after another."""
     return joined([name(alias, c) if alias else name(c) for c in columns])
-
-
-CheckStop = Callable[[], None]

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
@@ -33,7 +31,6 @@ from chronos.db import (
     autocommit,
     execute,
     joined,
-    opened,
     render,
     sqlstate,
     statement,
@@ -44,9 +41,9 @@ from chronos.locks import lock_table
 from chronos.migration.changes import waiting_notes
 from chronos.migration.compare import compare_period, require_equal
 from chronos.migration.context import Direction, Migration, match
-from chronos.migration.operator import StopRequestedError
 from chronos.migration.state import compared_statement
 from chronos.migration.throttle import Throttle
+from chronos.migration.workers import CheckStop, work_through
 from chronos.table import Period, midnight
 
 _ATTEMPTS = 60  # of a round that the server cuts short, with a pause after each
@@ -449,39 +446,12 @@ def need_not_wait_for_the_disk(conn: Connection) -> None:
 
 
 def copy_periods(migration: Migration, periods: list[Period], copying: Copying, workers: int) -> None:
-    """Copy ``periods``, newest first, ``workers`` at a time.
+    """Copy ``periods``, newest first, ``workers`` at a time; see ``work_through`` for failures."""
 
-    The first failure stops every worker at its next batch, and is raised when all have stopped.
-    """
-    queue = sorted(periods, reverse=True)
-    turn = threading.Lock()
-    failed = threading.Event()
+    def copy(conn: Connection, period: Period, check_stop: CheckStop) -> None:
+        _PeriodCopy(migration, conn, period, replace(copying, check_stop=check_stop)).run()
 
-    def check_stop() -> None:
-        if failed.is_set():
-            raise StopRequestedError
-        copying.check_stop()
-
-    def work() -> None:
-        try:
-            with opened(migration.engine) as conn:
-                while not failed.is_set():
-                    with turn:
-                        if not queue:
-                            return
-                        period = queue.pop(0)
-                    _PeriodCopy(migration, conn, period, replace(copying, check_stop=check_stop)).run()
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="copy") as pool:
-        futures = [pool.submit(work) for _ in range(max(1, workers))]
-    # All have ended here. What one of them met first is why the others stopped.
-    errors = [error for future in futures if (error := future.exception())]
-    errors.sort(key=lambda error: isinstance(error, StopRequestedError))
-    if errors:
-        raise errors[0]
+    work_through(migration.engine, sorted(periods, reverse=True), workers, copy, copying.check_stop)
 
 
 def carry_newer_rows(migration: Migration, copying: Copying) -> None:

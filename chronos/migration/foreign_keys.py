@@ -8,21 +8,23 @@ the table in use takes the copy of a changed or deleted row away in the same tra
 from __future__ import annotations
 
 from psycopg2 import errorcodes
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import foreign_key_statements, validate_statement
 from chronos.db import Statement, execute, joined, sqlstate, statement, transaction
 from chronos.locks import lock_table
 from chronos.migration.changes import replay_most, unlink_trigger_statements
-from chronos.migration.context import CheckStop, Direction, Migration
+from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import need_not_wait_for_the_disk
+from chronos.migration.workers import CheckStop, work_through
 
 # Partitions that get theirs in one transaction: until it ends, nobody can write what they refer to.
 _AT_ONCE = 7
 _ATTEMPTS = 20
 
 
-def add_foreign_keys(migration: Migration, check_stop: CheckStop) -> None:
+def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int = 1) -> None:
     """Each partition's, unchecked; then checked; then the parent's, which adopt them. Safe to call again.
 
     SHARE ROW EXCLUSIVE for moments on the table in use, and on the tables referred to, seven partitions at
@@ -40,8 +42,7 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop) -> None:
         check_stop()
         _add_unchecked(migration, leaves)
     replay_most(migration, Direction.FORWARD, check_stop)
-    for leaf in _leaves(migration, "EXISTS"):
-        _validate(migration, leaf, check_stop)
+    _validate(migration, _leaves(migration, "EXISTS"), check_stop, workers)
     _adopt(migration)
 
 
@@ -131,20 +132,34 @@ def unchecked_statements(migration: Migration, leaves: list[str]) -> list[Statem
     ]
 
 
-def _validate(migration: Migration, leaf: str, check_stop: CheckStop) -> None:
-    """Check the rows of a partition; a row that was deleted meanwhile has a note, which is replayed first."""
-    conn = migration.conn
-    for key in migration.plan.foreign_keys:
-        for attempt in range(1, _ATTEMPTS + 1):
+def _validate(migration: Migration, leaves: list[str], check_stop: CheckStop, workers: int) -> None:
+    """Check the rows of the partitions, ``workers`` at a time.
+
+    A row whose counterpart was deleted meanwhile has a note: it is replayed, and the partition checked again.
+    """
+    failed: list[tuple[str, DBAPIError]] = []
+
+    def validate(conn: Connection, leaf: str, stop: CheckStop) -> None:
+        for key in migration.plan.foreign_keys:
+            stop()
             try:
                 with transaction(conn):
                     need_not_wait_for_the_disk(conn)
                     execute(conn, validate_statement(migration.relation(leaf), key))
-                break
             except DBAPIError as error:
-                if sqlstate(error) != errorcodes.FOREIGN_KEY_VIOLATION or attempt == _ATTEMPTS:
+                if sqlstate(error) != errorcodes.FOREIGN_KEY_VIOLATION:
                     raise
-                replay_most(migration, Direction.FORWARD, check_stop)
+                failed.append((leaf, error))
+                return
+
+    for _ in range(_ATTEMPTS):
+        failed.clear()
+        work_through(migration.engine, leaves, workers, validate, check_stop)
+        if not failed:
+            return
+        replay_most(migration, Direction.FORWARD, check_stop)
+        leaves = [leaf for leaf, _ in failed]
+    raise failed[0][1]
 
 
 def _adopt(migration: Migration) -> None:

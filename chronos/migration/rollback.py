@@ -44,7 +44,6 @@ from chronos.migration.changes import (
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
 from chronos.migration.context import (
-    CheckStop,
     Direction,
     Migration,
     match,
@@ -65,6 +64,7 @@ from chronos.migration.state import (
 )
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Throttle
+from chronos.migration.workers import CheckStop
 from chronos.table import Period, TableSpec
 
 _BATCH = 5_000

@@ -302,7 +302,7 @@ class _Run:
                     copy_periods(migration, pending_periods(migration), copying, self.options.workers)
                 migration.refresh()
             replay_most(migration, Direction.FORWARD, self.operator.check_stop)
-            add_foreign_keys(migration, self.operator.check_stop)
+            add_foreign_keys(migration, self.operator.check_stop, self.options.workers)
 
     @contextmanager
     def _copying(self, count: RowCount) -> Iterator[Copying]:

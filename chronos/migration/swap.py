@@ -42,9 +42,10 @@ from chronos.migration.changes import (
     replay_most,
     waiting_notes,
 )
-from chronos.migration.context import CheckStop, Direction, Migration
+from chronos.migration.context import Direction, Migration
 from chronos.migration.snapshots import Snapshot, snapshots, still_there
 from chronos.migration.state import Phase, Plan, fence_statement, phase_statement
+from chronos.migration.workers import CheckStop
 
 # A transaction that is older and has a snapshot is waited for before anybody has to wait for us.
 _OLD_S = 0.5
