@@ -47,9 +47,10 @@ class Patience:
     def wait_s(self, attempt: int) -> float:
         """Seconds that the attempt with this number (from 1) waits for its locks."""
         grown = self.shortest_s * 2.0 ** min(max(0, attempt - self.short_attempts), 16)
-        longest = max(self.longest_s, self.shortest_s)
+        if grown < self.longest_s:
+            return grown
         # A moment more than the deadlock_timeout of most servers, after which they call autovacuum off.
-        return grown if grown < longest else longest + _GRACE_S
+        return self.longest_s + (_GRACE_S if self.longest_s >= 1 else 0)
 
     def pause_s(self, attempt: int) -> float:
         """Seconds to wait after the attempt with this number."""
@@ -102,7 +103,7 @@ SELECT a.pid, NULL::text,
        coalesce(nullif(a.application_name, ''), nullif(a.backend_type, 'client backend'), ''),
        coalesce(a.state, ''),
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8 AS age,
-       left(regexp_replace(regexp_replace(coalesce(a.query, ''), '''[^'']*''', '''...''', 'g'),
+       left(regexp_replace(regexp_replace(coalesce(a.query, ''), '''[^'']*(''|$)', '''...''', 'g'),
                            '\s+', ' ', 'g'), 60)
 FROM pg_stat_activity a WHERE a.pid IN (SELECT pid FROM held) AND a.pid <> pg_backend_pid()
   AND NOT a.pid = ANY({ours})
@@ -110,7 +111,9 @@ UNION ALL
 SELECT NULL, p.gid, '', '', extract(epoch FROM clock_timestamp() - p.prepared)::float8, ''
 FROM pg_prepared_xacts p
 WHERE p.database = current_database() AND EXISTS (
-    SELECT FROM held h WHERE h.pid IS NULL AND h.virtualtransaction = '-1/' || p.transaction::text)
+    SELECT FROM held h JOIN pg_locks x ON x.virtualtransaction = h.virtualtransaction
+    WHERE h.pid IS NULL AND x.pid IS NULL
+      AND x.locktype = 'transactionid' AND x.transactionid = p.transaction)
 ORDER BY age DESC
 """
 

@@ -742,7 +742,7 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
                 wait_until(
                     lambda: query(
                         database,
-                        "SELECT FROM pg_locks WHERE NOT granted AND pid = %s AND locktype = 'relation'",
+                        "SELECT 1 FROM pg_locks WHERE NOT granted AND pid = %s AND locktype = 'relation'",
                         pid,
                     ),
                     20,
@@ -773,7 +773,10 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
     assert "rolled back: webhook_log is the plain table it was" in errors
     assert state(database) is None
     assert digest(database)[0] == 0
-    assert not [name for _, name in relations(database) if "webhook_log_" in name and "id_seq" not in name]
+    assert {name for kind, name in relations(database) if kind in "rp"} == {
+        "public.webhook_log",
+        "public.webhook_endpoint",
+    }
 
 
 @contextmanager
@@ -839,7 +842,7 @@ def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> No
         assert process.returncode == 3, errors
         assert "--resume" in errors
     wait_until(
-        lambda: not query(database, "SELECT FROM pg_stat_activity WHERE pid = %s", pid), 20, "it is gone"
+        lambda: not query(database, "SELECT 1 FROM pg_stat_activity WHERE pid = %s", pid), 20, "it is gone"
     )
     assert state(database) == ("migrated", False)
     assert chronos(database, "finalize", "--yes").returncode == 2
@@ -869,7 +872,7 @@ def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
 
     assert result.returncode == 1, result.stdout + result.stderr
     assert "step 6 " in result.stderr
-    assert "1 of 10 rows that were written during the migration differ" in result.stderr
+    assert re.search(r" 1 of \d+ rows that were written during the migration differ", result.stderr)
     assert f"({ROWS - 1}," in result.stderr
     assert "rolled back: webhook_log is the plain table it was" in result.stderr
     assert_plain_again(database, before, writer)

@@ -135,14 +135,20 @@ Moment = tuple[Point, int]
 
 
 def moments(trace: Trace) -> list[Moment]:
-    """When to die: each kind of point for the first and for the last time, in the order of the run."""
+    """When to die: each kind of point for the first and for the last time, in the order of the run.
+
+    Right after a commit and before the next change is one moment: nothing is sent in between but queries.
+    """
     seen: Counter[Point] = Counter()
-    times = Counter(filter(None, trace.points))
+    passed = [point for point in trace.points if point]
+    times = Counter(passed)
     found = []
-    for point in filter(None, trace.points):
+    committed = False
+    for point in passed:
         seen[point] += 1
-        if seen[point] in (1, times[point]):
+        if seen[point] in (1, times[point]) and not committed:
             found.append((point, seen[point]))
+        committed = point.next == ""
     return found
 
 
