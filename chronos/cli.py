@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos import telemetry
 from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos.functions import upgrade
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
 from chronos.migration.console import Output, for_reading, in_bytes
@@ -345,6 +346,20 @@ def finalize(yes: bool) -> None:
 
         engine = connect_engine(url, application_name="chronos finalize")
         finish(engine, _table(settings), operator, confirm)
+
+
+@cli.command()
+def upgrade_functions() -> None:
+    """Install the two SQL functions of this version; safe to run at any time.
+
+    They keep the partitions of webhook_log and can be called by hand. Asks nothing.
+    """
+    with _errors_as_lines():
+        settings = get_settings()
+        engine = connect_engine(settings.database, application_name="chronos upgrade-functions")
+        for table in settings.tables:
+            upgrade(engine, table)
+            click.echo(f"Installed {' and '.join(table.functions)}")
 
 
 @cli.command()

@@ -29,10 +29,9 @@ def status() -> str:
     return "python -m chronos status"
 
 
-def install_functions(table: TableSpec) -> str:
+def upgrade_functions(table: TableSpec) -> str:
     """The command that installs the SQL functions of ``table`` again."""
-    command = "python -m chronos.scripts.install_partition_functions"
-    return command if table.name == WEBHOOK_LOG.name else f"{command} {quote(table.name)}"
+    return _verb("upgrade-functions", table)
 
 
 def _verb(verb: str, table: TableSpec) -> str:

@@ -487,7 +487,7 @@ def _function_problems(status: Status) -> Iterator[str]:
         if functions:
             yield (
                 f"{' and '.join(functions)}: {what}; as the owner of {table}, run:"
-                f" {commands.install_functions(table)}"
+                f" {commands.upgrade_functions(table)}"
             )
 
 

@@ -19,10 +19,10 @@ from chronos.db import connect_engine, execute, transaction
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
+from chronos.functions import upgrade
 from chronos.job_lock import connect, keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
 from chronos.migration.state import Phase, Plan, State, create_statement
-from chronos.scripts.install_partition_functions import install
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
 from chronos.table import WEBHOOK_LOG, Period, midnight
@@ -361,9 +361,9 @@ def test_expired_partitions(migrated: str, look: Look) -> None:
 def test_a_function_is_missing(migrated: str, redis_url: str, look: Look, function: str) -> None:
     query(migrated, f"DROP FUNCTION {function}(int)")
     status = look(migrated)
-    the_problem(status, rf"^{function}: missing; .*install_partition_functions$")
+    the_problem(status, rf"^{function}: missing; .*upgrade-functions$")
     assert status.as_json()["functions_installed"] is False
-    install(settings_for(migrated, redis_url), WEBHOOK_LOG)
+    upgrade(connect_engine(settings_for(migrated, redis_url).database), WEBHOOK_LOG)
     assert look(migrated).healthy
 
 

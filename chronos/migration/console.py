@@ -32,7 +32,9 @@ def in_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-_COMMAND = re.compile(r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status))?(?: --[a-z-]+)*)")
+_COMMAND = re.compile(
+    r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status|upgrade-functions))?(?: --[a-z-]+)*)"
+)
 
 
 def for_reading(text: str, width: int) -> str:

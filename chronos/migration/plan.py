@@ -43,6 +43,7 @@ from chronos.db import (
     transaction,
 )
 from chronos.errors import RefusedError
+from chronos.functions import function_statements
 from chronos.locks import Patience, lock_table
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes_statements, leaves_statements, parent_and_log_statements
@@ -71,7 +72,6 @@ from chronos.migration.foreign_keys import (
 )
 from chronos.migration.operator import Operator, require_located
 from chronos.migration.rollback import definitions
-from chronos.migration.run import function_statements
 from chronos.migration.state import Phase, Plan, State, phase_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec

@@ -15,20 +15,15 @@ from sqlalchemy.exc import DBAPIError
 from chronos.catalog.ddl import (
     autovacuum_as_before_statements,
     final_statistics,
-    nobody_calls,
-    script,
 )
-from chronos.catalog.shape import TableShape
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.commands import status as status_command
 from chronos.db import (
-    Statement,
     discard,
     execute,
     is_disconnect,
     joined,
-    name,
     one_line,
     opened,
     statement,
@@ -44,6 +39,7 @@ from chronos.errors import (
     StrayRowError,
     SupersededError,
 )
+from chronos.functions import function_statements
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
 from chronos.migration.changes import replay_most, verified_statements
@@ -504,24 +500,3 @@ class _Run:
                 if time.monotonic() >= deadline:
                     raise
                 self.operator.patience.sleep(0.5)
-
-
-def function_statements(shape: TableShape) -> list[Statement]:
-    """The two functions that keep the partitions, in the hands of the table's owner."""
-    table = shape.spec
-    return [
-        script("partition_functions.sql", table),
-        *(
-            statement(
-                "ALTER FUNCTION {function}(integer) OWNER TO {owner}",
-                function=name(table.home, function),
-                owner=name(shape.owner),
-            )
-            for function in table.functions
-        ),
-        *(
-            query
-            for function in table.functions
-            for query in nobody_calls(shape, name(table.home, function), "integer")
-        ),
-    ]
