@@ -824,6 +824,15 @@ WHERE c.oid = {oid} AND me.rolname = current_user AND NOT me.rolsuper
   AND NOT has_schema_privilege(c.relowner, c.relnamespace, 'CREATE')""",
     ),
     Check(
+        "owner-without-usage",
+        Kind.STRUCTURE,
+        """
+SELECT format('%s, who owns %s, may not use its schema, and the notes are taken in the name of the owner;'
+              ' GRANT USAGE ON SCHEMA %I TO %I', pg_get_userbyid(relowner), {name}, {schema},
+              pg_get_userbyid(relowner))
+FROM pg_class WHERE oid = {oid} AND NOT has_schema_privilege(relowner, relnamespace, 'USAGE')""",
+    ),
+    Check(
         "no-references",
         Kind.STRUCTURE,
         """

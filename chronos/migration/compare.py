@@ -7,9 +7,12 @@ nothing is excused twice.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
+from chronos.catalog.partitions import attached
 from chronos.db import Statement, execute, name, statement
 from chronos.errors import ChronosError
 from chronos.migration.context import Direction, Migration, match, names
@@ -150,10 +153,12 @@ def require_equal(migration: Migration, period: Period, result: PeriodResult) ->
 def compare_replayed(conn: Connection, migration: Migration, one: str, other: str) -> int:
     """Compare the keys whose notes were replayed, in the relations ``one`` and ``other``; how many there are.
 
-    Those that the application has written in the partitioned table since are noted, and left out. Raises
-    VerificationError.
+    Those that the application has written in the partitioned table since are noted, and left out, and so are
+    those that retention or a TRUNCATE has taken since. Raises VerificationError.
     """
-    row = execute(conn, replayed_comparison(migration, one, other)).one()
+    bounds = [p.lower for p in attached(conn, migration.table) if p.lower]
+    oldest = max(migration.plan.cutoff, min(bounds, default=migration.plan.cutoff))
+    row = execute(conn, replayed_comparison(migration, one, other, oldest)).one()
     if row[1]:
         raise VerificationError(
             f"verification failed: {row[1]:,} of {row[0]:,} rows that were written during the migration"
@@ -162,17 +167,19 @@ def compare_replayed(conn: Connection, migration: Migration, one: str, other: st
     return int(row[0])
 
 
-def replayed_comparison(migration: Migration, one: str, other: str) -> Statement:
+def replayed_comparison(
+    migration: Migration, one: str, other: str, oldest: datetime | None = None
+) -> Statement:
     """The query of ``compare_replayed``: how many keys there are, how many differ, and one that does."""
     plan, shape = migration.plan, migration.shape
     columns = tuple(column.name for column in shape.columns)
     keys = statement(
         "SELECT DISTINCT {key} FROM {replayed} AS r WHERE {c} >= {cutoff} AND NOT EXISTS ("
-        "SELECT FROM {changes} AS c WHERE c.chronos_origin = 'n' AND {same})",
+        "SELECT FROM {changes} AS c WHERE c.chronos_origin = 'n' AND (c.chronos_truncated OR {same}))",
         key=names(plan.new_key),
         replayed=migration.relation(plan.table.replayed),
         c=shape.time_column,
-        cutoff=shape.instant(plan.cutoff),
+        cutoff=shape.instant(oldest or plan.cutoff),
         changes=migration.relation(plan.table.changes),
         same=match(plan.new_key, "c", "r"),
     )

@@ -78,9 +78,27 @@ def finish(
         confirm(found, there)
         with transaction(conn):
             found = take_over(conn, found)
+            # Somebody may have thought about it for long, and retention was at work meanwhile.
+            if shape is not None and found.phase is Phase.MIGRATED:
+                _require_dispensable(conn, shape, found, retention_days)
         with going_on_with(finalize_command(table), "clean-up", engine, table):
             finalize(engine, conn, operator, found, shape)
         operator.output.ok(f"{table.old} is dropped; {table} stands on its own")
+
+
+def _is_ours(conn: Connection, table: TableSpec) -> bool:
+    """Whether the old table still has the note triggers that the migration has put on it."""
+    found: bool = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgname = {trigger}"
+            " AND tgrelid = to_regclass(format('%I.%I', {schema}, {old})))",
+            trigger=table.note_triggers[0],
+            schema=table.home,
+            old=table.old,
+        ),
+    ).scalar_one()
+    return found
 
 
 def _why_not(table: TableSpec, found: State | None) -> str:
@@ -210,6 +228,8 @@ def finalize(
             with attempt:
                 states.claim(conn, table, state.run_id)
                 execute(conn, lock_table(home, table.old, "ACCESS EXCLUSIVE"))
+                if not _is_ours(conn, table):
+                    raise ChronosError(f"{table.old} is not the table that was migrated: rename it")
                 if late := written_by_hand(conn, table):
                     raise ChronosError(f"{late:,} rows of {table.old} have just been written")
                 execute(conn, statement("DROP TABLE {old}", old=name(home, table.old)))

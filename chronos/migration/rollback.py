@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
@@ -24,6 +25,7 @@ from chronos.catalog.ddl import (
     validate_statement,
 )
 from chronos.catalog.partitions import attached, missing
+from chronos.catalog.shape import differences
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.commands import rollback as rollback_command
@@ -98,6 +100,20 @@ def undo(
             rivals = 0 if by_hand else _rivals(conn, found)
             noted = by_hand or not found.phase.swapped or notes_are_taken(conn, table)
             emptied = found.phase is Phase.MIGRATED and emptied_by_hand(conn, found.table)
+            strangers = (
+                foreign_partitions(conn, found, table.name) if found.phase.swapped and not by_hand else []
+            )
+            changed = _changed_since(conn, found) if found.phase is Phase.MIGRATED and not by_hand else []
+            if by_hand:
+                require_nothing_kept(conn, table)
+        if strangers:
+            raise RefusedError(_not_ours(table, strangers))
+        if changed and not force:
+            raise RefusedError(
+                f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
+                f" nothing was changed. Make the same changes to {table.old} first; or go back without them:"
+                f" {rollback_command(table)} --force"
+            )
         if gone and not force:
             raise RefusedError(
                 f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
@@ -139,6 +155,63 @@ def _emptied(table: TableSpec) -> str:
         f" changed. Stay with {table}: {finalize_command(table)}; or fill {table.old} again from it, and"
         f" then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
     )
+
+
+def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]:
+    """Partitions of the table ``parent`` that chronos has not made: their rows may be nowhere else.
+
+    Ours have the name and the bounds of a period, and none lies before those that the migration made.
+    """
+    table = found.table
+    return [
+        p.name
+        for p in attached(conn, table, parent)
+        if p.lower is None
+        or p.upper is None
+        or p.lower < found.plan.first
+        or table.period(p.lower) != Period(p.lower, p.upper)
+        or p.name != table.partition(Period(p.lower, p.upper))
+    ]
+
+
+def _not_ours(table: TableSpec, strangers: list[str]) -> str:
+    return (
+        f"{', '.join(strangers)}: partitions of {table} that chronos has not made, and that a rollback would"
+        f" drop; nothing was changed. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move"
+        f" what belongs into {table}"
+    )
+
+
+def _is_partitioned(conn: Connection, table: TableSpec, relation: str) -> bool:
+    found: bool = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM pg_class WHERE relkind = 'p'"
+            " AND oid = to_regclass(format('%I.%I', {s}, {t})))",
+            s=table.home,
+            t=relation,
+        ),
+    ).scalar_one()
+    return found
+
+
+def require_nothing_kept(conn: Connection, table: TableSpec) -> None:
+    """After an undo by hand: raise RefusedError when the partitioned table was kept under our name for it."""
+    if _is_partitioned(conn, table, table.new):
+        raise RefusedError(
+            f"{table} was put back by hand, and the partitioned table was kept as {table.new}: it may hold"
+            " the only copy of what was written since the swap; nothing was changed. Carry over what is"
+            " needed, then rename it or drop it"
+        )
+
+
+def _changed_since(conn: Connection, found: State) -> list[str]:
+    """How the partitioned table differs by now from what the plain one was at the swap, a line each."""
+    table, plan = found.table, found.plan
+    was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
+    given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
+    names_now = [(original, aside) for _, original, aside, _ in plan.renames]
+    return differences(given_up, now, names_now, announced=True)
 
 
 def dropped_since(conn: Connection, found: State) -> list[Period]:
@@ -210,6 +283,7 @@ def _set_out(migration: Migration) -> None:
                 note_everything_statement(shape),
                 *([] if migration.state.verified else [note_skewed_rows_statement(shape, migration.plan)]),
                 _take_hand_written_notes(migration),
+                *drop_trigger_statements(table, table.old),
                 quieted_statement(table, states_of(shape)),
                 *quiet_statements(shape, migration.relation(table.old)),
                 phase_statement(table, Phase.RETURNING),
@@ -254,10 +328,37 @@ def _return(migration: Migration, check_stop: CheckStop) -> int:
         carry_newer_rows(migration, copying)
         with suppress(TruncatedError):  # what was carried goes, too
             replay_most(migration, Direction.BACK, check_stop)
+            _drop_what_is_gone(migration)
             with transaction(conn):
                 _compare(conn, migration)
             swap(migration, Direction.BACK, check_stop)
     return carried
+
+
+def _drop_what_is_gone(migration: Migration) -> None:
+    """Rows beyond the fence that were carried, and whose partition was truncated or dropped since.
+
+    Neither is noted. Rows that somebody wrote into the plain table by hand stay.
+    """
+    table, plan, fence = migration.table, migration.plan, migration.state.fence
+    assert fence is not None
+    with transaction(migration.conn) as conn:
+        migration.claim(conn)
+        execute(
+            conn,
+            statement(
+                "DELETE FROM {old} AS t WHERE t.{c} > {fence}"
+                " AND NOT EXISTS (SELECT FROM {new} AS s WHERE {same})"
+                " AND NOT EXISTS (SELECT FROM {changes} AS k WHERE k.chronos_origin = 'o' AND {noted})",
+                old=migration.relation(table.old),
+                new=migration.relation(table.name),
+                changes=migration.relation(table.changes),
+                c=migration.shape.time_column,
+                fence=migration.shape.instant(fence),
+                same=match(plan.new_key, "s", "t"),
+                noted=match(plan.new_key, "k", "t"),
+            ),
+        )
 
 
 def _compare(conn: Connection, migration: Migration) -> None:
@@ -356,6 +457,10 @@ def _clean_up(migration: Migration) -> None:
     referred = migration.referred()
     if _kind_of_name(migration) == "p":
         raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
+    with transaction(conn):
+        strangers = foreign_partitions(conn, migration.state, table.new)
+    if strangers:
+        raise NeedsPersonError(_not_ours(table, strangers))
     for leaf in _leaves(migration):
         locks = migration.locks()
         for attempt in locks.attempts(conn, [(home, leaf), *referred]):

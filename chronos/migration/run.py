@@ -51,7 +51,7 @@ from chronos.migration.copy import Copying, copy_periods, rows_per_period
 from chronos.migration.foreign_keys import add_foreign_keys
 from chronos.migration.operator import Operator, StopRequestedError, sole_operator
 from chronos.migration.report import write_report
-from chronos.migration.rollback import definitions, roll_back, tidy_up
+from chronos.migration.rollback import definitions, require_nothing_kept, roll_back, tidy_up
 from chronos.migration.state import Phase, State, phase_statement
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
@@ -151,6 +151,8 @@ def _look(
         earlier = states.read(conn, table)
         by_hand = earlier is not None and states.undone_by_hand(conn, earlier)
     if earlier is not None and by_hand:
+        with transaction(conn):
+            require_nothing_kept(conn, table)
         operator.output.line(f"An earlier migration of {table} was undone by hand; its remains go first.")
         confirm(found)
         with transaction(conn):

@@ -3,8 +3,8 @@
 A REPEATABLE READ transaction whose snapshot is older than the last rows that were replayed would not see them
 in the table that takes the name. So the swap waits until no such snapshot is left. pg_stat_activity does
 not say when a snapshot was taken, only the oldest transaction that was running then: a session counts as
-gone once it has no snapshot, a later one, or another transaction. A statement that is its own transaction has
-locked all its tables before it began, and is no such session; nor is one that waits for a lock of ours.
+gone once it has no snapshot, a later one, or another transaction. A single statement counts as well, for a
+function that it calls may read the table later; a session that waits for a lock of ours does not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ SELECT a.pid, coalesce(a.xact_start::text, ''), a.backend_xmin::text::bigint,
                AND l.relation = to_regclass(format('%I.%I', {schema}, {table})))
 FROM pg_stat_activity a
 WHERE a.datname = current_database() AND a.backend_xmin IS NOT NULL
-  AND (a.state = 'active' AND a.xact_start = a.query_start) IS NOT TRUE
   AND a.pid <> pg_backend_pid() AND NOT a.pid = ANY ({ours}::int[])
   AND a.backend_type NOT IN ('autovacuum worker', 'walsender')
   AND NOT EXISTS (SELECT FROM pg_stat_progress_vacuum v WHERE v.pid = a.pid)

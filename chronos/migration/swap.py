@@ -50,6 +50,7 @@ from chronos.migration.workers import CheckStop
 # A transaction that is older and has a snapshot is waited for before anybody has to wait for us.
 _OLD_S = 0.5
 _POLL_S = 0.002
+_OF_DEADLOCK_TIMEOUT = 0.95
 
 
 class _TooMuchToReplayError(Exception):
@@ -119,7 +120,7 @@ class _Exchange:
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE UPDATE EXCLUSIVE"))
         oid, versions = self._oid(self.in_use), self._versions()
         self._require_alike()
-        self.attempt.asks_now()
+        self._ask_for_less_than_a_deadlock()
         partitions = self.direction is Direction.BACK
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE ROW EXCLUSIVE", partitions=partitions))
         if self.direction is Direction.FORWARD and not notes_are_taken(conn, self.table):
@@ -148,6 +149,20 @@ class _Exchange:
         require_dependents(conn, following, self._oid(self.in_use))
         if not forward:
             self._require_given_back()
+
+    def _ask_for_less_than_a_deadlock(self) -> None:
+        """From here on somebody may wait for us, and we for them: we let go before the server looks into it.
+
+        It looks after deadlock_timeout, and would end the transaction that has waited that long: theirs.
+        """
+        deadlock_s = execute(
+            self.conn,
+            statement("SELECT setting::float8 / 1000 FROM pg_settings WHERE name = 'deadlock_timeout'"),
+        ).scalar_one()
+        self.attempt.wait_s = min(self.attempt.wait_s, _OF_DEADLOCK_TIMEOUT * deadlock_s)
+        self.attempt.asks_now()
+        wait = str(max(1, round(self.attempt.wait_s * 1000)))
+        execute(self.conn, statement("SELECT set_config('lock_timeout', {wait}, true)", wait=wait))
 
     def _require_no_old_snapshot(self) -> None:
         """Before any lock: somebody with an old snapshot who does not use the table has to be waited for."""
