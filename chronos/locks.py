@@ -41,7 +41,7 @@ class Patience:
     short_attempts: int = 5
     attempts: int = 60
     first_pause_s: float = 0.1
-    longest_pause_s: float = 4.0
+    longest_pause_s: float = 3.0
     sleep: Callable[[float], None] = time.sleep
 
     def wait_s(self, attempt: int) -> float:
