@@ -182,22 +182,9 @@ def _not_ours(table: TableSpec, strangers: list[str]) -> str:
     )
 
 
-def _is_partitioned(conn: Connection, table: TableSpec, relation: str) -> bool:
-    found: bool = execute(
-        conn,
-        statement(
-            "SELECT EXISTS (SELECT FROM pg_class WHERE relkind = 'p'"
-            " AND oid = to_regclass(format('%I.%I', {s}, {t})))",
-            s=table.home,
-            t=relation,
-        ),
-    ).scalar_one()
-    return found
-
-
 def require_nothing_kept(conn: Connection, table: TableSpec) -> None:
     """After an undo by hand: raise RefusedError when the partitioned table was kept under our name for it."""
-    if _is_partitioned(conn, table, table.new):
+    if states.relkind(conn, table.home, table.new) == "p":
         raise RefusedError(
             f"{table} was put back by hand, and the partitioned table was kept as {table.new}: it may hold"
             " the only copy of what was written since the swap; nothing was changed. Carry over what is"
@@ -455,10 +442,11 @@ def _clean_up(migration: Migration) -> None:
     table, conn = migration.table, migration.conn
     home = table.home
     referred = migration.referred()
-    if _kind_of_name(migration) == "p":
-        raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
     with transaction(conn):
+        kind = states.relkind(conn, home, table.name)
         strangers = foreign_partitions(conn, migration.state, table.new)
+    if kind == "p":
+        raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
     if strangers:
         raise NeedsPersonError(_not_ours(table, strangers))
     for leaf in _leaves(migration):
@@ -507,19 +495,6 @@ def _our_triggers(migration: Migration) -> list[str]:
         ),
     ).all()
     return [row[0] for row in rows]
-
-
-def _kind_of_name(migration: Migration) -> str | None:
-    with transaction(migration.conn):
-        kind: str | None = execute(
-            migration.conn,
-            statement(
-                "SELECT relkind::text FROM pg_class WHERE oid = to_regclass(format('%I.%I', {s}, {t}))",
-                s=migration.table.home,
-                t=migration.table.name,
-            ),
-        ).scalar()
-    return kind
 
 
 def _lock_referred(migration: Migration) -> None:

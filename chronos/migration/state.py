@@ -322,8 +322,8 @@ def undone_by_hand(conn: Connection, state: State) -> bool:
     """Whether somebody has dropped the partitioned table and renamed the plain one back, without us."""
     table = state.table
     return state.phase.swapped and (
-        _kind(conn, table.home, table.name) == "r"
-        or (_kind(conn, table.home, table.name) is None and _kind(conn, table.home, table.old) == "r")
+        relkind(conn, table.home, table.name) == "r"
+        or (relkind(conn, table.home, table.name) is None and relkind(conn, table.home, table.old) == "r")
     )
 
 
@@ -332,12 +332,13 @@ def finalized_by_hand(conn: Connection, state: State) -> bool:
     table = state.table
     return (
         state.phase in (Phase.MIGRATED, Phase.FINALIZING)
-        and _kind(conn, table.home, table.name) == "p"
-        and _kind(conn, table.home, table.old) is None
+        and relkind(conn, table.home, table.name) == "p"
+        and relkind(conn, table.home, table.old) is None
     )
 
 
-def _kind(conn: Connection, schema: str, table: str) -> str | None:
+def relkind(conn: Connection, schema: str, table: str) -> str | None:
+    """The kind of a relation: ``r`` a plain table, ``p`` a partitioned one; None: there is none."""
     kind: str | None = execute(
         conn,
         statement(
