@@ -184,6 +184,15 @@ def is_disconnect(error: BaseException) -> bool:
     )
 
 
+# Conflicts, resources that ran out, a lock, an intervention of somebody's, trouble of the system's.
+_PASSING = ("40", "53", "55", "57", "58")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same statement may succeed another time: the connection was lost, or something ran out."""
+    return is_disconnect(error) or (sqlstate(error) or "")[:2] in _PASSING
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what a driver error says, without the statement and its values."""
     original = error.orig if isinstance(error, DBAPIError) else error

@@ -145,15 +145,15 @@ class TableSpec:
         return f"{self.name}_is_noted"
 
     @property
-    def unlink_function(self) -> str:
-        """The trigger function that takes a changed row out of the table that is being filled."""
-        return f"{self.name}_unlink_copy"
+    def snapshot_function(self) -> str:
+        """The trigger function that lets no UPDATE run under a snapshot from before the swap."""
+        return f"{self.name}_note_snapshot"
 
     @property
     def note_triggers(self) -> tuple[str, ...]:
         """The triggers that belong to chronos, and to no shape of the table."""
         return tuple(
-            f"{self.name}_note_{what}" for what in ("insert", "update", "delete", "truncate", "unlink")
+            f"{self.name}_note_{what}" for what in ("insert", "update", "delete", "truncate", "snapshot")
         )
 
     @property

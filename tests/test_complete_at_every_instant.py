@@ -278,7 +278,10 @@ def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
 
 
 def test_one_exclusive_lock_in_all(database: str) -> None:
-    """On the table in use: one to migrate, one to go back. Nobody is in the way, so none is tried twice."""
+    """On the table in use: one to migrate; to go back one for the names, and one to take the triggers off.
+
+    Nobody is in the way, so none is tried twice.
+    """
     load(database, ROWS)
     with exclusive_locks(database) as there:
         result = chronos(database, *MIGRATE)
@@ -287,7 +290,8 @@ def test_one_exclusive_lock_in_all(database: str) -> None:
         result = chronos(database, *ROLLBACK)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [name for name, _ in there] == ["chronos migrate"]
-    assert [name for name, _ in back] == ["chronos rollback"]
+    assert {name for name, _ in back} == {"chronos rollback"}
+    assert len(back) <= 2
 
 
 DASHBOARD_S = 3

@@ -350,36 +350,43 @@ def test_a_failing_step_puts_everything_back(database: str, step: int, conflict:
     assert_plain_again(database, before, writer)
 
 
-@pytest.mark.parametrize("step", [3, 6])
-def test_a_killed_backend_puts_everything_back(database: str, step: int) -> None:
-    """While it copies a row, and while it waits for the lock of the swap."""
+def test_a_backend_killed_in_the_copy_puts_everything_back(database: str) -> None:
     fill(database)
-    with ExitStack() as stack:
-        if step == 3:
-            before = {
-                *relations(database),
-                ("function", "passes_gate(bigint)"),
-                ("function", "at_the_gate()"),
-            }
-            writer = stack.enter_context(LiveWriter(database, threads=2, rate=200, past_share=0.2))
-            migration = stack.enter_context(stopped_in_the_copy(database))
-            pid, release, process = pid_at_the_gate(database), migration.release, migration.process
-        else:
-            before = relations(database)
-            writer = stack.enter_context(LiveWriter(database, threads=2, rate=200, past_share=0.2))
-            reader = stack.enter_context(ExitStack())
-            reader.enter_context(holding(database, "SELECT FROM webhook_log LIMIT 1"))
-            release = reader.close
-            process = stack.enter_context(started(database, "migrate", "--yes"))
-            pid = waiting_for_the_swap(database)
-        query(database, "SELECT pg_terminate_backend(%s)", pid)
-        release()
-        output, errors = process.communicate(timeout=60)
+    before = {*relations(database), ("function", "passes_gate(bigint)"), ("function", "at_the_gate()")}
+    with (
+        LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer,
+        stopped_in_the_copy(database) as migration,
+    ):
+        query(database, "SELECT pg_terminate_backend(%s)", pid_at_the_gate(database))
+        migration.release()
+        output, errors = migration.process.communicate(timeout=60)
 
-    assert process.returncode == 1, output + errors
-    assert f"step {step} " in errors
+    assert migration.process.returncode == 1, output + errors
+    assert "step 3 " in errors
     assert "rolled back" in errors
     assert_plain_again(database, before, writer)
+
+
+def test_a_backend_killed_while_it_waits_for_the_swap_keeps_the_copy(database: str) -> None:
+    """What is copied and compared is not thrown away because a connection was lost."""
+    fill(database)
+    with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
+        with (
+            holding(database, "SELECT FROM webhook_log LIMIT 1"),
+            started(database, "migrate", "--yes") as process,
+        ):
+            query(database, "SELECT pg_terminate_backend(%s)", waiting_for_the_swap(database))
+            output, errors = process.communicate(timeout=60)
+        assert process.returncode == 3, output + errors
+        assert "in step 6; nothing is lost" in errors
+        assert "--resume" in errors
+        assert value(database, "SELECT phase FROM webhook_log_migration") == "ready"
+        resumed = chronos(database, "migrate", "--yes", "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        seen = len(writer.commits)
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+    assert writer.errors == []
+    assert state(database) == ("migrated", True)
 
 
 def waiting_for_the_swap(url: str) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from sqlalchemy.engine import make_url
 
 from chronos.db import connect_engine
 from chronos.demo.rows import create_webhook_log
-from tests.command import chronos
+from tests.command import chronos, started
 from tests.live import phase
-from tests.tables import digest, query, value
+from tests.tables import digest, holding, planned, query, relations, value
 
 
 @pytest.mark.parametrize(
@@ -18,8 +20,34 @@ from tests.tables import digest, query, value
         ("CREATE TABLE webhook_log_rest PARTITION OF webhook_log DEFAULT", "webhook_log_rest"),
         ("ALTER TABLE webhook_log ADD COLUMN note text", "note"),
         ("CREATE INDEX by_status ON webhook_log (status)", "by_status"),
+        (
+            "INSERT INTO webhook_log (id, status, timestamp) SELECT 500, 'again', now()",
+            "takes only one of each: 500; delete one, or give it another key [repeated-key]",
+        ),
+        (
+            "INSERT INTO webhook_log (id, status, timestamp) VALUES (900, 'once', now()),"
+            " (900, 'twice', now() - interval '1 day')",
+            "takes only one of each: 900",
+        ),
+        (
+            "DO $$ BEGIN EXECUTE format('TRUNCATE %s',"
+            " (SELECT tableoid::regclass FROM webhook_log WHERE id = 480)); END $$",
+            "were emptied by TRUNCATE, which is not noted for a single partition",
+        ),
+        (
+            "ALTER TABLE webhook_log DISABLE TRIGGER webhook_log_note_update",
+            "note triggers on webhook_log were dropped or disabled",
+        ),
     ],
-    ids=["a partition of somebody's", "a new column", "a new index"],
+    ids=[
+        "a partition of somebody's",
+        "a new column",
+        "a new index",
+        "the key of a migrated row again",
+        "a new key twice",
+        "one partition truncated",
+        "notes disabled",
+    ],
 )
 def test_what_a_rollback_would_destroy_is_named_and_nothing_changes(
     database: str, change: str, named: str
@@ -35,6 +63,119 @@ def test_what_a_rollback_would_destroy_is_named_and_nothing_changes(
     assert named in refused.stderr
     assert phase(database) == "migrated"
     assert digest(database) == before
+
+
+def test_several_obstacles_are_named_at_once(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "ALTER TABLE webhook_log ADD COLUMN note text")
+    query(database, "CREATE INDEX by_status ON webhook_log (status)")
+    query(database, "ALTER TABLE webhook_log DISABLE TRIGGER webhook_log_note_update")
+
+    refused = chronos(database, "rollback", "--yes")
+
+    assert refused.returncode == 2
+    for named in ("note", "by_status", "[changed-since-the-swap]", "[notes-disabled]", "rollback --force"):
+        assert named in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert chronos(database, "rollback", "--yes", "--force").returncode == 0
+    assert phase(database) is None
+
+
+def test_a_deleted_row_whose_key_is_given_again_comes_along(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "DELETE FROM webhook_log WHERE id IN (480, 500)")
+    query(
+        database,
+        "INSERT INTO webhook_log (id, status, timestamp) VALUES (500, 'new', now()),"
+        " (480, 'late', now() - interval '2 days')",
+    )
+
+    done = chronos(database, "rollback", "--yes")
+
+    assert done.returncode == 0, done.stderr
+    assert query(database, "SELECT id, status FROM webhook_log WHERE id IN (480, 500) ORDER BY 1") == [
+        (480, "late"),
+        (500, "new"),
+    ]
+
+
+def stop_on_the_way_back(url: str) -> None:
+    """Leave a rollback behind that was stopped while it waited for its swap."""
+    reader = holding(url, "SELECT FROM webhook_log LIMIT 1")
+    with reader, started(url, "rollback", "--yes") as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "or call it off, and stay with the partitioned table: python -m chronos.scripts" in errors
+    assert phase(url) == "returning"
+
+
+def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
+    """And taken again later: what was written before, meanwhile and afterwards comes along."""
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    before = relations(database)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (600, 'new', now())")
+    query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = 490")
+    stop_on_the_way_back(database)
+    query(database, "UPDATE webhook_log SET timestamp = now() WHERE id IN (491, 600)")
+    query(database, "DELETE FROM webhook_log WHERE id = 492")
+    query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (495, 'in the way', now())")
+
+    refused = chronos(database, "rollback", "--yes")
+    assert refused.returncode == 2
+    assert "[repeated-key]" in refused.stderr
+    stayed = chronos(database, "migrate", "--yes", "--resume")
+
+    assert stayed.returncode == 0, stayed.stderr
+    assert "The way back is called off; webhook_log stays partitioned." in stayed.stdout
+    assert phase(database) == "migrated"
+    assert chronos(database, "status", env={"REDIS_URL": ""}).stdout.startswith(
+        "public.webhook_log: migrated"
+    )
+    query(database, "DELETE FROM webhook_log WHERE id = 495 AND status = 'in the way'")
+    query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (601, 'newer', now())")
+    query(database, "UPDATE webhook_log SET status = 'changed' WHERE id IN (493, 600)")
+    cutoff = planned(database, "cutoff")
+    kept = digest(database, where=f"timestamp >= '{cutoff}'")
+    done = chronos(database, "rollback", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert digest(database, where=f"timestamp >= '{cutoff}'") == kept
+    assert relations(database) == before
+
+
+def test_after_a_way_back_was_called_off_the_migration_can_be_finalized(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (600, 'new', now())")
+    stop_on_the_way_back(database)
+    query(database, "DELETE FROM webhook_log WHERE id = 600 OR id = 499")
+    assert chronos(database, "migrate", "--yes", "--resume").returncode == 0
+    kept = digest(database)
+
+    done = chronos(database, "finalize", "--yes")
+
+    assert done.returncode == 0, done.stderr
+    assert digest(database) == kept
+
+
+def test_notes_disabled_on_the_way_back_are_noticed(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    stop_on_the_way_back(database)
+    leaf = value(database, "SELECT tableoid::regclass::text FROM webhook_log WHERE id = 480")
+    query(database, f"ALTER TABLE {leaf} DISABLE TRIGGER webhook_log_note_delete")
+    query(database, "DELETE FROM webhook_log WHERE id = 480")
+
+    refused = chronos(database, "rollback", "--yes")
+
+    assert refused.returncode == 2
+    assert "[notes-disabled]" in refused.stderr
+    assert phase(database) == "returning"
 
 
 def test_a_partitioned_table_kept_by_hand_is_not_dropped(database: str) -> None:

@@ -42,7 +42,7 @@ def script(file: str, spec: TableSpec, **more: str) -> Statement:
                 "replayed",
                 "note_function",
                 "noted_function",
-                "unlink_function",
+                "snapshot_function",
                 "create_function",
                 "drop_function",
             )

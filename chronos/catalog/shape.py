@@ -63,9 +63,13 @@ class Index:
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """A foreign key of the table; ``definition`` is what follows ADD CONSTRAINT name."""
+    """A foreign key of the table; ``definition`` is what follows ADD CONSTRAINT name.
+
+    ``passive`` tells that no write of what it refers to changes a row of the table.
+    """
 
     name: str
+    columns: list[str]
     definition: str
     schema: str
     table: str
@@ -349,7 +353,10 @@ ORDER BY NOT i.indisprimary, c.relname
 """
 
 _FOREIGN_KEYS = """
-SELECT k.conname, pg_get_constraintdef(k.oid), n.nspname, c.relname, k.convalidated,
+SELECT k.conname,
+       ARRAY(SELECT a.attname FROM unnest(k.conkey) WITH ORDINALITY AS u (attnum, n)
+             JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.attnum ORDER BY u.n)::text[],
+       pg_get_constraintdef(k.oid), n.nspname, c.relname, k.convalidated,
        k.confupdtype IN ('a', 'r') AND k.confdeltype IN ('a', 'r'),
        obj_description(k.oid, 'pg_constraint')
 FROM pg_constraint k

@@ -27,7 +27,7 @@ from chronos.db import (
 )
 from chronos.errors import ChronosError, LockUnavailableError, StrayRowError
 from chronos.migration.context import Direction, Migration, match, names
-from chronos.migration.state import Plan, verified_statement
+from chronos.migration.state import Phase, Plan, verified_statement
 from chronos.migration.workers import CheckStop
 from chronos.table import TableSpec
 
@@ -51,22 +51,17 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
     """The tables and functions of the notes, and triggers on the table that is built: silent as yet."""
     table = shape.spec
     key = plan.new_key
-    log = script(
-        "change_log.sql",
-        table,
-        columns=_text(key),
-        old_values=_text(key, "OLD"),
-        new_values=_text(key, "NEW"),
-        match_old=" AND ".join(f"n.{_quoted(c)} = OLD.{_quoted(c)}" for c in key),
-        time_type=shape.time_type,
-    )
     owner, home = name(shape.owner), table.home
     functions = (
         (table.note_function, ""),
-        (table.unlink_function, ""),
+        (table.snapshot_function, ""),
         (table.noted_function, shape.time_type),
     )
-    statements: list[Statement] = [log]
+    statements: list[Statement] = [
+        script("change_log.sql", table, columns=_text(key), time_type=shape.time_type),
+        note_function_statement(shape, plan, linked=None),
+        statement("REVOKE ALL ON FUNCTION {f}() FROM PUBLIC", f=name(home, table.note_function)),
+    ]
     for kept in (table.changes, table.replayed):
         statements += [
             statement("ALTER TABLE {t} OWNER TO {owner}", t=name(home, kept), owner=owner),
@@ -90,7 +85,48 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
             a=sql.SQL(shape.time_type),
         )
     )
-    return statements + note_trigger_statements(shape, table.new, Direction.BACK)
+    return [
+        *statements,
+        *note_trigger_statements(shape, table.new, Direction.BACK),
+        _snapshot_trigger(shape, table.new, Direction.BACK),
+    ]
+
+
+# Planned anew each time, for the partitions of the one row alone.
+_UNLINK = """
+    IF TG_ARGV[0] = '{origin}' AND TG_OP <> 'INSERT' THEN
+        IF TG_OP = 'DELETE' OR record_image_ne(ROW({old}), ROW({new})) THEN
+            EXECUTE {delete} USING OLD;
+        END IF;
+    END IF;
+"""
+
+
+def note_function_statement(shape: TableShape, plan: Plan, linked: Direction | None) -> Statement:
+    """The function of the note triggers; nobody is waited for when it is replaced.
+
+    ``linked`` is the direction whose target is not in use and has foreign keys: the function takes the copy
+    of a row that is deleted, or gets another key or another reference, out of it. None: there is none.
+    """
+    spec, key = shape.spec, plan.new_key
+    unlink = ""
+    if linked is not None:
+        ties = tuple(dict.fromkeys([*key, *(c for k in plan.foreign_keys for c in k.columns)]))
+        target = f"{_quoted(spec.home)}.{_quoted(linked.target(spec))}"
+        same = " AND ".join(f"t.{_quoted(c)} = ($1).{_quoted(c)}" for c in key)
+        delete = f"DELETE FROM {target} AS t WHERE {same}".replace("'", "''")
+        unlink = _UNLINK.format(
+            origin=linked.origin, old=_text(ties, "OLD"), new=_text(ties, "NEW"), delete=f"'{delete}'"
+        )
+    return script(
+        "note_change.sql",
+        spec,
+        columns=_text(key),
+        old_values=_text(key, "OLD"),
+        new_values=_text(key, "NEW"),
+        linked=linked.target(spec) if linked is not None else "now: none",
+        unlink=unlink.strip(),
+    )
 
 
 def _quoted(column: str) -> str:
@@ -109,6 +145,7 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
     spec = shape.spec
     table = name(spec.home, on_table)
     insert, update, delete, truncate, _ = spec.note_triggers
+    function = name(spec.home, spec.note_function)
 
     def when(*rows: str) -> Statement:
         if direction is Direction.FORWARD:
@@ -125,23 +162,57 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
         return statement(" WHEN ({asked})", asked=joined(asked, " OR "))
 
     def trigger(name_: str, event: str, scope: str, when_: Statement) -> Statement:
-        return statement(
-            "CREATE TRIGGER {t} AFTER {event} ON {table} {scope}{when} EXECUTE FUNCTION {f}({origin});\n"
-            "ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}",
-            t=name(name_),
-            event=sql.SQL(event),
-            table=table,
-            scope=sql.SQL(scope),
-            when=when_,
-            f=name(spec.home, spec.note_function),
-            origin=direction.origin,
-        )
+        what = statement("AFTER {e} ON {t} {s}{w}", e=sql.SQL(event), t=table, s=sql.SQL(scope), w=when_)
+        return _always(table, name_, what, function, direction.origin)
 
     return [
         trigger(insert, "INSERT", "FOR EACH ROW", when("NEW")),
         trigger(update, "UPDATE", "FOR EACH ROW", when("OLD", "NEW")),
         trigger(delete, "DELETE", "FOR EACH ROW", when("OLD")),
         trigger(truncate, "TRUNCATE", "FOR EACH STATEMENT", sql.SQL("")),
+    ]
+
+
+def _always(table: Statement, trigger: str, what: Statement, function: Statement, *texts: str) -> Statement:
+    """A trigger that fires under replication roles, too."""
+    return statement(
+        "CREATE TRIGGER {t} {what} EXECUTE FUNCTION {f}({texts});\n"
+        "ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}",
+        t=name(trigger),
+        what=what,
+        f=function,
+        texts=joined([sql.Literal(text) for text in texts]),
+        table=table,
+    )
+
+
+def _snapshot_trigger(shape: TableShape, on_table: str, direction: Direction) -> Statement:
+    """The trigger that refuses a snapshot from before the swap, on the table that notes for ``direction``.
+
+    On the partitioned table it asks as long as everything is noted.
+    """
+    spec = shape.spec
+    table = name(spec.home, on_table)
+    when: Statement = sql.SQL("")
+    phases = [Phase.UNDONE]
+    if direction is Direction.BACK:
+        phases = [Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING]
+        when = statement(
+            " WHEN ({f}('infinity'::{type}))",
+            f=name(spec.home, spec.noted_function),
+            type=sql.SQL(shape.time_type),
+        )
+    what = statement("BEFORE UPDATE OR DELETE ON {table} FOR EACH STATEMENT{when}", table=table, when=when)
+    function = name(spec.home, spec.snapshot_function)
+    return _always(table, spec.note_triggers[4], what, function, *(phase.value for phase in phases))
+
+
+def triggers_after_the_way_back(shape: TableShape) -> list[Statement]:
+    """In the swap: the plain table's, until what was built is dropped."""
+    table = shape.spec.name
+    return [
+        *note_trigger_statements(shape, table, Direction.FORWARD),
+        _snapshot_trigger(shape, table, Direction.FORWARD),
     ]
 
 
@@ -169,21 +240,6 @@ def notes_are_taken(conn: Connection, spec: TableSpec) -> bool:
     return found
 
 
-def unlink_trigger_statements(shape: TableShape) -> list[Statement]:
-    """From now on whoever changes or deletes a row takes its copy away as well. SHARE ROW EXCLUSIVE."""
-    spec = shape.spec
-    trigger, table = name(spec.note_triggers[4]), name(spec.home, spec.name)
-    return [
-        statement(
-            "CREATE TRIGGER {t} AFTER UPDATE OR DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {f}()",
-            t=trigger,
-            table=table,
-            f=name(spec.home, spec.unlink_function),
-        ),
-        statement("ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}", table=table, t=trigger),
-    ]
-
-
 def drop_trigger_statements(spec: TableSpec, on_table: str, *triggers: str) -> list[Statement]:
     """Take our ``triggers`` (all of them, if none are named) off a table. ACCESS EXCLUSIVE on it."""
     return [
@@ -196,11 +252,12 @@ def drop_log_statement(spec: TableSpec) -> Statement:
     """Drop the notes, their functions and the state: a migration that is over leaves nothing else behind."""
     home = spec.home
     return statement(
-        "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {unlink}(), {noted};\nDROP TABLE {state}",
+        "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {snapshot}(), {noted};\n"
+        "DROP TABLE {state}",
         changes=name(home, spec.changes),
         replayed=name(home, spec.replayed),
         note=name(home, spec.note_function),
-        unlink=name(home, spec.unlink_function),
+        snapshot=name(home, spec.snapshot_function),
         noted=name(home, spec.noted_function),
         state=name(home, spec.state),
     )
@@ -511,7 +568,8 @@ _PASSING = (
 def empty_after_truncate(migration: Migration) -> bool:
     """On the way back: empty the window of the plain table if the partitioned one was truncated.
 
-    Rows older than the window were not in the table that was truncated, and stay. Returns whether it was.
+    Rows older than the window were not in the table that was truncated, and stay, unless they were written
+    since and have been replayed. Returns whether it was truncated.
     """
     plan, conn = migration.plan, migration.conn
     with transaction(conn):
@@ -528,10 +586,13 @@ def empty_after_truncate(migration: Migration) -> bool:
             execute(
                 conn,
                 statement(
-                    "DELETE FROM {old} WHERE {c} >= {cutoff}",
+                    "DELETE FROM {old} AS t WHERE t.{c} >= {cutoff}"
+                    " OR EXISTS (SELECT FROM {replayed} AS r WHERE {same})",
                     old=migration.relation(plan.table.old),
                     c=migration.shape.time_column,
                     cutoff=migration.shape.instant(plan.cutoff),
+                    replayed=migration.relation(plan.table.replayed),
+                    same=match(plan.new_key, "r", "t"),
                 ),
             )
     return bool(truncated)

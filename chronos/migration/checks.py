@@ -339,7 +339,7 @@ def _name_too_long(subject: Subject) -> Iterator[str]:
     spec = subject.spec
     names = [
         *(spec.old, spec.new, spec.state, spec.changes, spec.replayed),
-        *(spec.note_function, spec.noted_function, spec.unlink_function),
+        *(spec.note_function, spec.noted_function, spec.snapshot_function),
         *spec.note_triggers,
         *spec.functions,
         spec.partition(spec.period(subject.survey.now)),
@@ -367,7 +367,7 @@ def _names_taken(subject: Subject) -> Iterator[str]:
             *(n for kind, _, *names in renames if kind != "STATISTICS" for n in names),
         ],
         statistics=[n for kind, _, *names in renames if kind == "STATISTICS" for n in names],
-        functions=[spec.note_function, spec.noted_function, spec.unlink_function],
+        functions=[spec.note_function, spec.noted_function, spec.snapshot_function],
         triggers=list(spec.note_triggers),
     )
     if len(taken) == 1:

@@ -16,7 +16,7 @@ from chronos.errors import SupersededError
 from chronos.locks import Locks, Tables
 from chronos.migration import state as states
 from chronos.migration.operator import AN_HOUR, Operator
-from chronos.migration.state import Phase, Plan, State
+from chronos.migration.state import Plan, State
 from chronos.table import TableSpec
 
 _BEFORE_ALL = datetime(1, 1, 1, tzinfo=UTC)
@@ -27,7 +27,8 @@ class Migration:
     """A migration that this run owns. ``shape`` is that of the plain table, whatever its name is now.
 
     ``oldest`` is where the partitions began when a way back set out, ``longest_lock_s`` the longest that
-    anybody can have stood behind a lock of ours, ``may_stop`` false when a stop must not cut this short.
+    anybody can have stood behind a lock of ours, ``may_stop`` false when a stop must not cut this short,
+    ``needs_notes`` false when the operator goes back without what was not noted.
     """
 
     engine: Engine
@@ -38,6 +39,7 @@ class Migration:
     longest_lock_s: float = 0.0
     oldest: datetime | None = None
     may_stop: bool = True
+    needs_notes: bool = True
 
     @property
     def plan(self) -> Plan:
@@ -90,10 +92,10 @@ class Migration:
 def read_plain(conn: Connection, state: State) -> TableShape:
     """The shape of the plain table, which is called ``T_old`` while the partitioned one is in use.
 
-    Its triggers and rules have the states that they had before a way back switched them off.
+    Its triggers and rules have the states that they had before we switched them off.
     """
     shape = read_shape(conn, state.table, state.table.old if state.phase.swapped else state.table.name)
-    return with_states(shape, state.quieted) if state.phase is Phase.RETURNING else shape
+    return with_states(shape, state.quieted) if state.phase.swapped else shape
 
 
 def with_states(shape: TableShape, was: dict[str, str]) -> TableShape:

@@ -1,8 +1,9 @@
-"""Give the partitioned table its foreign keys, before it is in use.
+"""Give the partitioned table its foreign keys before it is in use; take them off a table that no longer is.
 
-While it has them and lags behind, a row that the application has deleted could still be in it, and keep the
-application from deleting what the row refers to. So from before the first key until the swap, a trigger on
-the table in use takes the copy of a changed or deleted row away in the same transaction (change_log.sql).
+While the table that is not in use has them, a row that the application has deleted could still be in it,
+and keep the application from deleting what the row refers to. So from before the first key is there until
+the last is gone, the note trigger on the table in use takes the copy of a deleted row away in the same
+transaction (note_change.sql). The swap itself then needs no lock on what the keys refer to.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from psycopg2 import errorcodes
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.ddl import foreign_key_statements, validate_statement
-from chronos.db import Statement, execute, joined, sqlstate, statement, transaction
+from chronos.catalog.ddl import foreign_key_statements, loud_statements, validate_statement
+from chronos.db import Statement, execute, joined, name, sqlstate, statement, transaction
 from chronos.locks import lock_table
-from chronos.migration.changes import replay_most, unlink_trigger_statements
+from chronos.migration.changes import note_function_statement, replay_most
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import need_not_wait_for_the_disk
+from chronos.migration.state import quieted_statement
 from chronos.migration.workers import CheckStop, work_through
 
 # Partitions that get theirs in one transaction: until it ends, nobody can write what they refer to.
@@ -32,7 +34,7 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int =
     LockUnavailableError.
     """
     plan = migration.plan
-    if not plan.foreign_keys or _parent_has_keys(migration):
+    if not plan.foreign_keys or _keys(migration, migration.table.new):
         return
     replay_most(migration, Direction.FORWARD, check_stop)
     _begin_unlinking(migration)
@@ -46,18 +48,79 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int =
     _adopt(migration)
 
 
-def _parent_has_keys(migration: Migration) -> bool:
+def give_up_keys(migration: Migration, table: str) -> None:
+    """Take the foreign keys off ``table``, which is not in use any more, or was never. Safe to call again.
+
+    ACCESS EXCLUSIVE on it, its partitions and the tables that the keys refer to, for moments, in short
+    attempts. Raises LockUnavailableError.
+    """
+    spec = migration.table
+    if not migration.plan.foreign_keys:
+        return
+    # Partitions have keys of their own until the partitioned table's have adopted them.
+    for relation in [*(_leaves(migration, "EXISTS") if table == spec.new else []), table]:
+        keys = _keys(migration, relation)
+        if not keys and relation != table:
+            continue
+        referred = migration.referred() if keys else []
+        locks = migration.locks()
+        for attempt in locks.attempts(migration.conn, [(spec.home, relation), *referred]):
+            with attempt as conn:
+                migration.claim(conn)
+                # What is ours first: should autovacuum be at it, nobody else need wait with us.
+                execute(conn, lock_table(spec.home, relation, "ACCESS EXCLUSIVE", partitions=True))
+                attempt.asks_now()
+                statements = [
+                    *(lock_table(s, t, "ACCESS EXCLUSIVE") for s, t in referred),
+                    *_drop_statements(migration, relation, keys),
+                    *(_unlinked_statements(migration, table) if relation == table else []),
+                ]
+                execute(conn, joined(statements, ";\n"))
+        migration.note(locks)
+
+
+def given_up_statements(migration: Migration) -> list[Statement]:
+    """After the swap: the keys off the plain table, with the locks that takes."""
+    spec = migration.table
+    keys = [key.name for key in migration.plan.foreign_keys]
+    return [
+        lock_table(spec.home, spec.old, "ACCESS EXCLUSIVE"),
+        *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
+        *_drop_statements(migration, spec.old, keys),
+        *_unlinked_statements(migration, spec.old),
+    ]
+
+
+def _drop_statements(migration: Migration, relation: str, keys: list[str]) -> list[Statement]:
+    return [
+        statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=migration.relation(relation), key=name(key))
+        for key in keys
+    ]
+
+
+def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
+    """When the keys of ``table`` are gone: its rows are let be, and its own triggers are as they were."""
+    spec, shape = migration.table, migration.shape
+    return [
+        note_function_statement(shape, migration.plan, linked=None),
+        *(loud_statements(shape, migration.relation(table)) if table == spec.old else []),
+        quieted_statement(spec, {}),
+    ]
+
+
+def _keys(migration: Migration, relation: str) -> list[str]:
+    """The names of the foreign keys that a table has."""
     with transaction(migration.conn):
-        found: bool = execute(
+        rows = execute(
             migration.conn,
             statement(
-                "SELECT EXISTS (SELECT FROM pg_constraint WHERE contype = 'f'"
-                " AND conrelid = to_regclass(format('%I.%I', {schema}, {new})))",
+                "SELECT conname FROM pg_constraint WHERE contype = 'f' AND conparentid = 0"
+                " AND conrelid = to_regclass(format('%I.%I', {schema}, {relation})) ORDER BY 1",
                 schema=migration.table.home,
-                new=migration.table.new,
+                relation=relation,
             ),
-        ).scalar_one()
-    return found
+        ).all()
+    return [row[0] for row in rows]
 
 
 def _begin_unlinking(migration: Migration) -> None:
@@ -66,27 +129,16 @@ def _begin_unlinking(migration: Migration) -> None:
     for attempt in locks.attempts(migration.conn, [(table.home, table.name)]):
         with attempt as conn:
             migration.claim(conn)
-            there = execute(
-                conn,
-                statement(
-                    "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgname = {t}"
-                    " AND tgrelid = to_regclass(format('%I.%I', {schema}, {table})))",
-                    t=table.note_triggers[4],
-                    schema=table.home,
-                    table=table.name,
-                ),
-            ).scalar_one()
-            if not there:
-                execute(conn, joined(begin_unlinking_statements(migration), ";\n"))
+            execute(conn, joined(begin_unlinking_statements(migration), ";\n"))
     migration.note(locks)
 
 
 def begin_unlinking_statements(migration: Migration) -> list[Statement]:
-    """The trigger on the table in use, under SHARE ROW EXCLUSIVE."""
+    """Under SHARE ROW EXCLUSIVE on the table in use: who writes it from now on takes copies away as well."""
     table = migration.table
     return [
         lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE"),
-        *unlink_trigger_statements(migration.shape),
+        note_function_statement(migration.shape, migration.plan, linked=Direction.FORWARD),
     ]
 
 

@@ -68,6 +68,7 @@ from chronos.migration.foreign_keys import (
     adopt_statements,
     at_once,
     begin_unlinking_statements,
+    given_up_statements,
     unchecked_statements,
 )
 from chronos.migration.operator import Operator, require_located
@@ -206,12 +207,17 @@ def sections(
             our_path(),
             lock_table(home, table.name, "ACCESS EXCLUSIVE"),
             lock_table(home, table.new, "ACCESS EXCLUSIVE"),
-            *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
             *forward_statements(shape, plan),
             *redirect_statements(following, name(home, table.name), name(home, table.old)),
         ],
         locks=True,
     )
+    if plan.foreign_keys:
+        yield Section(
+            f"Step 6: the foreign keys off {table.old}, for it is not in use any more",
+            given_up_statements(migration),
+            locks=True,
+        )
     yield Section(
         "Step 6: compare what was written during the migration; it is complete",
         [
@@ -247,7 +253,7 @@ def _foreign_key_sections(migration: Migration) -> Iterator[Section]:
     plan = migration.plan
     leaves = [plan.table.partition(period) for period in plan.periods]
     yield Section(
-        "Step 3: before the foreign keys, whoever changes a row takes its copy away as well; writers wait"
+        "Step 3: before the foreign keys, whoever deletes a row takes its copy away as well; writers wait"
         " for an instant",
         begin_unlinking_statements(migration),
         locks=True,
@@ -378,7 +384,7 @@ def carried(
     found += [
         (
             f"foreign key {k.name}",
-            f"the same; {table.old} gives it up in the swap, and gets it back from rollback",
+            f"the same; {table.old} gives it up after the swap, and gets it back from rollback",
         )
         for k in shape.foreign_keys
     ]
@@ -615,7 +621,8 @@ def _more_locks(plan: Plan) -> str:
     referred = " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
     return (
         f", once more before the foreign keys, and those of {referred} when each"
-        f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs"
+        f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs; {referred} is locked for an"
+        f" instant when {plan.table.new} adopts them and when {plan.table.old} gives them up"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
@@ -24,10 +23,10 @@ from chronos.catalog.ddl import (
     sequences_back_statements,
     validate_statement,
 )
-from chronos.catalog.partitions import attached, missing
-from chronos.catalog.shape import differences
+from chronos.catalog.partitions import attached
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
+from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, joined, name, render, sqlstate, statement, transaction
 from chronos.errors import NeedsPersonError, RefusedError
@@ -41,7 +40,8 @@ from chronos.migration.changes import (
     empty_after_truncate,
     note_everything_statement,
     note_skewed_rows_statement,
-    notes_are_taken,
+    note_trigger_statements,
+    note_up_to_the_fence_statement,
     replay_most,
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
@@ -49,12 +49,20 @@ from chronos.migration.context import (
     Direction,
     Migration,
     match,
-    names,
     read_plain,
     states_of,
     with_states,
 )
 from chronos.migration.copy import Copying, carry_newer_rows
+from chronos.migration.foreign_keys import give_up_keys
+from chronos.migration.obstacles import (
+    Obstacle,
+    foreign_partitions,
+    not_ours,
+    obstacles,
+    old_table_emptied,
+    require_nothing_kept,
+)
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
@@ -82,8 +90,8 @@ def undo(
 ) -> None:
     """Back to the plain table, from whatever phase the migration is in, with the rows written since.
 
-    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, unless ``force``,
-    when retention has already dropped periods that were written after the swap: their rows are gone.
+    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, with nothing changed, when
+    something stands in the way (obstacles.py); ``force`` gives up what may be given up.
     """
     with sole_operator(engine, table) as (conn, table):
         with transaction(conn):
@@ -96,150 +104,53 @@ def undo(
                     f" Finish with: {finalize_command(table)}"
                 )
             by_hand = undone_by_hand(conn, found)
-            gone = [] if by_hand else dropped_since(conn, found)
-            rivals = 0 if by_hand else _rivals(conn, found)
-            noted = by_hand or not found.phase.swapped or notes_are_taken(conn, table)
-            emptied = found.phase is Phase.MIGRATED and emptied_by_hand(conn, found.table)
-            strangers = (
-                foreign_partitions(conn, found, table.name) if found.phase.swapped and not by_hand else []
-            )
-            changed = _changed_since(conn, found) if found.phase is Phase.MIGRATED and not by_hand else []
             if by_hand:
                 require_nothing_kept(conn, table)
-        if strangers:
-            raise RefusedError(_not_ours(table, strangers))
-        if changed and not force:
-            raise RefusedError(
-                f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
-                f" nothing was changed. Make the same changes to {table.old} first; or go back without them:"
-                f" {rollback_command(table)} --force"
-            )
-        if gone and not force:
-            raise RefusedError(
-                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
-                f" in no other table; nothing was changed. To go back without them:"
-                f" {rollback_command(table)} --force"
-            )
-        if emptied and not by_hand:
-            raise RefusedError(_emptied(found.table))
-        if not noted and not force:
-            raise RefusedError(
-                f"the note triggers on {table} were dropped or disabled since the swap, and what was"
-                " written to migrated rows meanwhile is not known; nothing was changed. To go back all the"
-                f" same, without those changes: {rollback_command(table)} --force"
-            )
-        if rivals:
-            raise RefusedError(
-                f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
-                f" well; nothing was changed. Delete them there, or give them other keys"
-            )
+            in_the_way = obstacles(conn, found) if found.phase.swapped and not by_hand else []
+        _require_none(table, in_the_way, force=force)
         confirm(found)
         with transaction(conn):
             found = take_over(conn, found)
-        with going_on_with(rollback_command(table), "rollback", engine, table):
+        command = rollback_command(table)
+        if found.phase.swapped and found.verified:
+            command += (
+                f"; or call it off, and stay with the partitioned table: {migrate_command(table)} --resume"
+            )
+        with going_on_with(command, "rollback", engine, table):
             if by_hand:
                 tidy_up(engine, conn, found, operator)
                 operator.output.ok(f"{table} was put back by hand before; what was left over is gone")
                 return
             with transaction(conn):
                 shape = read_plain(conn, found)
-            migration = Migration(engine, conn, operator, found, shape)
+            migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
         came = f"; {carried:,} rows written since the swap came along" if found.phase.swapped else ""
         operator.output.ok(f"{table} is the plain table again{came}")
 
 
-def _emptied(table: TableSpec) -> str:
-    return (
-        f"{table.old} was emptied by TRUNCATE after the swap, and the rows are in {table} alone; nothing was"
-        f" changed. Stay with {table}: {finalize_command(table)}; or fill {table.old} again from it, and"
-        f" then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
-    )
-
-
-def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]:
-    """Partitions of the table ``parent`` that chronos has not made: their rows may be nowhere else.
-
-    Ours have the name and the bounds of a period, and none lies before those that the migration made.
-    """
-    table = found.table
-    return [
-        p.name
-        for p in attached(conn, table, parent)
-        if p.lower is None
-        or p.upper is None
-        or p.lower < found.plan.first
-        or table.period(p.lower) != Period(p.lower, p.upper)
-        or p.name != table.partition(Period(p.lower, p.upper))
-    ]
-
-
-def _not_ours(table: TableSpec, strangers: list[str]) -> str:
-    return (
-        f"{', '.join(strangers)}: partitions of {table} that chronos has not made, and that a rollback would"
-        f" drop; nothing was changed. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move"
-        f" what belongs into {table}"
-    )
-
-
-def require_nothing_kept(conn: Connection, table: TableSpec) -> None:
-    """After an undo by hand: raise RefusedError when the partitioned table was kept under our name for it."""
-    if states.relkind(conn, table.home, table.new) == "p":
-        raise RefusedError(
-            f"{table} was put back by hand, and the partitioned table was kept as {table.new}: it may hold"
-            " the only copy of what was written since the swap; nothing was changed. Carry over what is"
-            " needed, then rename it or drop it"
-        )
-
-
-def _changed_since(conn: Connection, found: State) -> list[str]:
-    """How the partitioned table differs by now from what the plain one was at the swap, a line each."""
-    table, plan = found.table, found.plan
-    was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
-    given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
-    names_now = [(original, aside) for _, original, aside, _ in plan.renames]
-    return differences(given_up, now, names_now, announced=True)
-
-
-def dropped_since(conn: Connection, found: State) -> list[Period]:
-    """The periods that took rows after the swap and have no partition any more."""
-    if not found.phase.swapped or found.fence is None:
-        return []
-    now = execute(conn, statement("SELECT now()")).scalar_one()
-    written = found.table.periods(found.fence, min(now, found.plan.end))
-    return missing(attached(conn, found.table), written)
-
-
-def _rivals(conn: Connection, found: State) -> int:
-    """How many rows were written by hand into the frozen table that the partitioned one has otherwise."""
-    if found.phase is not Phase.MIGRATED:
-        return 0
-    table, key = found.table, found.plan.old_key
-    rows: int = execute(
-        conn,
-        statement(
-            "SELECT count(*) FROM (SELECT DISTINCT {key} FROM {changes} WHERE chronos_origin = 'o') AS k"
-            " WHERE EXISTS (SELECT FROM {old} AS o WHERE {old_same})"
-            " AND EXISTS (SELECT FROM {new} AS n WHERE {new_same})",
-            key=names(key),
-            changes=name(table.home, table.changes),
-            old=name(table.home, table.old),
-            old_same=match(key, "o", "k"),
-            new=name(table.home, table.name),
-            new_same=match(key, "n", "k"),
-        ),
-    ).scalar_one()
-    return rows
+def _require_none(table: TableSpec, in_the_way: list[Obstacle], *, force: bool) -> None:
+    """Raise RefusedError with everything that stands in the way, but for what ``force`` gives up."""
+    if force:
+        in_the_way = [obstacle for obstacle in in_the_way if not obstacle.forcible]
+    if not in_the_way:
+        return
+    text = f"{'; '.join(map(str, in_the_way))}; nothing was changed"
+    if all(obstacle.forcible for obstacle in in_the_way):
+        text += f". To go back all the same, without that: {rollback_command(table)} --force"
+    raise RefusedError(text)
 
 
 def roll_back(migration: Migration, *, check_stop: CheckStop = lambda: None) -> int:
     """Bring the plain table back; returns how many rows were carried into it. Safe to call again.
 
-    ACCESS EXCLUSIVE on both tables for the names, on the tables that foreign keys refer to for each drop,
-    each in short attempts. Raises what the server raises; the state then tells how far it came.
+    ACCESS EXCLUSIVE on both tables for the names, on the one in use to take the triggers off it, and on the
+    tables that foreign keys refer to when these are given up; each in short attempts. Raises what the server
+    raises; the state then tells how far it came.
     """
     carried = 0
     if migration.state.phase is Phase.MIGRATED:
+        give_up_keys(migration, migration.table.old)
         _set_out(migration)
     if migration.state.phase is Phase.RETURNING:
         carried = _return(migration, check_stop)
@@ -263,7 +174,7 @@ def _set_out(migration: Migration) -> None:
             migration.claim(conn)
             execute(conn, lock_table(table.home, table.old, "ACCESS EXCLUSIVE"))
             if emptied_by_hand(conn, table):
-                raise NeedsPersonError(_emptied(table))
+                raise NeedsPersonError(f"{old_table_emptied(table)}")
             attempt.asks_now()
             execute(conn, lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE", partitions=True))
             statements = [
@@ -356,6 +267,55 @@ def _compare(conn: Connection, migration: Migration) -> None:
     compare_replayed(conn, migration, table.name, table.old)
 
 
+def stay(migration: Migration) -> None:
+    """Call a way back off, from the phase RETURNING: the partitioned table stays in use, as after its swap.
+
+    What was carried goes, so that it is carried anew one day; what was replayed stays, for the two tables are
+    alike in it. SHARE ROW EXCLUSIVE on the table in use for a moment. Raises LockUnavailableError.
+    """
+    table, shape, conn = migration.table, migration.shape, migration.conn
+    _drop_carried(migration)
+    locks = migration.locks()
+    for attempt in locks.attempts(conn, [(table.home, table.name), (table.home, table.old)]):
+        with attempt:
+            migration.claim(conn)
+            execute(conn, lock_table(table.home, table.old, "ACCESS EXCLUSIVE"))
+            attempt.asks_now()
+            execute(conn, lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE", partitions=True))
+            statements = [
+                note_up_to_the_fence_statement(shape),
+                *note_trigger_statements(shape, table.old, Direction.FORWARD),
+                *loud_statements(shape, migration.relation(table.old)),
+                quieted_statement(table, {}),
+                phase_statement(table, Phase.MIGRATED),
+            ]
+            execute(conn, joined(statements, ";\n"))
+    migration.note(locks)
+    migration.refresh()
+
+
+def _drop_carried(migration: Migration) -> None:
+    """Take the rows beyond the fence out of the plain table, but for those written there by hand."""
+    table, fence, done = migration.table, migration.state.fence, _BATCH
+    assert fence is not None
+    query = statement(
+        "DELETE FROM {old} WHERE ctid = ANY (ARRAY(SELECT t.ctid FROM {old} AS t WHERE t.{c} > {fence}"
+        " AND NOT EXISTS (SELECT FROM {changes} AS k WHERE k.chronos_origin = 'o' AND {noted})"
+        " LIMIT {batch}))",
+        old=migration.relation(table.old),
+        c=migration.shape.time_column,
+        fence=migration.shape.instant(fence),
+        changes=migration.relation(table.changes),
+        noted=match(migration.plan.new_key, "k", "t"),
+        batch=_BATCH,
+    )
+    while done == _BATCH:
+        migration.operator.check_stop()
+        with transaction(migration.conn) as conn:
+            migration.claim(conn)
+            done = execute(conn, query).rowcount
+
+
 def _give_up(migration: Migration) -> None:
     """Before the swap: from here on what was built is only to be dropped."""
     with transaction(migration.conn) as conn:
@@ -433,51 +393,49 @@ def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) 
 
 
 def _clean_up(migration: Migration) -> None:
-    """Drop what the migration made: each partition by itself, then the rest, the state last.
+    """Drop what the migration made: its foreign keys, the triggers, each partition by itself, then the rest.
 
-    ACCESS EXCLUSIVE on the tables that the foreign keys refer to, for moments; and on the plain table, if our
-    triggers are still on it. They stay to the end: as long as there is a partition with a foreign key, a row
-    that the application deletes must not be left in it.
+    ACCESS EXCLUSIVE for moments on the tables that the foreign keys refer to, and on the plain table for our
+    triggers. They stay as long as there is a key: a row that the application deletes must not be left in it.
     """
     table, conn = migration.table, migration.conn
     home = table.home
-    referred = migration.referred()
     with transaction(conn):
         kind = states.relkind(conn, home, table.name)
+        built = states.relkind(conn, home, table.new) is not None
         strangers = foreign_partitions(conn, migration.state, table.new)
     if kind == "p":
         raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
     if strangers:
-        raise NeedsPersonError(_not_ours(table, strangers))
+        raise NeedsPersonError(not_ours(table, strangers))
+    if built:
+        give_up_keys(migration, table.new)
+    _drop_triggers(migration)
     for leaf in _leaves(migration):
-        locks = migration.locks()
-        for attempt in locks.attempts(conn, [(home, leaf), *referred]):
+        for attempt in migration.locks().attempts(conn, [(home, leaf)]):
             with attempt:
                 migration.claim(conn)
-                # What is ours first: should autovacuum be at it, nobody else need wait with us.
-                execute(conn, lock_table(home, leaf, "ACCESS EXCLUSIVE"))
-                _lock_referred(migration)
                 execute(conn, statement("DROP TABLE {leaf}", leaf=name(home, leaf)))
-    locks = migration.locks()
-    for attempt in locks.attempts(conn, [(home, table.name), (home, table.new), *referred]):
+    for attempt in migration.locks().attempts(conn, [(home, table.new)]):
         with attempt:
             migration.claim(conn)
             _functions_back(migration)
-            if triggers := _our_triggers(migration):
-                attempt.asks_now()
-                execute(
-                    conn,
-                    joined(
-                        [
-                            lock_table(home, table.name, "ACCESS EXCLUSIVE"),
-                            *drop_trigger_statements(table, table.name, *triggers),
-                        ],
-                        ";\n",
-                    ),
-                )
-            _lock_referred(migration)
             execute(conn, statement("DROP TABLE IF EXISTS {new}", new=name(home, table.new)))
             execute(conn, drop_log_statement(table))
+
+
+def _drop_triggers(migration: Migration) -> None:
+    """Take our triggers off the plain table, those that are there."""
+    table, conn = migration.table, migration.conn
+    with transaction(conn):
+        triggers = _our_triggers(migration)
+    locks = migration.locks()
+    for attempt in locks.attempts(conn, [(table.home, table.name)]) if triggers else ():
+        with attempt:
+            migration.claim(conn)
+            attempt.asks_now()
+            lock = lock_table(table.home, table.name, "ACCESS EXCLUSIVE")
+            execute(conn, joined([lock, *drop_trigger_statements(table, table.name, *triggers)], ";\n"))
     migration.note(locks)
 
 
@@ -495,11 +453,6 @@ def _our_triggers(migration: Migration) -> list[str]:
         ),
     ).all()
     return [row[0] for row in rows]
-
-
-def _lock_referred(migration: Migration) -> None:
-    for schema, table in migration.referred():
-        execute(migration.conn, lock_table(schema, table, "ACCESS EXCLUSIVE"))
 
 
 def _functions_back(migration: Migration) -> None:

@@ -24,6 +24,7 @@ from chronos.db import (
     execute,
     is_disconnect,
     joined,
+    may_pass,
     one_line,
     opened,
     statement,
@@ -48,10 +49,11 @@ from chronos.migration.compare import VerificationError, compare_replayed
 from chronos.migration.console import RowCount, Summary
 from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
-from chronos.migration.foreign_keys import add_foreign_keys
+from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
+from chronos.migration.obstacles import require_nothing_kept
 from chronos.migration.operator import Operator, StopRequestedError, sole_operator
 from chronos.migration.report import write_report
-from chronos.migration.rollback import definitions, require_nothing_kept, roll_back, tidy_up
+from chronos.migration.rollback import definitions, roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, phase_statement
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
@@ -185,7 +187,7 @@ def _take_over(engine: Engine, conn: Connection, table: TableSpec, operator: Ope
             )
         if (found.phase is Phase.MIGRATED and found.verified) or found.phase is Phase.FINALIZING:
             raise RefusedError(f"{table} is migrated already; nothing was changed. See {status_command()}")
-        if found.phase in (Phase.RETURNING, Phase.UNDONE):
+        if found.phase is Phase.UNDONE or (found.phase is Phase.RETURNING and not found.verified):
             raise RefusedError(
                 f"this migration is being undone; nothing was changed. Finish with: {rollback_command(table)}"
             )
@@ -235,6 +237,9 @@ class _Run:
             discard(self.migration.conn)
             self._undo(error)
         except Exception as error:
+            if self.phase is Phase.READY and may_pass(error):
+                # What is copied and compared is not thrown away for that.
+                raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
             self._undo(error)
             with opened(self.migration.engine) as again:
@@ -249,6 +254,9 @@ class _Run:
         self.output.banner("Starting PostgreSQL Partitioning Migration")
         if self.options.resume:
             self.output.line(f"Resuming: {states.describe(self.table, self.phase)}")
+        if self.phase is Phase.RETURNING:
+            stay(self.migration)
+            self.output.line(f"The way back is called off; {self.table} stays partitioned.")
         if not self.phase.swapped:
             self._build()
             self._copy()
@@ -360,6 +368,7 @@ class _Run:
         with self._step(6, f"Table renamed: {self.table} -> {self.table.old}"):
             if not self.phase.swapped:
                 swap(migration, Direction.FORWARD, self.operator.check_stop)
+            give_up_keys(migration, self.table.old)
             with transaction(migration.conn) as conn:
                 rows = compare_replayed(conn, migration, self.table.old, self.table.name)
             with transaction(migration.conn) as conn:

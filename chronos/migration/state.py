@@ -143,8 +143,8 @@ class Plan:
 class State:
     """The row. ``compared`` maps the start of each period that is filled and compared to what was found;
     ``fence`` is the instant of the swap; ``verified`` tells that the rows noted before it were compared
-    since; ``quieted`` maps the plain table's triggers and rules to the states (O, D, R, A) that they had
-    before a way back.
+    since; ``quieted`` maps the plain table's triggers and rules, while they are switched off, to the states
+    (O, D, R, A) that they had before.
     """
 
     run_id: uuid.UUID

@@ -22,6 +22,7 @@ from chronos.catalog.ddl import (
     foreign_key_statements,
     loud_statements,
     partition_differences,
+    quiet_statements,
     rename,
     rule_statements,
     sequence_statements,
@@ -35,16 +36,17 @@ from chronos.errors import ShapeError
 from chronos.locks import Attempt, BlockedError, lock_table
 from chronos.migration.changes import (
     FEW,
-    drop_trigger_statements,
     note_everything_statement,
+    note_function_statement,
     notes_are_taken,
     replay,
     replay_most,
+    triggers_after_the_way_back,
     waiting_notes,
 )
-from chronos.migration.context import Direction, Migration
+from chronos.migration.context import Direction, Migration, states_of
 from chronos.migration.snapshots import Snapshot, snapshots, still_there
-from chronos.migration.state import Phase, Plan, fence_statement, phase_statement
+from chronos.migration.state import Phase, Plan, fence_statement, phase_statement, quieted_statement
 from chronos.migration.workers import CheckStop
 
 # A transaction that is older and has a snapshot is waited for before anybody has to wait for us.
@@ -60,9 +62,10 @@ class _TooMuchToReplayError(Exception):
 def swap(migration: Migration, direction: Direction, check_stop: CheckStop) -> None:
     """Let the filled table take the place of the one in use, whatever the direction.
 
-    SHARE ROW EXCLUSIVE on the table in use while the last notes are replayed, then ACCESS EXCLUSIVE on it
-    and on the tables that its foreign keys refer to for the renames; both within the patience of the
-    operator. Raises LockUnavailableError, ShapeError, TruncatedError; nothing has happened then.
+    SHARE ROW EXCLUSIVE on the table in use while the last notes are replayed, then ACCESS EXCLUSIVE on it for
+    the renames, and, on the way back, SHARE ROW EXCLUSIVE on the tables that its foreign keys refer to; all
+    within the patience of the operator. The table that goes out of use keeps its keys: see ``give_up_keys``.
+    Raises LockUnavailableError, ShapeError, TruncatedError; nothing has happened then.
     """
     table = migration.table
     with opened(migration.engine) as other:
@@ -70,7 +73,8 @@ def swap(migration: Migration, direction: Direction, check_stop: CheckStop) -> N
         while True:
             replay_most(migration, direction, check_stop, other)
             locks = migration.locks()
-            tables = [(table.home, table.name), (table.home, direction.target(table)), *migration.referred()]
+            referred = migration.referred() if direction is Direction.BACK else []
+            tables = [(table.home, table.name), (table.home, direction.target(table)), *referred]
             try:
                 for attempt in locks.attempts(migration.conn, tables, ours):
                     replay_most(migration, direction, check_stop, other)
@@ -123,7 +127,7 @@ class _Exchange:
         self._ask_for_less_than_a_deadlock()
         partitions = self.direction is Direction.BACK
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE ROW EXCLUSIVE", partitions=partitions))
-        if self.direction is Direction.FORWARD and not notes_are_taken(conn, self.table):
+        if migration.needs_notes and not notes_are_taken(conn, self.table):
             raise ShapeError(
                 f"the note triggers on {self.table} were dropped or disabled meanwhile, so what was"
                 " written is not known"
@@ -191,13 +195,15 @@ class _Exchange:
             time.sleep(_POLL_S)
 
     def _take_the_rest_of_the_locks(self) -> None:
-        """ACCESS EXCLUSIVE, in the order in which an insert takes its locks; readers wait from here on."""
+        """In the order in which an insert takes its locks; readers wait from here on."""
         home = self.table.home
-        for schema, table in [(home, self.in_use), (home, self.target), *self.migration.referred()]:
+        locks = [lock_table(home, table, "ACCESS EXCLUSIVE") for table in (self.in_use, self.target)]
+        if self.direction is Direction.BACK:
+            locks += [lock_table(s, t, "SHARE ROW EXCLUSIVE") for s, t in self.migration.referred()]
+        for lock in locks:
             # What one lock has taken of the attempt is not there for the next.
             left = str(max(1, round(self.attempt.left_s * 1000)))
             timeout = statement("SELECT set_config('lock_timeout', {left}, true)", left=left)
-            lock = lock_table(schema, table, "ACCESS EXCLUSIVE")
             execute(self.conn, joined([timeout, lock], ";\n"))
         if waiting := still_there(self.before, self._snapshots()):
             raise BlockedError(f"waiting for {waiting[0]}")
@@ -253,14 +259,16 @@ FROM pg_class c WHERE c.oid = {oid}
 """
 
 
-def _give_up_keys(plan: Plan, table: str) -> list[Statement]:
-    """The foreign keys of the table that goes out of use: nobody deletes its rows any more, and they must not
-    keep the application from deleting what they refer to.
+def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]:
+    """The table that goes out of use, the target of ``linked``, keeps its foreign keys for a while: whoever
+    writes the other one takes copies out of it, and its own triggers and rules take no notice.
     """
-    home = plan.table.home
+    if not plan.foreign_keys:
+        return []
+    table = linked.target(plan.table)
     return [
-        statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=name(home, table), key=name(key.name))
-        for key in plan.foreign_keys
+        note_function_statement(shape, plan, linked=linked),
+        *quiet_statements(shape, name(plan.table.home, table)),
     ]
 
 
@@ -279,8 +287,8 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         *_names_pass(plan, lambda r: (r[1], r[2])),
         rename(home, "TABLE", table.new, table.name),
         *_names_pass(plan, lambda r: (r[3], r[1])),
-        *_give_up_keys(plan, table.old),
-        *(drop_trigger_statements(table, table.old, table.note_triggers[4]) if plan.foreign_keys else []),
+        *_linked(shape, plan, Direction.BACK),
+        *([quieted_statement(table, states_of(shape))] if plan.foreign_keys else []),
         *enable_statements(shape, name(home, table.name)),
         *sequence_statements(shape),
         *rule_statements(shape, name(home, table.name)),
@@ -303,9 +311,10 @@ def back_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         *_names_pass(plan, lambda r: (r[1], r[3])),
         rename(home, "TABLE", table.old, table.name),
         *_names_pass(plan, lambda r: (r[2], r[1])),
-        *_give_up_keys(plan, table.new),
-        *drop_trigger_statements(table, table.name),
+        *_linked(shape, plan, Direction.FORWARD),
+        *triggers_after_the_way_back(shape),
         *loud_statements(shape, plain),
+        quieted_statement(table, {}),
         *foreign_key_statements(plan.foreign_keys, plain, not_valid=True),
         *sequences_back_statements(table, plan.sequences),
         phase_statement(table, Phase.UNDONE),

@@ -29,51 +29,31 @@ COMMENT ON TABLE @replayed@ IS
 
 ALTER TABLE @replayed@ REPLICA IDENTITY FULL;
 
--- SECURITY DEFINER: a role that may write the table need not be allowed to write its notes.
-CREATE FUNCTION @note_function@()
+-- A REPEATABLE READ transaction that is older than the swap, and has waited for it, does not see the rows that
+-- were replayed last: its UPDATE or DELETE would pass them by without a word. It has to be repeated, as such
+-- transactions must be prepared for. The arguments are the phases that a later one sees.
+CREATE FUNCTION @snapshot_function@()
 RETURNS trigger
 LANGUAGE plpgsql
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        INSERT INTO @schema@.@changes@ (chronos_origin, chronos_truncated) VALUES (TG_ARGV[0]::"char", true);
-        RETURN NULL;
-    END IF;
-    IF TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND record_image_ne(ROW(@#old_values@), ROW(@#new_values@))) THEN
-        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#old_values@, TG_ARGV[0]::"char");
-    END IF;
-    IF TG_OP <> 'DELETE' THEN
-        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#new_values@, TG_ARGV[0]::"char");
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
+       AND NOT EXISTS (SELECT FROM @schema@.@state@ AS s WHERE s.phase = ANY (TG_ARGV)) THEN
+        RAISE EXCEPTION 'could not serialize access: % was exchanged after this transaction began', TG_TABLE_NAME
+            USING ERRCODE = 'serialization_failure', HINT = 'Repeat the transaction.';
     END IF;
     RETURN NULL;
 END
 $$;
 
--- While the table that is being filled has foreign keys, a row that the application changes or deletes must
--- not be left there until its note is replayed: it would keep the application from deleting what the row
--- refers to, in the very same transaction.
-CREATE FUNCTION @unlink_function@()
-RETURNS trigger
-LANGUAGE plpgsql
-SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_custom_plan
-AS $$
-BEGIN
-    DELETE FROM @schema@.@new@ AS n WHERE @#match_old@;
-    RETURN NULL;
-END
-$$;
-
--- Calling a trigger function takes no privilege, being able to attach it to a table of one's own does.
-REVOKE ALL ON FUNCTION @note_function@() FROM PUBLIC;
-REVOKE ALL ON FUNCTION @unlink_function@() FROM PUBLIC;
+REVOKE ALL ON FUNCTION @snapshot_function@() FROM PUBLIC;
 
 -- Which times are noted in the partitioned table: none before the swap; all of them after it, until the notes
--- from before were compared; then those up to the swap; and all of them again on the way back. Replacing this function takes a millisecond under the lock of the swap, making the
--- triggers of all partitions would take ten. The server writes its body into the triggers' conditions.
+-- from before were compared; then those up to the swap; and all of them again on the way back. To replace this
+-- function takes a millisecond under the lock of the swap, to make the triggers of all partitions would take
+-- ten. The server writes its body into the triggers' conditions.
 CREATE FUNCTION @noted_function@(written @#time_type@)
 RETURNS boolean
 LANGUAGE sql

@@ -26,7 +26,7 @@ import pytest
 
 from tests.command import Run
 from tests.conftest import MakeDatabase
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Proxy, Trace
 from tests.live import Application, KeyType, Readers, TimestampType, load, phase
 from tests.tables import query, relations, value
 from tests.waiting import wait_until
@@ -55,9 +55,6 @@ SESSIONS = """
 SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%' AND datname = current_database()
 """
 
-# What the first statement of a command that changes anything begins with.
-CHANGES = ("CREATE", "UPDATE", "LOCK")
-
 SWAPPED = ("migrated", "returning", "finalizing")
 
 Command = tuple[str, ...]
@@ -78,7 +75,7 @@ class Outcome:
         return f"{' '.join(self.command)}: {self.before} -> {self.after}, {what}"
 
 
-Traces = dict[tuple[Command, str | None], list[str]]
+Traces = dict[tuple[Command, str | None], Trace]
 
 
 _traces: Traces = {}
@@ -95,16 +92,20 @@ def traces(make_database: MakeDatabase) -> Traces:
             with Proxy(url) as proxy:
                 done = Run(proxy.url, *command).finish()
             assert done.returncode == 0, done.stdout + done.stderr
-            _traces[command, before] = proxy.statements
+            _traces[command, before] = proxy.trace
     return _traces
 
 
 def moment(traces: Traces, command: Command, now: str | None, chance: random.Random) -> int:
     """The number of the statement to die at: any after the first change, or one of a rare kind."""
     # A resumed copy is like one that begins, a rollback may have less to do than the whole.
-    like = {RESUME: (MIGRATE, None), ROLLBACK: (ROLLBACK, "migrated")}
-    trace = traces[(command, now) if (command, now) in traces else like[command]]
-    first = next((n for n, text in enumerate(trace) if text.lstrip().startswith(CHANGES)), 0)
+    like = {
+        RESUME: (RESUME, "ready") if now == "returning" else (MIGRATE, None),
+        ROLLBACK: (ROLLBACK, "migrated"),
+    }
+    found = traces[(command, now) if (command, now) in traces else like[command]]
+    trace = found.statements
+    first = next((n for n, point in enumerate(found.points) if point is not None), 0)
     numbers = range(max(first, 1), len(trace))
     if chance.random() < 0.5:
         return chance.choice(numbers) + 1
@@ -119,8 +120,10 @@ def possible(now: str | None, chance: random.Random) -> Command:
         return chance.choice((MIGRATE, MIGRATE, HOLD))
     if now == "migrated":
         return chance.choice((ROLLBACK, ROLLBACK, ROLLBACK, RESUME))
-    if now in ("returning", "undone"):
+    if now == "undone":
         return ROLLBACK
+    if now == "returning":
+        return chance.choice((ROLLBACK, ROLLBACK, RESUME))
     return chance.choice((RESUME, RESUME, ROLLBACK))
 
 
@@ -153,8 +156,8 @@ def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
     # The server ends a statement that was under way, and its COMMIT, before it sees that nobody is there.
     wait_until(lambda: not query(url, SESSIONS), 60, "the sessions of the command are gone")
     if not killed:
-        # What is complete need not be resumed.
-        fine = (0, 2) if before == "migrated" and command == RESUME else (0,)
+        # What is complete need not be resumed, and a way back may be the only way.
+        fine = (0, 2) if before in ("migrated", "returning") and command == RESUME else (0,)
         assert done.returncode in fine, done.stdout + done.stderr
     return Outcome(command, before, phase(url), done.returncode, sent)
 

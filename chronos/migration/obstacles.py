@@ -1,0 +1,265 @@
+"""What stands in the way of a rollback: looked for before it begins, so that it can also end.
+
+Each obstacle has an id, like a check before a migration. ``forcible`` are those that cost something a person
+may decide to give up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from sqlalchemy.engine import Connection
+
+from chronos.catalog.partitions import attached, missing
+from chronos.catalog.shape import differences
+from chronos.catalog.shape import read as read_shape
+from chronos.commands import finalize as finalize_command
+from chronos.db import execute, name, statement
+from chronos.errors import RefusedError
+from chronos.migration import state as states
+from chronos.migration.changes import emptied_by_hand, notes_are_taken
+from chronos.migration.context import match, names
+from chronos.migration.state import Phase, State
+from chronos.table import Period, TableSpec
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing in the way: ``text`` says what it is, and what to do about it."""
+
+    id: str
+    text: str
+    forcible: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} [{self.id}]"
+
+
+def obstacles(conn: Connection, found: State) -> list[Obstacle]:
+    """All that stands in the way of a rollback of a migration that was swapped. Reads only; ACCESS SHARE."""
+    table, waiting = found.table, found.phase is Phase.MIGRATED
+    in_the_way: list[Obstacle] = []
+    if strangers := foreign_partitions(conn, found, table.name):
+        in_the_way.append(Obstacle("foreign-partition", not_ours(table, strangers)))
+    if waiting and emptied_by_hand(conn, table):
+        in_the_way.append(Obstacle("old-table-emptied", old_table_emptied(table)))
+    if waiting and (rivals := _rivals(conn, found)):
+        in_the_way.append(
+            Obstacle(
+                "written-in-both",
+                f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
+                " well; delete them there, or give them other keys",
+            )
+        )
+    if repeated := _repeated_keys(conn, found):
+        in_the_way.append(
+            Obstacle(
+                "repeated-key",
+                f"{table} has rows with the same ({', '.join(found.plan.old_key)}) at different times, and"
+                f" {table.old} takes only one of each: {', '.join(repeated)}; delete one, or give it another"
+                " key",
+            )
+        )
+    if waiting and (changed := _changed_since(conn, found)):
+        in_the_way.append(
+            Obstacle(
+                "changed-since-the-swap",
+                f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
+                f" make the same changes to {table.old} first",
+                forcible=True,
+            )
+        )
+    if gone := dropped_since(conn, found):
+        in_the_way.append(
+            Obstacle(
+                "dropped-since-the-swap",
+                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
+                " no other table",
+                forcible=True,
+            )
+        )
+    if emptied := list(_emptied_partitions(conn, found)):
+        in_the_way.append(
+            Obstacle(
+                "partition-emptied",
+                f"{', '.join(emptied)} of {table} were emptied by TRUNCATE, which is not noted for a single"
+                f" partition, and {table.old} has their rows; delete those there",
+                forcible=True,
+            )
+        )
+    if not notes_are_taken(conn, table):
+        in_the_way.append(
+            Obstacle(
+                "notes-disabled",
+                f"the note triggers on {table} were dropped or disabled since the swap, and what was written"
+                " to migrated rows meanwhile is not known",
+                forcible=True,
+            )
+        )
+    return in_the_way
+
+
+def old_table_emptied(table: TableSpec) -> str:
+    """What to do when the only rows left are those of the partitioned table."""
+    return (
+        f"{table.old} was emptied by TRUNCATE after the swap, and the rows are in {table} alone. Stay with"
+        f" {table}: {finalize_command(table)}; or fill {table.old} again from it, and then:"
+        f" DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
+    )
+
+
+def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]:
+    """Partitions of the table ``parent`` that chronos has not made: their rows may be nowhere else.
+
+    Ours have the name and the bounds of a period, and none lies before those that the migration made.
+    """
+    table = found.table
+    return [
+        p.name
+        for p in attached(conn, table, parent)
+        if p.lower is None
+        or p.upper is None
+        or p.lower < found.plan.first
+        or table.period(p.lower) != Period(p.lower, p.upper)
+        or p.name != table.partition(Period(p.lower, p.upper))
+    ]
+
+
+def not_ours(table: TableSpec, strangers: list[str]) -> str:
+    """What to do about partitions of somebody's."""
+    return (
+        f"{', '.join(strangers)}: partitions of {table} that chronos has not made, and that a rollback would"
+        f" drop. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move what belongs into"
+        f" {table}"
+    )
+
+
+def require_nothing_kept(conn: Connection, table: TableSpec) -> None:
+    """After an undo by hand: raise RefusedError when the partitioned table was kept under our name for it."""
+    if states.relkind(conn, table.home, table.new) == "p":
+        raise RefusedError(
+            f"{table} was put back by hand, and the partitioned table was kept as {table.new}: it may hold"
+            " the only copy of what was written since the swap; nothing was changed. Carry over what is"
+            " needed, then rename it or drop it"
+        )
+
+
+def dropped_since(conn: Connection, found: State) -> list[Period]:
+    """The periods that took rows after the swap and have no partition any more."""
+    if not found.phase.swapped or found.fence is None:
+        return []
+    now = execute(conn, statement("SELECT now()")).scalar_one()
+    written = found.table.periods(found.fence, min(now, found.plan.end))
+    return missing(attached(conn, found.table), written)
+
+
+def _changed_since(conn: Connection, found: State) -> list[str]:
+    """How the partitioned table differs by now from what the plain one was at the swap, a line each."""
+    table, plan = found.table, found.plan
+    was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
+    given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
+    names_now = [(original, aside) for _, original, aside, _ in plan.renames]
+    return differences(given_up, now, names_now, announced=True)
+
+
+def _rivals(conn: Connection, found: State) -> int:
+    """How many rows were written by hand into the frozen table that the partitioned one has otherwise."""
+    table, key = found.table, found.plan.old_key
+    rows: int = execute(
+        conn,
+        statement(
+            "SELECT count(*) FROM (SELECT DISTINCT {key} FROM {changes} WHERE chronos_origin = 'o') AS k"
+            " WHERE EXISTS (SELECT FROM {old} AS o WHERE {old_same})"
+            " AND EXISTS (SELECT FROM {new} AS n WHERE {new_same})",
+            key=names(key),
+            changes=name(table.home, table.changes),
+            old=name(table.home, table.old),
+            old_same=match(key, "o", "k"),
+            new=name(table.home, table.name),
+            new_same=match(key, "n", "k"),
+        ),
+    ).scalar_one()
+    return rows
+
+
+# The plain table's own rows cannot repeat a key: one of the two is newer than the swap, or was written since.
+_REPEATED = """
+WITH written AS MATERIALIZED (
+    SELECT {key}, {c} FROM {new} WHERE {c} > {fence}
+    UNION
+    SELECT {n_key}, n.{c} FROM (SELECT DISTINCT {new_key} FROM {changes} WHERE chronos_origin = 'n') AS k
+    JOIN {new} AS n ON {noted}
+), repeated AS (
+    SELECT {key} FROM written GROUP BY {key} HAVING count(*) > 1
+    UNION
+    SELECT {o_key} FROM written AS w JOIN {old} AS o ON {same}
+    WHERE o.{c} <> w.{c} AND EXISTS (SELECT FROM {new} AS n WHERE {there})
+)
+SELECT concat_ws(', ', {key}) FROM repeated LIMIT {shown}
+"""
+
+
+def _repeated_keys(conn: Connection, found: State) -> list[str]:
+    """Some of the keys that the partitioned table has twice, and the plain one cannot take."""
+    table, plan = found.table, found.plan
+    if table.column in plan.old_key or found.fence is None:
+        return []
+    shape = read_shape(conn, table, table.name)
+    rows = execute(
+        conn,
+        statement(
+            _REPEATED,
+            key=names(plan.old_key),
+            n_key=names(plan.old_key, "n"),
+            o_key=names(plan.old_key, "o"),
+            new_key=names(plan.new_key),
+            c=name(table.column),
+            fence=shape.instant(found.fence),
+            new=name(table.home, table.name),
+            old=name(table.home, table.old),
+            changes=name(table.home, table.changes),
+            noted=match(plan.new_key, "n", "k"),
+            same=match(plan.old_key, "o", "w"),
+            there=match(plan.new_key, "n", "o"),
+            shown=_SHOWN,
+        ),
+    ).all()
+    return [row[0] for row in rows]
+
+
+def _emptied_partitions(conn: Connection, found: State) -> Iterator[str]:
+    """The partitions without a row of which the plain table has rows that nobody has deleted."""
+    table, plan = found.table, found.plan
+    shape = read_shape(conn, table, table.name)
+    truncated = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_truncated)",
+            changes=name(table.home, table.changes),
+        ),
+    ).scalar_one()
+    until: datetime = found.fence or plan.started_at
+    for partition in [] if truncated else attached(conn, table):
+        if partition.lower is None or partition.upper is None or partition.lower > until.astimezone(UTC):
+            continue
+        emptied = execute(
+            conn,
+            statement(
+                "SELECT NOT EXISTS (SELECT FROM {leaf}) AND EXISTS (SELECT FROM {old} AS o"
+                " WHERE o.{c} >= {lower} AND o.{c} < {upper}"
+                " AND NOT EXISTS (SELECT FROM {changes} AS k WHERE {noted}))",
+                leaf=name(partition.schema, partition.name),
+                old=name(table.home, table.old),
+                changes=name(table.home, table.changes),
+                c=name(table.column),
+                lower=shape.instant(max(plan.cutoff, partition.lower)),
+                upper=shape.instant(partition.upper),
+                noted=match(plan.new_key, "k", "o"),
+            ),
+        ).scalar_one()
+        if emptied:
+            yield partition.name
