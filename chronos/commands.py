@@ -11,7 +11,6 @@ from chronos.errors import RefusedError
 from chronos.settings import get_settings
 from chronos.table import WEBHOOK_LOG, TableSpec
 
-
 SCRIPT = "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
 
 

@@ -462,44 +462,43 @@ def _no_time_index(subject: Subject) -> Iterator[str]:
         )
 
 
+_LOOKUP = "a lookup table, which is a plain table of these keys that a trigger fills"
+
+
 def _unique_without_time(subject: Subject) -> Iterator[str]:
     shape, column, key = subject.shape, subject.spec.column, subject.shape.key_index
     if not _has_time_column(shape):
         return
     for index in shape.indexes:
-        if index.unique and not index.primary and index != key and column not in index.columns:
-            home, name_ = quoted(subject.spec.home), quoted(index.name)
-            columns = ", ".join(map(in_quotes, [*index.columns, column]))
-            drop = (
-                f"ALTER TABLE {subject.table} DROP CONSTRAINT {name_}"
-                if index.constraint
-                else f"DROP INDEX CONCURRENTLY {home}.{name_}"
-            )
-            yield (
-                f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep"
-                f" it; drop it: {drop}; before that, make one with the time, if that will do: CREATE UNIQUE"
-                f" INDEX CONCURRENTLY ON {subject.table} ({columns}); or {_LOOKUP}"
-            )
-
-
-_LOOKUP = "keep these keys unique in a lookup table: a plain table that a trigger fills"
+        if index.primary or not index.unique or index == key or column in index.columns:
+            continue
+        known = quoted(index.name)
+        drop = f"DROP INDEX CONCURRENTLY {quoted(subject.spec.home)}.{known}"
+        if index.constraint:
+            drop = f"ALTER TABLE {subject.table} DROP CONSTRAINT {known}"
+        columns = ", ".join([in_quotes(c) if c else "..." for c in index.columns] + [in_quotes(column)])
+        yield (
+            f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep it;"
+            f" drop it: {drop}; where (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
+            f" CONCURRENTLY ON {subject.table} ({columns}); where not, keep {_LOOKUP}"
+        )
 
 
 def _inbound_fk(subject: Subject) -> Iterator[str]:
     spec = subject.spec
     for child, constraint, local, columns in execute(subject.conn, subject.filled(_INBOUND)).all():
+        key = f"table {child} has a foreign key ({constraint}) to {spec}"
         drop = f"drop it first: ALTER TABLE {child} DROP CONSTRAINT {constraint}"
-        text = f"table {child} has a foreign key ({constraint}) to {spec},"
         if spec.column in columns:
-            yield f"{text} and would go on referring to {spec.old}; {drop}; and add it again after the migration"
+            yield f"{key}, and would go on referring to {spec.old}; {drop}; and add it again afterwards"
             continue
+        own = ", ".join([*map(in_quotes, local), "..."])
         referred = ", ".join(map(in_quotes, [*columns, spec.column]))
-        own = ", ".join([*map(in_quotes, local), "its time"])
-        dropping = "" if spec.retention_days is None else " (no partition can be dropped while it is there)"
+        dropping = "" if spec.retention_days is None else ", which keeps partitions from being dropped"
         yield (
-            f"{text} whose ({', '.join(columns)}) alone will not be unique; {drop}; afterwards make it composite:"
-            f" ALTER TABLE {child} ADD FOREIGN KEY ({own}) REFERENCES {subject.table} ({referred}){dropping};"
-            f" or refer to a lookup table: a plain table of these keys that a trigger fills"
+            f"{key}, whose ({', '.join(columns)}) alone will not be unique; {drop}; afterwards refer to"
+            f" {_LOOKUP}; or make it composite{dropping}: ALTER TABLE {child} ADD FOREIGN KEY ({own})"
+            f" REFERENCES {subject.table} ({referred})"
         )
 
 
@@ -593,8 +592,8 @@ def _many_partitions(subject: Subject) -> Iterator[str]:
             number = replace(found, spec=replace(spec, every=wider)).partitions
             instead = f"by the {wider} it would be {number:,}"
         yield (
-            f"about {found.partitions:,} partitions, one a {spec.every}: each query plans and locks all that it"
-            f" cannot rule out; {instead}"
+            f"about {found.partitions:,} partitions, one a {spec.every}, and a query that does not name the time"
+            f" goes through all of them; {instead}"
         )
 
 
@@ -941,8 +940,8 @@ WHERE c.oid = {oid} AND c.relrowsecurity AND c.relforcerowsecurity
         "self-fk",
         Kind.STRUCTURE,
         """
-SELECT format('the foreign key %s of %s refers to %s itself; drop it first: ALTER TABLE %s DROP CONSTRAINT %I',
-              conname, {name}, {name}, {table}, conname)
+SELECT format('the foreign key %s of %s refers to %s itself; drop it first: ALTER TABLE %s'
+              ' DROP CONSTRAINT %I', conname, {name}, {name}, {table}, conname)
 FROM pg_constraint WHERE confrelid = {oid} AND contype = 'f' AND conrelid = {oid}""",
     ),
     Check(
