@@ -478,8 +478,8 @@ def _unique_without_time(subject: Subject) -> Iterator[str]:
             drop = f"ALTER TABLE {subject.table} DROP CONSTRAINT {known}"
         columns = ", ".join([in_quotes(c) if c else "..." for c in index.columns] + [in_quotes(column)])
         yield (
-            f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep it;"
-            f" drop it: {drop}; where (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
+            f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep"
+            f" it; drop it: {drop}; where (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
             f" CONCURRENTLY ON {subject.table} ({columns}); where not, keep {_LOOKUP}"
         )
 
@@ -592,8 +592,8 @@ def _many_partitions(subject: Subject) -> Iterator[str]:
             number = replace(found, spec=replace(spec, every=wider)).partitions
             instead = f"by the {wider} it would be {number:,}"
         yield (
-            f"about {found.partitions:,} partitions, one a {spec.every}, and a query that does not name the time"
-            f" goes through all of them; {instead}"
+            f"about {found.partitions:,} partitions, one a {spec.every}, and a query that does not name the"
+            f" time goes through all of them; {instead}"
         )
 
 
