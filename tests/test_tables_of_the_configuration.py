@@ -22,14 +22,15 @@ from chronos.settings import Settings, get_settings
 from chronos.table import Interval, TableSpec
 from tests.command import Run, chronos
 from tests.partitioned import install_functions
-from tests.tables import exists, holding, query, relations, value
-from tests.test_jobs import connected
+from tests.tables import connected, exists, holding, query, relations, value
 from tests.waiting import wait_until
 
 ORDERS = '"Sales"."Order Events"'
 _ORDERS = f"""
 CREATE SCHEMA "Sales";
-CREATE TABLE {ORDERS} ("Order No" uuid PRIMARY KEY DEFAULT gen_random_uuid(), "placed at" timestamptz NOT NULL);
+CREATE TABLE {ORDERS} (
+    "Order No" uuid PRIMARY KEY DEFAULT gen_random_uuid(), "placed at" timestamptz NOT NULL
+);
 CREATE INDEX ON {ORDERS} ("placed at");
 INSERT INTO {ORDERS} ("placed at") SELECT now() - n * interval '1 hour' FROM generate_series(1, 400) n;
 """
@@ -58,7 +59,8 @@ def create(url: str, *tables: str) -> None:
     for table in tables:
         query(
             url,
-            f"CREATE TABLE {table} (id bigserial PRIMARY KEY, at timestamptz NOT NULL); CREATE INDEX ON {table} (at);"
+            f"CREATE TABLE {table} (id bigserial PRIMARY KEY, at timestamptz NOT NULL);"
+            f" CREATE INDEX ON {table} (at);"
             f" INSERT INTO {table} (at) SELECT now() - n * interval '6 hours' FROM generate_series(1, 100) n",
         )
 
@@ -314,7 +316,7 @@ def test_two_operators_migrate_two_tables_at_once(database: str, configure: Conf
         wait_until(
             lambda: query(
                 database,
-                "SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND database ="
+                "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database ="
                 " (SELECT oid FROM pg_database WHERE datname = current_database()) OFFSET 1",
             ),
             30,
@@ -409,7 +411,7 @@ def test_a_night_keeps_four_tables_when_the_fifth_is_broken(
         f" {FIVE[2].partition(FIVE[2].period(datetime.now(UTC) - timedelta(days=9)))}",
     )
     for job, count in ((CREATE, 2), (DROP, 1)):
-        with pytest.raises(JobFailedError, match="failed: public.table_2: cannot "):
+        with pytest.raises(JobFailedError, match=r"failed: public\.table_2: cannot "):
             attempt(job, five, Message("tonight", nightly=True), 1.0)
         report = last(client, job)
         assert report["status"] == "failed"
@@ -435,7 +437,7 @@ def test_a_cut_connection_costs_one_table_its_turn(
         " CREATE FUNCTION create_future_table_2_partitions(int) RETURNS SETOF text LANGUAGE sql AS"
         " 'SELECT pg_terminate_backend(pg_backend_pid())::text'",
     )
-    with pytest.raises(TryAgainError, match="public.table_2: PostgreSQL does not answer") as stopped:
+    with pytest.raises(TryAgainError, match=r"public\.table_2: PostgreSQL does not answer") as stopped:
         attempt(CREATE, five, Message("tonight", nightly=True), 1.0)
     assert kept(stopped.value.report, CREATE) == {**others(2), "public.table_2": ("retrying", 0)}
     query(
