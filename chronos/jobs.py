@@ -108,7 +108,10 @@ class TryAgainError(ChronosError):
 
 @dataclass
 class _Turn:
-    """What became of one table in an attempt; ``undone`` is None when nobody could look."""
+    """What became of one table in an attempt: ``table`` is its name as the configuration has it.
+
+    ``undone`` names what is left of it, None when nobody could look.
+    """
 
     table: str
     names: list[str]
@@ -296,7 +299,6 @@ class _Attempt:
             table = locate(conn, spec)
             if table is None:
                 raise _NotReadyError(f"there is no table {spec} in this database; see {commands.status()}")
-            turn.table = table.typed
             turn.names += self._known(self.earlier, turn.table).get(self.job.did) or []
             try:
                 for names in self._calls(conn, table):
@@ -434,7 +436,8 @@ class _Attempt:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if status == "done":
             self.succeeded = now
-        report["tables"] = {turn.table: self._of(turn, status, now) for turn in self.turns}
+        if len(self.turns) > 1:
+            report["tables"] = {turn.table: self._of(turn, status, now) for turn in self.turns}
         kept = {
             **report,
             "night": self.night.isoformat(),

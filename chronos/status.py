@@ -230,16 +230,19 @@ class _Jobs:
     reports: dict[str, JobStatus] | None = None
     unreachable: str | None = None
 
-    def of(self, table: TableSpec) -> dict[str, JobStatus] | None:
-        """What the jobs did with ``table``."""
-        return self.reports and {name: _of(job, table) for name, job in self.reports.items()}
+    def of(self, table: TableSpec, settings: Settings) -> dict[str, JobStatus] | None:
+        """What the jobs did with ``table``, which they know by its name in the configuration."""
+        listed = next(
+            (t for t in settings.tables if t.name == table.name and t.schema in (None, table.schema)), table
+        )
+        return self.reports and {name: _of(job, listed.typed) for name, job in self.reports.items()}
 
 
-def _of(job: JobStatus, table: TableSpec) -> JobStatus:
+def _of(job: JobStatus, table: str) -> JobStatus:
     tables = job.report.get("tables")
-    if tables is None:
+    if tables is None:  # it was the only one
         return job
-    return replace(job, report={**job.report, **tables[table.typed]} if table.typed in tables else {})
+    return replace(job, report={**job.report, **tables[table]} if table in tables else {})
 
 
 def collect(
@@ -304,7 +307,7 @@ def _collect(
                 f"somebody has locked {wanted} or one of its partitions for more than"
                 f" {_LOCK_TIMEOUT_MS // 1000} s; look at pg_locks, or try again"
             ) from error
-    found = replace(found, listed=listed, jobs=jobs.of(found.table) if listed else None)
+    found = replace(found, listed=listed, jobs=jobs.of(found.table, settings) if listed else None)
     problems = [*judge(found, settings), *([jobs.unreachable] if jobs.unreachable and listed else [])]
     return replace(found, notices=tuple(_notices(found)), problems=tuple(problems))
 

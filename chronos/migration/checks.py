@@ -592,8 +592,8 @@ def _many_partitions(subject: Subject) -> Iterator[str]:
             number = replace(found, spec=replace(spec, every=wider)).partitions
             instead = f"by the {wider} it would be {number:,}"
         yield (
-            f"about {found.partitions:,} partitions, each of one {spec.every}, and a query that does not name the"
-            f" time goes through all of them; {instead}"
+            f"about {found.partitions:,} partitions, each of one {spec.every}, and a query that does not name"
+            f" the time goes through all of them; {instead}"
         )
 
 
