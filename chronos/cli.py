@@ -6,18 +6,19 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos import telemetry
+from chronos import commands, telemetry
 from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import upgrade
@@ -30,15 +31,12 @@ from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import State, describe
-from chronos.settings import Settings, get_settings
-from chronos.table import TableSpec
+from chronos.migration.state import Phase, State, describe
+from chronos.settings import CONFIGURATION, Settings, get_settings
+from chronos.table import Interval, TableSpec
+from chronos.which_table import Description, which_table
 
-_NEXT = """
-Next: make restart-worker, for the jobs at 01:00 and 02:00; then
-  python -m chronos status     how it is, now and every day
-  python -m chronos finalize   after some days: drops {old}
-  python -m chronos rollback   until then: the plain table again, with every row"""
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def _say(error: str) -> None:
@@ -98,9 +96,35 @@ def _operator(max_lock_wait: float = 1.0) -> Iterator[Operator]:
             signal.signal(number, handler)
 
 
-def _table(settings: Settings) -> TableSpec:
-    """The table to work on: the only one that is configured."""
-    return settings.tables[0]
+@dataclass(frozen=True)
+class _Context:
+    """What a verb works with; ``listed`` tells whether a configuration lists the table."""
+
+    settings: Settings
+    engine: Engine
+    table: TableSpec
+    listed: bool
+
+    def head(self, table: TableSpec, facts: str = "") -> str:
+        """Where a verb is about to work, and on what."""
+        return _head(self.engine.url, table, facts, self.settings)
+
+
+def _settings_and_engine(verb: str) -> tuple[Settings, Engine]:
+    settings = get_settings()
+    telemetry.configure(settings)
+    return settings, connect_engine(settings.database, application_name=f"chronos {verb}")
+
+
+def _context(verb: str, table: str | None, described: Description | None = None) -> _Context:
+    """What ``verb`` works with. Raises RefusedError, see ``which_table``."""
+    settings, engine = _settings_and_engine(verb)
+    return _Context(settings, engine, *which_table(engine, settings, table, described))
+
+
+def _takes_a_table(command: _Command) -> _Command:
+    """The argument of every verb that works on a table."""
+    return click.argument("table", required=False, metavar="[TABLE]")(command)
 
 
 def _ask(word: str) -> None:
@@ -120,35 +144,72 @@ def _ask(word: str) -> None:
         raise RefusedError(f"{word} was not typed; nothing was changed")
 
 
-def _target(url: URL, settings: Settings | None) -> str:
-    """Where a verb is about to work; never the password."""
+def _head(url: URL, table: TableSpec, facts: str = "", settings: Settings | None = None) -> str:
+    """Where a verb is about to work, and on what; never the password."""
     testing = "" if settings is None else f"   TESTING: {str(settings.testing).lower()}"
     return (
         f"Host: {url.host or 'local socket'}   Port: {url.port or 5432}   Database: {url.database}\n"
-        f"User: {url.username or 'of this system'}{testing}"
+        f"User: {url.username or 'of this system'}{testing}\n"
+        f"Table: {table.home}.{table}{f'   {facts}' if facts else ''}"
     )
 
 
-def _confirm_migration(
-    url: URL, found: Survey, *, ask: bool, settings: Settings | None = None, max_lock_wait: float = 1.0
-) -> None:
-    table = found.spec
-    click.echo(
-        f"{_target(url, settings)}\n"
-        f"Table: {found.spec.schema}.{table}   Rows (estimate): {found.rows_estimate:,}"
-        f"   Size: {in_bytes(found.bytes)}\n"
-        f"The rows since {found.cutoff:%Y-%m-%d %H:%M} UTC are copied into partitions beside it\n"
-        f"and compared; then {table} is renamed to {table.old},\n"
-        f"and the partitioned table takes its name.\n"
-        f"Writers wait for a lock at most {max_lock_wait:g} s at a time (--max-lock-wait)."
+def _lock_wait(seconds: float) -> str:
+    return f"Writers wait for a lock at most {seconds:g} s at a time (--max-lock-wait)."
+
+
+def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
+    """What is known of a table that is to be migrated, and what will be done to it."""
+    table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
+    rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
+    return (
+        f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
+        f"{rows} copied into partitions beside it\nand compared; {_at_last(table, hold)}",
     )
-    if ask:
-        _ask("MIGRATE")
+
+
+def _at_last(table: TableSpec, hold: bool) -> str:
+    if hold:
+        return "no name changes yet."
+    return f"then {table} is renamed to {table.old},\nand the partitioned table takes its name."
+
+
+def _what_is_left(found: State, *, hold: bool) -> str:
+    """What ``migrate --resume`` will do."""
+    table = found.table
+    if found.phase.swapped:
+        return "The rows written during the migration are compared once more."
+    ready = found.phase is Phase.READY
+    left = "What was written meanwhile is replayed" if ready else "The rest is copied and compared"
+    return f"{left}; {_at_last(table, hold)}"
+
+
+def _next(context: _Context) -> str:
+    """What to type once the migration is done."""
+    table = context.table
+    steps = {
+        commands.status(table): "how it is, now and every day",
+        commands.finalize(table): f"after some days: drops {table.old}",
+        commands.rollback(table): "until then: the plain table again, with every row",
+    }
+    width = max(map(len, steps))
+    lines = "\n".join(f"  {command:<{width}}   {what}" for command, what in steps.items())
+    if context.listed:
+        return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
+    listed_by = context.settings.listed_in
+    alone = (
+        f" Once there is such a file it alone counts: list {context.settings.tables[0]}, too, if you have it."
+    )
+    return (
+        f"\nNext: put this into {listed_by or CONFIGURATION}, and restart the worker: the jobs at 01:00 and"
+        f" 02:00 keep only the tables that are listed.{'' if listed_by else alone}\n\n"
+        f"{table.as_toml()}\n\nThen\n{lines}"
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Daily partitions for webhook_log: migrate, look, go back, tidy up.
+    """Native partitions for big live tables: migrate, look, go back, tidy up.
 
     \b
     The usual order:
@@ -158,6 +219,9 @@ def cli() -> None:
       python -m chronos status              now, and every day
       python -m chronos finalize            after some days; until then: rollback
 
+    chronos.toml, or the file that CHRONOS_CONFIG names, lists the tables; without it there is one,
+    webhook_log. TABLE is written as in SQL, and may be left out when only one is listed.
+
     DATABASE_URL and REDIS_URL come from the environment or from .env. Exit codes: 0 done; 1 failed,
     the database is as it was (or unhealthy); 2 refused, nothing was changed; 3 stopped half-way,
     nothing is lost; 4 needs a person.
@@ -165,6 +229,25 @@ def cli() -> None:
 
 
 @cli.command()
+@_takes_a_table
+@click.option("--column", metavar="NAME", help="The time column of a table that no file lists.")
+@click.option(
+    "--every",
+    type=click.Choice([interval.value for interval in Interval]),
+    help="How much time one partition of such a table holds.  [default: day]",
+)
+@click.option(
+    "--retention-days",
+    type=click.IntRange(0, 36_500),
+    metavar="DAYS",
+    help="How many days of such a table are copied and kept.  [default: all]",
+)
+@click.option(
+    "--ahead-days",
+    type=click.IntRange(0, 3_650),
+    metavar="DAYS",
+    help="How many days ahead such a table has partitions.  [default: 30]",
+)
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
 )
@@ -223,6 +306,11 @@ def cli() -> None:
     help="Write what was done and measured to this file.",
 )
 def migrate(
+    table: str | None,
+    column: str | None,
+    every: str | None,
+    retention_days: int | None,
+    ahead_days: int | None,
     dry_run: bool,
     yes: bool,
     resume: bool,
@@ -235,11 +323,11 @@ def migrate(
     max_replica_lag: float | None,
     report: Path | None,
 ) -> None:
-    """Turn webhook_log into daily partitions under live writes.
+    """Turn a table into partitions under live writes.
 
-    The rows of the last 15 days are copied into partitions beside the table and compared, while the
+    The rows within retention are copied into partitions beside the table and compared, while the
     table stays in use; then the names change, in milliseconds, and the table that was is kept as
-    webhook_log_old. Asks for the word MIGRATE first. On failure all is put back as it was.
+    TABLE_old. Asks for the word MIGRATE first. On failure all is put back as it was.
 
     \b
     Examples:
@@ -248,23 +336,23 @@ def migrate(
       python -m chronos migrate --yes --report report.json
       python -m chronos migrate --hold
       python -m chronos migrate --resume
+      python -m chronos migrate sales.events --column created_at --every week
     """
     with _errors_as_lines(), _operator(max_lock_wait) as operator:
-        settings = get_settings()
-        url = settings.database
-        telemetry.configure(settings)
-
-        def confirm(found: Survey) -> None:
-            _confirm_migration(url, found, ask=not yes, settings=settings, max_lock_wait=max_lock_wait)
-
-        table = _table(settings)
-        engine = connect_engine(url, application_name="chronos migrate")
+        described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
+        context = _context("migrate", table, described)
         if dry_run:
-            print_plan(engine, table, Console(), operator.patience)
+            print_plan(context.engine, context.table, Console(), operator.patience)
             return
+
+        def announce(table: TableSpec, facts: str, what: str) -> None:
+            click.echo(f"{context.head(table, facts)}\n{what}\n{_lock_wait(max_lock_wait)}")
+            if not yes:
+                _ask("MIGRATE")
+
         run_migration(
-            engine,
-            table,
+            context.engine,
+            context.table,
             Options(
                 resume=resume,
                 hold=hold,
@@ -276,16 +364,22 @@ def migrate(
                 report=report,
             ),
             operator,
-            confirm,
+            lambda found: announce(found.spec, *_announcement(found, hold=hold)),
+            lambda found: announce(
+                found.table,
+                f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}",
+                f"{describe(found.table, found.phase)}\n{_what_is_left(found, hold=hold)}",
+            ),
         )
         if not hold:
-            operator.output.line(_NEXT.format(old=table.old))
+            operator.output.line(_next(context))
 
 
 @cli.command()
+@_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word ROLLBACK.")
 @click.option("--force", is_flag=True, help="Give up rows that retention has already dropped.")
-def rollback(yes: bool, force: bool) -> None:
+def rollback(table: str | None, yes: bool, force: bool) -> None:
     """Go back to the plain table, with every row written since.
 
     Works from every phase of a migration, cut off or complete, until finalize. Asks for the word
@@ -295,15 +389,14 @@ def rollback(yes: bool, force: bool) -> None:
     Examples:
       python -m chronos rollback
       python -m chronos rollback --yes
+      python -m chronos rollback '"Sales"."Order Events"'
     """
     with _errors_as_lines(), _operator() as operator:
-        settings = get_settings()
-        url = settings.database
-        telemetry.configure(settings)
+        context = _context("rollback", table)
 
         def confirm(found: State) -> None:
             click.echo(
-                f"{_target(url, settings)}\n"
+                f"{context.head(found.table)}\n"
                 f"{describe(found.table, found.phase)}\n"
                 f"{found.table} will be the plain table again"
                 f"{', with every row written since the swap' if found.phase.swapped else ''}."
@@ -311,14 +404,14 @@ def rollback(yes: bool, force: bool) -> None:
             if not yes:
                 _ask("ROLLBACK")
 
-        engine = connect_engine(url, application_name="chronos rollback")
-        undo(engine, _table(settings), operator, confirm, force=force)
+        undo(context.engine, context.table, operator, confirm, force=force)
 
 
 @cli.command()
+@_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
-def finalize(yes: bool) -> None:
-    """Drop webhook_log_old, once the migrated table has proven itself.
+def finalize(table: str | None, yes: bool) -> None:
+    """Drop TABLE_old, once the migrated table has proven itself.
 
     Checks first that the migration is complete, that no row within retention is in the old table
     alone, and that nothing depends on it. Asks for the word FINALIZE. There is no way back from here.
@@ -329,37 +422,44 @@ def finalize(yes: bool) -> None:
       python -m chronos finalize --yes
     """
     with _errors_as_lines(), _operator() as operator:
-        settings = get_settings()
-        url = settings.database
-        telemetry.configure(settings)
+        context = _context("finalize", table)
 
         def confirm(found: State, old_is_there: bool) -> None:
+            before = f"{found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
+            with_it = (
+                f" and with it all from\nbefore {before}" if found.table.retention_days is not None else ""
+            )
             what = (
-                f"{describe(found.table, found.phase)}\n{found.table.old} will be dropped for good,"
-                f" and with it all from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC."
+                f"{describe(found.table, found.phase)}\n{found.table.old} will be dropped for good"
+                f"{f',{with_it}' if with_it else ''}."
                 if old_is_there
                 else f"{found.table.old} was dropped by hand; what is left of the migration will be removed."
             )
-            click.echo(f"{_target(url, settings)}\n{what}")
+            click.echo(f"{context.head(found.table)}\n{what}")
             if not yes:
                 _ask("FINALIZE")
 
-        engine = connect_engine(url, application_name="chronos finalize")
-        finish(engine, _table(settings), operator, confirm)
+        finish(context.engine, context.table, operator, confirm)
+        if not context.listed:
+            operator.output.line(
+                f"No {CONFIGURATION} lists {context.table.typed}, so no job keeps it: put this there.\n\n"
+                f"{context.table.as_toml()}"
+            )
 
 
 @cli.command()
-def upgrade_functions() -> None:
+@_takes_a_table
+def upgrade_functions(table: str | None) -> None:
     """Install the two SQL functions of this version; safe to run at any time.
 
-    They keep the partitions of webhook_log and can be called by hand. Asks nothing.
+    They keep the partitions of a table and can be called by hand. Without TABLE: those of every table
+    that is listed. Asks nothing.
     """
     with _errors_as_lines():
-        settings = get_settings()
-        engine = connect_engine(settings.database, application_name="chronos upgrade-functions")
-        for table in settings.tables:
-            upgrade(engine, table)
-            click.echo(f"Installed {' and '.join(table.functions)}")
+        settings, engine = _settings_and_engine("upgrade-functions")
+        found = settings.tables if table is None else (which_table(engine, settings, table)[0],)
+        for located in upgrade(engine, *found):
+            click.echo(f"Installed {' and '.join(located.functions)}")
 
 
 @cli.command()
@@ -385,33 +485,53 @@ def demo(rows: int, keep: bool) -> None:
     from chronos.demo.run import demo as run_demo  # here, for no other verb needs what it imports
 
     def confirm(url: URL, found: Survey) -> None:
-        _confirm_migration(url, found, ask=sys.stdin.isatty() and sys.stdout.isatty())
+        facts, what = _announcement(found)
+        click.echo(f"{_head(url, found.spec, facts)}\n{what}\n{_lock_wait(Patience().longest_s)}")
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _ask("MIGRATE")
 
     with _errors_as_lines():
         run_demo(rows, keep=keep, confirm=confirm, output=Output())
 
 
 @cli.command()
+@_takes_a_table
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
-def status(as_json: bool) -> None:
-    """Say how table, partitions and jobs are; exit 1 on a problem.
+def status(table: str | None, as_json: bool) -> None:
+    """Say how tables, partitions and jobs are; exit 1 on a problem.
 
-    Each problem comes with what to type about it. Changes nothing.
+    Without TABLE: of every table that is listed. Each problem comes with what to type about it.
+    Changes nothing. Exit 2 when it cannot tell, because the server does not answer.
 
     \b
     Examples:
       python -m chronos status
       python -m chronos status --json | jq -r '.problems[]'
     """
-    from chronos.status import collect, show  # here, for no other verb needs what it imports
+    from chronos.status import collect, collect_all, show  # here, for no other verb needs what it imports
 
     with _errors_as_lines():
-        found = collect(get_settings())
+        try:
+            settings, engine = _settings_and_engine("status")
+            if table is None and len(settings.tables) > 1:
+                found = collect_all(settings)
+            else:
+                spec, listed = which_table(engine, settings, table)
+                found = [collect(settings, spec, listed=listed)]
+        except DBAPIError as error:
+            raise RefusedError(
+                f"cannot tell: {one_line(error)}. Check the server and the database URL"
+            ) from error
+        healthy = all(one.healthy for one in found)
         if as_json:
-            click.echo(json.dumps(found.as_json(), indent=2))
+            shown = [one.as_json() for one in found]
+            whole = shown[0] if len(shown) == 1 else {"tables": shown, "healthy": healthy}
+            click.echo(json.dumps(whole, indent=2))
         else:
-            show(found)
-        if not found.healthy:
+            for place, one in enumerate(found):
+                click.echo("\n" * 2 if place else "", nl=False)
+                show(one)
+        if not healthy:
             sys.exit(ExitCode.FAILED)
 
 

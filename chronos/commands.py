@@ -1,17 +1,35 @@
-"""What to type: the commands that messages name, written in one place."""
+"""What to type: the commands that messages name, written in one place.
+
+A command names its table, in quotes where the shell needs them, unless it is the only one that is configured.
+"""
 
 from __future__ import annotations
 
 from shlex import quote
 
+from chronos.errors import RefusedError
+from chronos.settings import get_settings
 from chronos.table import WEBHOOK_LOG, TableSpec
+
+SCRIPT = "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
 
 
 def migrate(table: TableSpec) -> str:
     """The command that migrates ``table``; ``--resume`` may follow."""
-    if table.name == WEBHOOK_LOG.name:
-        return "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
+    if table.name == WEBHOOK_LOG.name and _only(table):
+        return SCRIPT
     return _verb("migrate", table)
+
+
+def start(table: TableSpec) -> str:
+    """The command that begins a migration: a table that is in no configuration needs to be described."""
+    command = migrate(table)
+    if _listed(table):
+        return command
+    command += f" --column {quote(table.column)} --every {table.every}"
+    if table.retention_days is not None:
+        command += f" --retention-days {table.retention_days}"
+    return f"{command} --ahead-days {table.ahead_days}"
 
 
 def rollback(table: TableSpec) -> str:
@@ -24,9 +42,10 @@ def finalize(table: TableSpec) -> str:
     return _verb("finalize", table)
 
 
-def status() -> str:
-    """The command that says how things stand."""
-    return "python -m chronos status"
+def status(table: TableSpec | None = None) -> str:
+    """The command that says how things stand: with every configured table, or with one that is in no file."""
+    command = "python -m chronos status"
+    return command if table is None or _listed(table) else f"{command} {quote(table.typed)}"
 
 
 def upgrade_functions(table: TableSpec) -> str:
@@ -36,4 +55,24 @@ def upgrade_functions(table: TableSpec) -> str:
 
 def _verb(verb: str, table: TableSpec) -> str:
     command = f"python -m chronos {verb}"
-    return command if table.name == WEBHOOK_LOG.name else f"{command} {quote(table.name)}"
+    return command if _only(table) else f"{command} {quote(table.typed)}"
+
+
+def _only(table: TableSpec) -> bool:
+    """Whether TABLE may be left out: it is the only one that is configured."""
+    return len(_configured()) == 1 and _listed(table)
+
+
+def _listed(table: TableSpec) -> bool:
+    return any(
+        spec.name == table.name and (None in (spec.schema, table.schema) or spec.schema == table.schema)
+        for spec in _configured()
+    )
+
+
+def _configured() -> tuple[TableSpec, ...]:
+    """The tables of the configuration; none when it cannot be read, for a message is being written."""
+    try:
+        return get_settings().tables
+    except RefusedError:
+        return ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.engine import Engine
 
 from chronos.catalog.ddl import nobody_calls, script
-from chronos.catalog.locate import locate
+from chronos.catalog.locate import require_located
 from chronos.catalog.shape import TableShape, read
 from chronos.db import Statement, execute, joined, name, opened, statement, transaction
 from chronos.errors import RefusedError
@@ -33,15 +33,18 @@ def function_statements(shape: TableShape) -> list[Statement]:
     ]
 
 
-def upgrade(engine: Engine, table: TableSpec) -> TableSpec:
-    """Install the functions of this version for ``table``; safe to call again. No lock on the table.
+def upgrade(engine: Engine, *tables: TableSpec) -> list[TableSpec]:
+    """Install the functions of this version for each of ``tables``, or for none; safe to call again.
 
-    Raises RefusedError when there is no such table.
+    Returns the tables with their schemas. No lock on them. Raises RefusedError when there is no such table,
+    or it lacks its time column.
     """
     with opened(engine) as conn:
-        located = locate(conn, table)
-        if located is None:
-            raise RefusedError(f"there is no table {table} in this database; nothing was changed")
+        located = [require_located(conn, table) for table in tables]
         with transaction(conn):
-            execute(conn, joined(function_statements(read(conn, located, located.name)), ";\n"))
+            for table in located:
+                shape = read(conn, table, table.name)
+                if table.column not in shape.columns_by_name:
+                    raise RefusedError(f"{table.typed} has no column {table.column}; nothing was changed")
+                execute(conn, joined(function_statements(shape), ";\n"))
     return located

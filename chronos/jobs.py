@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
@@ -106,6 +106,20 @@ class TryAgainError(ChronosError):
         self.report = report
 
 
+@dataclass
+class _Turn:
+    """What became of one table in an attempt: ``table`` is its name as the configuration has it.
+
+    ``undone`` names what is left of it, None when nobody could look.
+    """
+
+    table: str
+    names: list[str]
+    status: str = "done"
+    reason: str | None = None
+    undone: list[str] | None = field(default_factory=list)
+
+
 class _NotReadyError(Exception):
     """The table is not migrated, so there is nothing to do yet."""
 
@@ -116,11 +130,6 @@ class _UnfinishedError(Exception):
     def __init__(self, reason: str, undone: list[str]) -> None:
         super().__init__(reason)
         self.undone = undone
-
-
-def _joined(reasons: list[str]) -> str:
-    """Each reason once."""
-    return "; ".join(dict.fromkeys(reasons))
 
 
 def last_due(job: Job, settings: Settings, now: datetime) -> datetime:
@@ -228,51 +237,73 @@ class _Attempt:
         self.lease = lease
         self.client = client
         self.night = night
+        self.last = last
+        self.earlier = earlier
         self.succeeded: str | None = last.get("succeeded")
         self.started = datetime.fromisoformat(earlier.get("started") or datetime.now(UTC).isoformat())
         self.names: list[str] = list(earlier.get(job.did) or [])
+        self.turns: list[_Turn] = []
 
     def run(self) -> Report:
         """Do the work and leave the report. Returns it, or raises as ``attempt`` does."""
-        not_ready: list[str] = []
-        unfinished: list[str] = []
-        failed: list[str] = []
-        undone: list[str] = []
-        tables = self.settings.tables
-        for table in tables:
-            try:
-                self._upkeep(table)
-            except _NotReadyError as error:
-                not_ready.append(str(error))
-                logger.warning("%s skipped: %s", self.job.name, error)
-            except _UnfinishedError as error:
-                unfinished.append(str(error))
-                undone += error.undone
-            except DBAPIError as error:
-                if is_disconnect(error):
-                    return self._later(f"PostgreSQL does not answer: {one_line(error)}", None)
-                failed.append(one_line(error))
-            except RefusedError as error:
-                failed.append(str(error))
+        for table in self.settings.tables:
+            self.turns.append(self._turn(table))
+        unfinished, failed = self._with("unfinished"), self._with("failed")
         if unfinished and (self.pause_s is not None or not failed):
-            return self._later(_joined(unfinished), undone)
+            unknown = any(turn.undone is None for turn in unfinished)
+            undone = [name for turn in unfinished for name in turn.undone or []]
+            return self._later(self._reasons(*unfinished, *failed), None if unknown else undone)
         if failed:
-            self._fail(_joined(failed))
-        if len(not_ready) == len(tables):
-            return self._report("skipped", reason=_joined(not_ready))
+            self._fail(self._reasons(*failed, *unfinished))
+        not_ready = self._with("skipped")
+        if len(not_ready) == len(self.turns):
+            return self._report("skipped", reason=self._reasons(*not_ready))
         logger.info("%s %s %s", self.job.name, self.job.did, ", ".join(self.names) or "nothing")
-        return self._report("done", **({"reason": _joined(not_ready)} if not_ready else {}))
+        return self._report("done", **({"reason": self._reasons(*not_ready)} if not_ready else {}))
 
-    def _upkeep(self, spec: TableSpec) -> None:
-        """The job for one table."""
+    def _with(self, status: str) -> list[_Turn]:
+        return [turn for turn in self.turns if turn.status == status]
+
+    def _reasons(self, *turns: _Turn) -> str:
+        """Each reason once, with its table where there are several."""
+        several = len(self.turns) > 1
+        return "; ".join(
+            dict.fromkeys(f"{turn.table}: {turn.reason}" if several else str(turn.reason) for turn in turns)
+        )
+
+    def _turn(self, spec: TableSpec) -> _Turn:
+        """The job for one table. Whatever becomes of it, the next has its turn."""
+        turn = _Turn(spec.typed, [])
+        try:
+            self._upkeep(spec, turn)
+        except _NotReadyError as error:
+            turn.status, turn.reason = "skipped", str(error)
+            logger.warning("%s skipped: %s", self.job.name, error)
+        except _UnfinishedError as error:
+            turn.status, turn.reason, turn.undone = "unfinished", str(error), error.undone
+        except DBAPIError as error:
+            turn.status, turn.reason = "failed", one_line(error)
+            if is_disconnect(error):
+                turn.status, turn.undone = "unfinished", None
+                turn.reason = f"PostgreSQL does not answer: {turn.reason}"
+        except RefusedError as error:
+            turn.status, turn.reason = "failed", str(error)
+        except Exception as error:
+            logger.exception("%s failed for %s", self.job.name, turn.table)
+            turn.status, turn.reason = "failed", f"unexpected {type(error).__name__}: {one_line(error)}"
+        return turn
+
+    def _upkeep(self, spec: TableSpec, turn: _Turn) -> None:
         url = self.settings.database
         with connect_engine(url, application_name=f"chronos {self.job.name}").connect() as conn:
             table = locate(conn, spec)
             if table is None:
                 raise _NotReadyError(f"there is no table {spec} in this database; see {commands.status()}")
+            turn.names += self._known(self.earlier, turn.table).get(self.job.did) or []
             try:
                 for names in self._calls(conn, table):
                     self.names += names
+                    turn.names += names
                 self._look(conn, table)
             except DBAPIError as error:
                 if sqlstate(error) == "55000":  # what the functions say of a table that is plain
@@ -285,6 +316,11 @@ class _Attempt:
                 reason = f"{one_line(error)}; {table} is in use by "
                 reason += "; ".join(map(str, holders[:3])) or "nobody any more"
                 raise _UnfinishedError(reason, undone) from None
+
+    @staticmethod
+    def _known(report: Mapping[str, Any], table: str) -> Mapping[str, Any]:
+        """What ``report`` says of one table."""
+        return (report.get("tables") or {}).get(table) or {}
 
     def _calls(self, conn: Connection, table: TableSpec) -> Iterator[list[str]]:
         """The names that each call of the function returned; one transaction a call."""
@@ -397,8 +433,11 @@ class _Attempt:
         if self.lease.lost:
             logger.warning("%s lost its lease while it ran: %s", self.job.name, self.lease.lost)
             report["lease_lost"] = self.lease.lost
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         if status == "done":
-            self.succeeded = datetime.now(UTC).isoformat(timespec="seconds")
+            self.succeeded = now
+        if len(self.turns) > 1:
+            report["tables"] = {turn.table: self._of(turn, status, now) for turn in self.turns}
         kept = {
             **report,
             "night": self.night.isoformat(),
@@ -410,3 +449,16 @@ class _Attempt:
         except redis.RedisError as error:
             logger.warning("the report of %s could not be kept in Redis: %s", self.job.name, error)
         return report
+
+    def _of(self, turn: _Turn, status: str, now: str) -> Report:
+        """What the report says of one table."""
+        unfinished = turn.status == "unfinished"
+        before = self._known(self.last, turn.table) if "tables" in self.last else self.last
+        return {
+            "status": ("retrying" if status == "retrying" else "incomplete") if unfinished else turn.status,
+            self.job.did: turn.names,
+            "contended": turn.undone or [],
+            "error": turn.reason if turn.status in ("unfinished", "failed") else None,
+            "reason": turn.reason if turn.status == "skipped" else None,
+            "succeeded": now if turn.status == "done" else before.get("succeeded"),
+        }

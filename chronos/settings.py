@@ -1,20 +1,34 @@
-"""The environment, read once into one frozen ``Settings``."""
+"""The environment and ``chronos.toml``, read once into one frozen ``Settings``."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from chronos.errors import RefusedError
-from chronos.table import WEBHOOK_LOG, TableSpec
+from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 
+CONFIGURATION = "chronos.toml"
 _POSTGRES_SCHEMES = {"postgres", "postgresql", "postgresql+psycopg2"}
 
 
@@ -24,6 +38,79 @@ def _known_zone(name: str) -> str:
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
         raise ValueError(f"{name!r} is not a time zone, for example UTC or Europe/Madrid") from error
     return name
+
+
+def _table_name(text: str) -> str:
+    TableSpec.named(text)
+    return text
+
+
+class _Table(BaseModel):
+    """One block ``[[tables]]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, AfterValidator(_table_name)]
+    column: str = Field(min_length=1)
+    every: Interval = Field(default=Interval.DAY, strict=False)
+    retention_days: int | None = Field(default=None, ge=0, le=36_500)
+    ahead_days: int = Field(default=30, ge=0, le=3_650)
+
+    @property
+    def spec(self) -> TableSpec:
+        """The same, for those who work with it."""
+        return replace(
+            TableSpec.named(self.name),
+            column=self.column,
+            every=self.every,
+            retention_days=self.retention_days,
+            ahead_days=self.ahead_days,
+        )
+
+
+class _Tables(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tables: tuple[_Table, ...] = Field(min_length=1)
+
+    @field_validator("tables")
+    @classmethod
+    def _each_once(cls, tables: tuple[_Table, ...]) -> tuple[_Table, ...]:
+        for place, table in enumerate(tables):
+            for one, other in ((table.spec, earlier.spec) for earlier in tables[:place]):
+                if one.name != other.name:
+                    continue
+                if one.schema == other.schema:
+                    raise ValueError(f"{one.typed} is listed twice")
+                if None in (one.schema, other.schema):
+                    raise ValueError(
+                        f"{other.typed} and {one.typed} may be the same table; name both schemas"
+                    )
+        return tables
+
+
+def _read_tables(path: Path) -> tuple[TableSpec, ...]:
+    try:
+        found = _Tables(**TomlConfigSettingsSource(Settings, toml_file=path).toml_data)
+    except ValidationError as error:
+        raise RefusedError(f"{path}: {_first_fault(error, path)}; nothing was changed") from None
+    except OSError as error:
+        raise RefusedError(f"{path}: {error.strerror}; nothing was changed") from error
+    except ValueError as error:  # what TOML or UTF-8 does not allow
+        raise RefusedError(f"{path} cannot be read as TOML: {error}; nothing was changed") from error
+    return tuple(table.spec for table in found.tables)
+
+
+def _first_fault(error: ValidationError, path: Path) -> str:
+    """Which key of the file is at fault, and what it should be."""
+    first = error.errors(include_url=False)[0]
+    where = [str(part) if isinstance(part, str) else f"number {part + 1}" for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such key"
+    return f"{', '.join(where)}: {message}"
 
 
 class Settings(BaseSettings):
@@ -46,10 +133,29 @@ class Settings(BaseSettings):
     webhook_log_retention_days: int = Field(default=15, ge=0, le=36_500)
     webhook_log_days_ahead: int = Field(default=30, ge=0, le=3_650)
     beat_timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
+    chronos_config: Path | None = None
 
-    @property
+    @cached_property
+    def listed_in(self) -> Path | None:
+        """The file that lists the tables; None when there is none, and ``tables`` is webhook_log alone.
+
+        Raises RefusedError when CHRONOS_CONFIG names one that is not there.
+        """
+        path = self.chronos_config or Path(CONFIGURATION)
+        if path.is_file():
+            return path
+        if self.chronos_config is not None:
+            raise RefusedError(f"CHRONOS_CONFIG names {path}, and there is no such file; nothing was changed")
+        return None
+
+    @cached_property
     def tables(self) -> tuple[TableSpec, ...]:
-        """The tables that are kept in partitions; their schemas are still to be located."""
+        """The tables that are kept in partitions; their schemas may be still to be located.
+
+        Raises RefusedError when the file that lists them cannot be read, naming it and the key at fault.
+        """
+        if self.listed_in is not None:
+            return _read_tables(self.listed_in)
         return (
             replace(
                 WEBHOOK_LOG,
@@ -103,10 +209,12 @@ def postgres_url(text: str, variable: str = "DATABASE_URL") -> URL:
 def get_settings() -> Settings:
     """Settings of this process, read on first use.
 
-    Raises RefusedError that names the variable at fault, without its value.
+    Raises RefusedError that names the variable at fault, without its value, or the file and its key.
     """
     try:
-        return Settings()
+        settings = Settings()
+        settings.tables  # noqa: B018  what is wrong with the file is said before anything is done
+        return settings
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]).upper()

@@ -1,4 +1,4 @@
-"""How things stand with the table, its partitions and the nightly jobs, and what is wrong with them."""
+"""How things stand with a table, its partitions and the nightly jobs, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from chronos import commands
 from chronos.catalog.locate import locate
 from chronos.catalog.partitions import Partition, attached, droppable, expired, missing, runway
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
-from chronos.errors import ChronosError
+from chronos.errors import ChronosError, RefusedError
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
 from chronos.migration.console import for_reading, in_bytes
 from chronos.migration.state import Phase, State, describe
-from chronos.settings import Settings
-from chronos.table import Interval, Period, TableSpec, midnight
+from chronos.settings import CONFIGURATION, Settings
+from chronos.table import Interval, Period, TableSpec, midnight, quoted
 
 _LOCK_TIMEOUT_MS = 1_000
 _SHORT_RUNWAY_DAYS = 7
@@ -71,6 +71,7 @@ class Status:
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it.
     ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
     """
 
@@ -89,6 +90,7 @@ class Status:
     next_drop: datetime
     notes_waiting: int | None = None
     jobs: dict[str, JobStatus] | None = None
+    listed: bool = True
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
 
@@ -208,20 +210,86 @@ class Status:
         }
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """A table of which nothing can be told, and why."""
+
+    table: TableSpec
+    problem: str
+    healthy: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``status --json`` prints."""
+        return {"table": self.table.typed, "state": None, "healthy": False, "problems": [self.problem]}
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """What Redis has of the nightly jobs; ``unreachable`` says why it has nothing."""
+
+    reports: dict[str, JobStatus] | None = None
+    unreachable: str | None = None
+
+    def of(self, table: TableSpec, settings: Settings) -> dict[str, JobStatus] | None:
+        """What the jobs did with ``table``, which they know by its name in the configuration."""
+        listed = next(
+            (t for t in settings.tables if t.name == table.name and t.schema in (None, table.schema)), table
+        )
+        return self.reports and {name: _of(job, listed.typed) for name, job in self.reports.items()}
+
+
+def _of(job: JobStatus, table: str) -> JobStatus:
+    tables = job.report.get("tables")
+    if tables is None:  # it was the only one
+        return job
+    return replace(job, report={**job.report, **tables[table]} if table in tables else {})
+
+
 def collect(
     settings: Settings,
     table: TableSpec | None = None,
     *,
+    listed: bool = True,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Status:
     """Look at the database and at Redis, and judge; ``clock`` is this machine's.
 
-    ``table`` is the first of the settings when it is not given. ACCESS SHARE on the tables and nothing
-    more, waited for no longer than 1 s. Redis may be away. Raises ChronosError when there is no such
-    table or it is locked, RefusedError when no database is set, DBAPIError when the server cannot be
-    reached.
+    ``table`` is the first of the settings when it is not given; ``listed`` tells whether the jobs keep it.
+    ACCESS SHARE on the tables and nothing more, waited for no longer than 1 s. Redis may be away. Raises
+    ChronosError when there is no such table or it is locked, RefusedError when it has no such column or no
+    database is set, DBAPIError when the server cannot be reached.
     """
-    wanted = table or settings.tables[0]
+    return _collect(settings, table or settings.tables[0], listed, clock, _ask_redis(settings))
+
+
+def collect_all(settings: Settings) -> list[Status | Unknown]:
+    """The same for every table of the settings; trouble with one does not hide the others.
+
+    Raises DBAPIError when the server cannot be reached.
+    """
+    jobs = _ask_redis(settings)
+    found: list[Status | Unknown] = []
+    for table in settings.tables:
+        try:
+            found.append(_collect(settings, table, True, lambda: datetime.now(UTC), jobs))
+        except ChronosError as error:
+            found.append(Unknown(table, str(error)))
+    return found
+
+
+def _ask_redis(settings: Settings) -> _Jobs:
+    try:
+        with closing(connect(settings)) as client:
+            return _Jobs({job.name: _job_status(client, job) for job in JOBS})
+    except (redis.RedisError, ChronosError) as error:
+        return _Jobs(
+            unreachable=f"what the nightly jobs did is unknown: Redis does not answer ({error})",
+        )
+
+
+def _collect(
+    settings: Settings, wanted: TableSpec, listed: bool, clock: Callable[[], datetime], jobs: _Jobs
+) -> Status:
     with connect_engine(settings.database, application_name="chronos status").connect() as conn:
         located = locate(conn, wanted)
         if located is None:
@@ -239,18 +307,14 @@ def collect(
                 f"somebody has locked {wanted} or one of its partitions for more than"
                 f" {_LOCK_TIMEOUT_MS // 1000} s; look at pg_locks, or try again"
             ) from error
-    unreachable = None
-    try:
-        with closing(connect(settings)) as client:
-            found = replace(found, jobs={job.name: _job_status(client, job) for job in JOBS})
-    except (redis.RedisError, ChronosError) as error:
-        unreachable = f"what the nightly jobs did is unknown: Redis does not answer ({error})"
-    problems = [*judge(found, settings), *([unreachable] if unreachable else [])]
+    found = replace(found, listed=listed, jobs=jobs.of(found.table, settings) if listed else None)
+    problems = [*judge(found, settings), *([jobs.unreachable] if jobs.unreachable and listed else [])]
     return replace(found, notices=tuple(_notices(found)), problems=tuple(problems))
 
 
 def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callable[[], datetime]) -> Status:
     execute(conn, statement("SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '10s'"))
+    _require_time_column(conn, table)
     before = clock()
     now: datetime = execute(conn, statement("SELECT clock_timestamp()")).scalar_one().astimezone(UTC)
     ours = before + (clock() - before) / 2
@@ -272,6 +336,25 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         next_drop=next_due(DROP, settings, now),
         notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
     )
+
+
+def _require_time_column(conn: Connection, table: TableSpec) -> None:
+    lacking = execute(
+        conn,
+        statement(
+            "SELECT to_regclass(t) IS NOT NULL AND NOT EXISTS (SELECT FROM pg_attribute"
+            " WHERE attrelid = to_regclass(t) AND attname = {column} AND attnum > 0 AND NOT attisdropped)"
+            " FROM format('%I.%I', {schema}, {table}) AS t",
+            schema=table.home,
+            table=table.name,
+            column=table.column,
+        ),
+    ).scalar_one()
+    if lacking:
+        raise RefusedError(
+            f"{table} has no column {table.column}; name the time column in the configuration"
+            " [no-time-column]"
+        )
 
 
 def _table(conn: Connection, schema: str, table: str, kind: str) -> TableSize | None:
@@ -400,7 +483,7 @@ def judge(status: Status, settings: Settings) -> list[str]:
     if status.partitioned and (status.migration is None or status.migration.phase is Phase.MIGRATED):
         problems += _function_problems(status)
         problems += _partition_problems(status, settings)
-        problems += _job_problems(status)
+        problems += _job_problems(status) if status.listed else _not_listed(status)
     if abs(status.clock_ahead_s) > _CLOCK_TOLERANCE_S:
         direction = "ahead of" if status.clock_ahead_s > 0 else "behind"
         problems.append(
@@ -417,7 +500,7 @@ def _migration_problems(status: Status) -> Iterator[str]:
     elif migration is not None:
         yield from _half_done(status, migration)
     elif not status.partitioned:
-        yield f"{table} is a plain table, nothing keeps it small; migrate it with: {commands.migrate(table)}"
+        yield f"{table} is a plain table, nothing keeps it small; migrate it with: {commands.start(table)}"
     elif status.old_table is not None:
         yield (
             f"{table.old} is there, but nothing tells of its migration; if it is not needed, drop it:"
@@ -524,9 +607,17 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
             yield (
                 f"{partition.name} was detached half-way; finish it: ALTER TABLE"
                 f" {_qualified(table, table.name)} DETACH PARTITION"
-                f" {_quoted(partition.schema)}.{_quoted(partition.name)} FINALIZE;"
+                f" {quoted(partition.schema)}.{quoted(partition.name)} FINALIZE;"
             )
     yield from status.stray
+
+
+def _not_listed(status: Status) -> Iterator[str]:
+    table = status.table
+    yield (
+        f"no {CONFIGURATION} lists {table.typed}, so the nightly jobs do not keep it; add to the file:"
+        f" {', '.join(table.as_toml().splitlines()[1:])}"
+    )
 
 
 def _job_problems(status: Status) -> Iterator[str]:
@@ -550,19 +641,17 @@ def _some(things: list[Any]) -> str:
 
 def _qualified(table: TableSpec, relation: str) -> str:
     """A name in the schema of ``table``, as SQL wants it written."""
-    return f"{_quoted(table.home)}.{_quoted(relation)}"
+    return f"{quoted(table.home)}.{quoted(relation)}"
 
 
-def _quoted(identifier: str) -> str:
-    """The identifier as SQL wants it written."""
-    if re.fullmatch("[a-z_][a-z0-9_]*", identifier):
-        return identifier
-    return '"' + identifier.replace('"', '""') + '"'
-
-
-def show(status: Status, console: Console | None = None) -> None:
+def show(status: Status | Unknown, console: Console | None = None) -> None:
     """Print the status for people: 80 columns are enough, without colours where none are wanted."""
-    _Page(console or Console(highlight=False, soft_wrap=False), status).print()
+    console = console or Console(highlight=False, soft_wrap=False)
+    if isinstance(status, Status):
+        _Page(console, status).print()
+    else:
+        console.print(Text(f"{status.table.typed}: unknown", "bold"))
+        console.print(Text(f"\nproblem\n- {status.problem}", "red"), soft_wrap=True)
 
 
 class _Page:

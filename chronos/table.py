@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
@@ -20,6 +22,19 @@ def derived_name(base: str, suffix: str) -> str:
     tag = "_" + hashlib.sha256(base.encode()).hexdigest()[:8] + suffix
     kept = base.encode()[: NAME_BYTES - len(tag.encode())].decode(errors="ignore")
     return kept + tag
+
+
+def quoted(identifier: str) -> str:
+    """An identifier as one types it in SQL: in quotes where it needs them, behind the name of a schema."""
+    return identifier if re.fullmatch(r"[a-z_][a-z0-9_]*", identifier) else in_quotes(identifier)
+
+
+def in_quotes(identifier: str) -> str:
+    """An identifier in quotes, which make it safe wherever it stands."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+_PART = r'("(?:[^"]|"")+"|[^\W\d][\w$]*)'
 
 
 def midnight(day: date) -> datetime:
@@ -98,6 +113,25 @@ class TableSpec:
 
     def __str__(self) -> str:
         return self.name
+
+    @classmethod
+    def named(cls, text: str) -> TableSpec:
+        """The table that ``text`` names as SQL does: ``t``, ``schema.t``, ``"Sales"."Order Events"``.
+
+        What stands in no quotes is folded to lower case. Raises ValueError when it is no such name.
+        """
+        parts = re.fullmatch(rf"{_PART}(?:\.{_PART})?", text.strip())
+        if parts is None:
+            raise ValueError(f'{text} is no name of a table as SQL writes it: t, schema.t or "Any Name"')
+        first, second = (
+            p and (p[1:-1].replace('""', '"') if p.startswith('"') else p.lower()) for p in parts.groups()
+        )
+        return cls(second, schema=first) if second else cls(first)
+
+    @property
+    def typed(self) -> str:
+        """The name as one types it in SQL, with the schema where that is known."""
+        return ".".join(quoted(part) for part in (self.schema, self.name) if part is not None)
 
     @property
     def home(self) -> str:
@@ -198,6 +232,14 @@ class TableSpec:
         """``webhook_log_y2025m10d22`` for 22 October 2025."""
         return f"{self.name}_{self.every.suffix(period.start)}"
 
+    def as_toml(self) -> str:
+        """The block of ``chronos.toml`` that lists the table."""
+        lines = ["[[tables]]", f"name = {_toml(self.typed)}", f"column = {_toml(self.column)}"]
+        lines.append(f"every = {_toml(self.every.value)}")
+        if self.retention_days is not None:
+            lines.append(f"retention_days = {self.retention_days}")
+        return "\n".join([*lines, f"ahead_days = {self.ahead_days}"])
+
     def as_json(self) -> dict[str, Any]:
         """For the state of a migration."""
         return {
@@ -213,6 +255,11 @@ class TableSpec:
     def from_json(cls, found: dict[str, Any]) -> TableSpec:
         """The reverse of ``as_json``."""
         return cls(**{**found, "every": Interval(found["every"])})
+
+
+def _toml(text: str) -> str:
+    """A string of TOML, which writes strings as JSON does."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 WEBHOOK_LOG = TableSpec("webhook_log", retention_days=15)

@@ -295,6 +295,58 @@ def test_rows_beyond_the_last_partition_are_named_with_the_last_day(database: st
     assert f"of 1 row lies after {day}, the last day that gets a partition" in found.blockers[0].text
 
 
+def test_many_partitions_are_a_warning_that_names_the_next_wider_interval(database: str) -> None:
+    query(database, _TABLE)
+    hourly = replace(SPEC, every=Interval.HOUR)
+    found = surveyed(database, hourly)
+    assert found.blockers == ()
+    with connect_engine(make_url(database)).connect() as conn, transaction(conn):
+        [warning] = [w for w in warnings(conn, found) if w.id == "many-partitions"]
+    assert re.match(
+        r"about 1,1\d\d partitions, each of one hour, .*; by the day it would be 46$", warning.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sql"),
+    [
+        (
+            "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_pkey",
+            "CREATE UNIQUE INDEX CONCURRENTLY webhook_log_key ON public.webhook_log (id);"
+            " ALTER TABLE public.webhook_log ADD PRIMARY KEY USING INDEX webhook_log_key",
+        ),
+        (
+            'CREATE UNIQUE INDEX "Only" ON webhook_log (id, status)',
+            'DROP INDEX CONCURRENTLY public."Only"',
+        ),
+        (
+            "ALTER TABLE webhook_log ADD CONSTRAINT only_id UNIQUE (id, status)",
+            "ALTER TABLE public.webhook_log DROP CONSTRAINT only_id",
+        ),
+        (
+            "CREATE TABLE retry (log_id bigint REFERENCES webhook_log)",
+            "ALTER TABLE public.retry DROP CONSTRAINT retry_log_id_fkey",
+        ),
+        (
+            "ALTER TABLE webhook_log ADD parent bigint CONSTRAINT mine REFERENCES webhook_log",
+            "ALTER TABLE public.webhook_log DROP CONSTRAINT mine",
+        ),
+        (
+            "DROP INDEX by_time",
+            'CREATE INDEX CONCURRENTLY ON public.webhook_log ("timestamp")',
+        ),
+    ],
+)
+def test_the_sql_of_a_message_is_the_way_out(database: str, change: str, sql: str) -> None:
+    query(database, _TABLE + change)
+    [blocker] = surveyed(database).blockers
+    assert sql in blocker.text
+    assert len(str(blocker)) < 500
+    for statement in sql.split(";"):
+        query(database, statement)
+    assert surveyed(database).blockers == ()
+
+
 def test_nothing_depends_on_the_names_of_webhook_log(database: str) -> None:
     spec = TableSpec("Event % Log", column="At", retention_days=2, ahead_days=3, schema="Odd Place")
     query(
@@ -313,7 +365,10 @@ def test_nothing_depends_on_the_names_of_webhook_log(database: str) -> None:
         "the check constraint few is NO INHERIT, which a partitioned table cannot have; drop it, and add it"
         " again without [no-inherit]",
         "table public.child has a foreign key (child_tenant_no_fkey) to Event % Log, whose (tenant, No) alone"
-        " will not be unique; drop it first [inbound-fk]",
+        " will not be unique; drop it first: ALTER TABLE public.child DROP CONSTRAINT child_tenant_no_fkey;"
+        " afterwards refer to a lookup table, which is a plain table of these keys that a trigger fills; or"
+        " make it composite, which keeps partitions from being dropped: ALTER TABLE public.child ADD FOREIGN"
+        ' KEY ("tenant", "no", ...) REFERENCES "Odd Place"."Event % Log" ("tenant", "No", "At") [inbound-fk]',
         "policy own reads Event % Log itself, and would go on reading Event % Log_old; drop it first"
         " [policy-reads-table]",
     ]

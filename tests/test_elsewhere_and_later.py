@@ -92,7 +92,7 @@ def test_a_restored_dump_goes_on_and_back_in_each_phase(
     write(there)
     expected = digest(there)
     if stop is not migrated:
-        result = chronos(there, "migrate", "--resume")
+        result = chronos(there, "migrate", "--yes", "--resume")
         assert result.returncode == 0, result.stderr
         assert digest(there) == expected
         write(there)
@@ -132,7 +132,7 @@ def test_midnight_passes_and_no_row_is_missing(
         migrate(engine, WEBHOOK_LOG, Options(hold=hold), Operator(Output()), lambda found: None)
         application.go_on(20)
         if hold:
-            result = chronos(database, "migrate", "--resume")
+            result = chronos(database, "migrate", "--yes", "--resume")
             assert result.returncode == 0, result.stderr
         application.go_on(20)
     assert application.errors == []

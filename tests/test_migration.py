@@ -533,7 +533,7 @@ def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
         migration.release()
         assert migration.process.wait(60) == 3
     assert state(database) == ("copying", False)
-    assert chronos(database, "migrate", "--resume").returncode == 0
+    assert chronos(database, "migrate", "--yes", "--resume").returncode == 0
 
 
 def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Path) -> None:
@@ -643,7 +643,7 @@ def test_what_the_application_does_to_todays_copied_rows_holds(database: str, th
         assert migration.process.returncode == 0, output + errors
     else:
         assert migration.process.returncode == 3, output + errors
-        verb = ["migrate", "--resume"] if then == "stop and resume" else ["rollback", "--yes"]
+        verb = ["migrate", "--yes", "--resume"] if then == "stop and resume" else ["rollback", "--yes"]
         again = chronos(database, *verb)
         assert again.returncode == 0, again.stdout + again.stderr
 
@@ -700,13 +700,13 @@ def test_held_before_the_swap(database: str) -> None:
         query(database, f"DELETE FROM webhook_log WHERE id % 10 = 1 AND id <= {ROWS}")
         noted = "SELECT count(*) FROM webhook_log_migration_changes"
         assert value(database, noted) >= ROWS // 5
-        again = chronos(database, "migrate", "--resume", "--hold")
+        again = chronos(database, "migrate", "--yes", "--resume", "--hold")
         assert again.returncode == 0, again.stdout + again.stderr
         assert state(database) == ("ready", False)
         assert value(database, noted) < ROWS // 5
         assert value(database, "SELECT count(*) FROM webhook_log_new WHERE status = 'held'") > 0
 
-        resumed = chronos(database, "migrate", "--resume")
+        resumed = chronos(database, "migrate", "--yes", "--resume")
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
         assert "[Step 6/6]" in resumed.stdout
         assert state(database) == ("migrated", True)
@@ -762,7 +762,7 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
     elif when == "while it is held":
         assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
         query(database, "TRUNCATE webhook_log")
-        result = chronos(database, "migrate", "--resume")
+        result = chronos(database, "migrate", "--yes", "--resume")
         code, output, errors = result.returncode, result.stdout, result.stderr
     else:
         with ExitStack() as reader:
@@ -835,7 +835,7 @@ def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> No
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
     gate_before_the_last_word(database)
     query(database, "UPDATE webhook_log SET status = 'noted' WHERE id % 10 = 0")
-    with closed_gate(database) as release, started(database, "migrate", "--resume") as process:
+    with closed_gate(database) as release, started(database, "migrate", "--yes", "--resume") as process:
         pid = pid_at_the_gate(database)
         if end == "killed":
             process.kill()
@@ -855,7 +855,7 @@ def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> No
     assert chronos(database, "finalize", "--yes").returncode == 2
     query(database, "UPDATE webhook_log SET status = 'later' WHERE id % 20 = 0")
 
-    result = chronos(database, "migrate", "--resume")
+    result = chronos(database, "migrate", "--yes", "--resume")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "compared and equal" in result.stdout
@@ -869,11 +869,11 @@ def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
     before = relations(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
     query(database, "UPDATE webhook_log SET status = 'noted' WHERE id > %s", ROWS - 10)
-    assert chronos(database, "migrate", "--resume", "--hold").returncode == 0
+    assert chronos(database, "migrate", "--yes", "--resume", "--hold").returncode == 0
     query(database, "UPDATE webhook_log_new SET status = 'tampered' WHERE id = %s", ROWS - 1)
 
     with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
-        result = chronos(database, "migrate", "--resume")
+        result = chronos(database, "migrate", "--yes", "--resume")
         seen = len(writer.commits)
         wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
 

@@ -213,7 +213,7 @@ def test_nothing_to_undo_or_finish(database: str) -> None:
         result = chronos(database, verb, "--yes")
         assert result.returncode == 2
         assert "there is no migration" in result.stderr
-    resumed = chronos(database, "migrate", "--resume")
+    resumed = chronos(database, "migrate", "--yes", "--resume")
     assert resumed.returncode == 2
     assert "nothing to resume" in resumed.stderr
 
@@ -324,7 +324,7 @@ def test_second_operator_is_told_who_holds_it(database: str) -> None:
             pid = wait_until(lambda: operator_pid(database), 30, "the first operator has the lock")
             for verb in (
                 ["migrate", "--yes"],
-                ["migrate", "--resume"],
+                ["migrate", "--yes", "--resume"],
                 ["rollback", "--yes"],
                 ["finalize", "--yes"],
             ):
@@ -356,7 +356,7 @@ def test_half_done_is_refused_with_both_commands(database: str) -> None:
     assert result.returncode == 2
     assert "--resume" in result.stderr
     assert "python -m chronos rollback" in result.stderr
-    assert chronos(database, "migrate", "--resume").returncode == 0
+    assert chronos(database, "migrate", "--yes", "--resume").returncode == 0
 
 
 def phase(url: str) -> str | None:
@@ -559,7 +559,7 @@ def test_the_application_can_delete_an_endpoint_in_every_phase(database: str) ->
     assert phase(database) == "ready"
     gone.append(delete_endpoint(database))
 
-    result = chronos(database, "migrate", "--resume")
+    result = chronos(database, "migrate", "--yes", "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert phase(database) == "migrated"
     cutoff = planned(database, "cutoff")

@@ -507,6 +507,6 @@ def test_the_command(migrated: str, redis_url: str, client: redis.Redis, tmp_pat
 
 def test_the_command_without_a_server() -> None:
     away = chronos("postgresql://somebody:hush@127.0.0.1:1/none", "status", "--json")
-    assert (away.returncode, away.stdout) == (1, "")
-    assert re.fullmatch(r"Error: connection to server at .*\n", away.stderr)
+    assert (away.returncode, away.stdout) == (2, "")
+    assert re.fullmatch(r"Error: cannot tell: connection to server at .*\n", away.stderr)
     assert "hush" not in away.stderr

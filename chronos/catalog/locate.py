@@ -6,6 +6,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
 from chronos.db import execute, joined, statement
+from chronos.errors import RefusedError
 from chronos.table import TableSpec
 
 # The session's own path decides where to look, so nothing of it may decide which function is called here.
@@ -37,3 +38,14 @@ def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
     if visible is None and len(schemas) == 1:
         [visible] = schemas
     return table.located(visible) if visible is not None else None
+
+
+def require_located(conn: Connection, table: TableSpec) -> TableSpec:
+    """The table with its schema. Raises RefusedError when there is no such table, or more than one."""
+    located = locate(conn, table)
+    if located is None:
+        raise RefusedError(
+            f"there is no table {table} in this database, or one in several schemas and none on the"
+            " search path; nothing was changed. Check the database and its search_path"
+        )
+    return located

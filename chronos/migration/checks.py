@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from enum import Enum
 
@@ -23,9 +23,10 @@ from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, statement
 from chronos.migration import state as states
 from chronos.migration.state import Phase, Plan, State
-from chronos.table import NAME_BYTES, Interval, Period, TableSpec, midnight
+from chronos.table import NAME_BYTES, Interval, Period, TableSpec, derived_name, in_quotes, midnight, quoted
 
 _MOST_PARTITIONS = 10_000
+_MANY_PARTITIONS = 1_000
 _NAMES_SHOWN = 10
 _TIME_TYPES = re.compile(r"date|timestamp(\(\d\))? with(out)? time zone")
 
@@ -127,10 +128,7 @@ class Subject:
     @property
     def table(self) -> str:
         """The table as one types it: schema and name, in quotes where they are needed."""
-        return ".".join(
-            part if re.fullmatch(r"[a-z_][a-z0-9_]*", part) else _quoted(part)
-            for part in (self.spec.home, self.spec.name)
-        )
+        return self.spec.typed
 
     def filled(self, query: str) -> Statement:
         """``query`` with what the queries of checks may name, all of it literals."""
@@ -235,10 +233,6 @@ def _findings(subject: Subject, kind: Kind) -> list[Finding]:
     return [Finding(check.id, text) for place, check in asked for text in texts[place]]
 
 
-def _quoted(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
-
-
 def _deletes_from(spec: TableSpec) -> str:
     """A regular expression of the server's: DELETE statements on the table."""
     table = re.sub(r"(\W)", r"\\\1", spec.name)
@@ -304,7 +298,7 @@ def _earlier(*phases: Phase, text: str) -> Callable[[Subject], Iterator[str]]:
                 t=spec,
                 phase=found.phase.value,
                 begun=found.plan.started_at,
-                status=commands.status(),
+                status=commands.status(spec),
                 migrate=commands.migrate(spec),
                 rollback=commands.rollback(spec),
                 finalize=commands.finalize(spec),
@@ -329,7 +323,7 @@ def _no_table(subject: Subject) -> Iterator[str]:
 
 def _already_partitioned(subject: Subject) -> Iterator[str]:
     if subject.relkind == "p" and subject.earlier is None:
-        yield f"{subject.spec} is partitioned already; see {commands.status()}"
+        yield f"{subject.spec} is partitioned already; see {commands.status(subject.spec)}"
 
 
 # --- Names ---
@@ -413,7 +407,7 @@ def _taken(
         subject.conn,
         statement(
             _TAKEN,
-            schema=_quoted(subject.spec.home),
+            schema=in_quotes(subject.spec.home),
             oid=shape.oid if shape else 0,
             relations=names(relations),
             statistics=names(statistics),
@@ -430,7 +424,7 @@ def _taken(
 def _no_time_column(subject: Subject) -> Iterator[str]:
     spec = subject.spec
     if all(column.name != spec.column for column in subject.shape.columns):
-        yield f"{spec} has no column {spec.column}; name the time column in the configuration"
+        yield f"{spec} has no column {spec.column}; name the time column in the configuration, or by --column"
 
 
 def _time_column_type(subject: Subject) -> Iterator[str]:
@@ -449,10 +443,13 @@ def _time_column_type(subject: Subject) -> Iterator[str]:
 def _no_key(subject: Subject) -> Iterator[str]:
     shape = subject.shape
     if not shape.old_key:
+        index = quoted(derived_name(subject.spec.name, "_key"))
+        column = "id" if "id" in shape.columns_by_name else "..."
         yield (
             f"{subject.spec} has no key by which a changed row could be found again: no primary key, and no"
-            f" unique index over NOT NULL columns; ALTER TABLE {subject.table} ADD PRIMARY KEY (...), after"
-            " CREATE UNIQUE INDEX CONCURRENTLY and with USING INDEX, so that nobody waits for long"
+            " unique index over NOT NULL columns; make one of the columns that tell its rows apart:"
+            f" CREATE UNIQUE INDEX CONCURRENTLY {index} ON {subject.table} ({column});"
+            f" ALTER TABLE {subject.table} ADD PRIMARY KEY USING INDEX {index}"
         )
 
 
@@ -461,18 +458,62 @@ def _no_time_index(subject: Subject) -> Iterator[str]:
         column = subject.spec.column
         yield (
             f"no index begins with {column}, by which the migration finds the rows of a period;"
-            f" CREATE INDEX CONCURRENTLY ON {subject.table} ({_quoted(column)})"
+            f" CREATE INDEX CONCURRENTLY ON {subject.table} ({in_quotes(column)})"
         )
 
 
+_LOOKUP = "a lookup table, which is a plain table of these keys that a trigger fills"
+
+
 def _unique_without_time(subject: Subject) -> Iterator[str]:
-    column, key = subject.spec.column, subject.shape.key_index
-    for index in subject.shape.indexes:
-        if index.unique and not index.primary and index != key and column not in index.columns:
-            yield (
-                f"the unique index {index.name} does not hold the {column},"
-                " and a partitioned table cannot keep it; drop it, or make it not unique"
-            )
+    shape, column, key = subject.shape, subject.spec.column, subject.shape.key_index
+    if not _has_time_column(shape):
+        return
+    for index in shape.indexes:
+        if index.primary or not index.unique or index == key or column in index.columns:
+            continue
+        known = quoted(index.name)
+        drop = f"DROP INDEX CONCURRENTLY {quoted(subject.spec.home)}.{known}"
+        if index.constraint:
+            drop = f"ALTER TABLE {subject.table} DROP CONSTRAINT {known}"
+        columns = ", ".join([in_quotes(c) if c else "..." for c in index.columns] + [in_quotes(column)])
+        yield (
+            f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep"
+            f" it; drop it: {drop}; where (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
+            f" CONCURRENTLY ON {subject.table} ({columns}); where not, keep {_LOOKUP}"
+        )
+
+
+def _inbound_fk(subject: Subject) -> Iterator[str]:
+    spec = subject.spec
+    for child, constraint, local, columns in execute(subject.conn, subject.filled(_INBOUND)).all():
+        key = f"table {child} has a foreign key ({constraint}) to {spec}"
+        drop = f"drop it first: ALTER TABLE {child} DROP CONSTRAINT {constraint}"
+        if spec.column in columns:
+            yield f"{key}, and would go on referring to {spec.old}; {drop}; and add it again afterwards"
+            continue
+        own = ", ".join([*map(in_quotes, local), "..."])
+        referred = ", ".join(map(in_quotes, [*columns, spec.column]))
+        dropping = "" if spec.retention_days is None else ", which keeps partitions from being dropped"
+        yield (
+            f"{key}, whose ({', '.join(columns)}) alone will not be unique; {drop}; afterwards refer to"
+            f" {_LOOKUP}; or make it composite{dropping}: ALTER TABLE {child} ADD FOREIGN KEY ({own})"
+            f" REFERENCES {subject.table} ({referred})"
+        )
+
+
+_INBOUND = """
+SELECT k.conrelid::regclass::text, quote_ident(k.conname), l.names, a.names
+FROM pg_constraint k
+CROSS JOIN LATERAL (SELECT array_agg(attname::text ORDER BY n)
+                    FROM unnest(k.conkey) WITH ORDINALITY AS u (attnum, n)
+                    JOIN pg_attribute USING (attnum) WHERE attrelid = k.conrelid) AS l (names)
+CROSS JOIN LATERAL (SELECT array_agg(attname::text ORDER BY n)
+                    FROM unnest(k.confkey) WITH ORDINALITY AS u (attnum, n)
+                    JOIN pg_attribute USING (attnum) WHERE attrelid = k.confrelid) AS a (names)
+WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conrelid <> {oid} AND k.conparentid = 0
+ORDER BY 1, 2
+"""
 
 
 def _invalid_index(subject: Subject) -> Iterator[str]:
@@ -498,7 +539,7 @@ def _unvalidated_foreign_key(subject: Subject) -> Iterator[str]:
         if not foreign.validated and not foreign.definition.endswith("NOT ENFORCED"):
             yield (
                 f"the foreign key {foreign.name} is not validated;"
-                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {_quoted(foreign.name)}"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(foreign.name)}"
             )
 
 
@@ -516,7 +557,7 @@ def _unvalidated_not_null(subject: Subject) -> Iterator[str]:
         if check.kind == "n" and check.inherited and not check.validated:
             yield (
                 f"the NOT NULL constraint {check.name} is not validated;"
-                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {_quoted(check.name)}"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(check.name)}"
             )
 
 
@@ -538,6 +579,21 @@ def _too_many_partitions(subject: Subject) -> Iterator[str]:
         yield (
             f"about {found.partitions:,} partitions are needed from {found.first:%Y-%m-%d} on, the most are"
             f" {_MOST_PARTITIONS:,}; keep fewer days, or let one hold more than the {found.spec.every}"
+        )
+
+
+def _many_partitions(subject: Subject) -> Iterator[str]:
+    found, spec = subject.survey, subject.spec
+    if found.partitions > _MANY_PARTITIONS:
+        if spec.every is Interval.MONTH:
+            instead = "keep fewer days, if you can"
+        else:
+            wider = list(Interval)[list(Interval).index(spec.every) + 1]
+            number = replace(found, spec=replace(spec, every=wider)).partitions
+            instead = f"by the {wider} it would be {number:,}"
+        yield (
+            f"about {found.partitions:,} partitions, each of one {spec.every}, and a query that does not name"
+            f" the time goes through all of them; {instead}"
         )
 
 
@@ -599,7 +655,7 @@ def _dependent_schema(subject: Subject) -> Iterator[str]:
     for kind, dependent, schema in _of_the_dependents(subject, _DEPENDENT_SCHEMA):
         yield (
             f"{kind} {dependent} is to be made to read the new table;"
-            f" GRANT CREATE ON SCHEMA {_quoted(schema)} to the role that you connect as"
+            f" GRANT CREATE ON SCHEMA {in_quotes(schema)} to the role that you connect as"
         )
 
 
@@ -879,26 +935,13 @@ WHERE c.oid = {oid} AND c.relrowsecurity AND c.relforcerowsecurity
     Check("too-many-partitions", Kind.STRUCTURE, _too_many_partitions),
     Check("lock-table-too-small", Kind.STRUCTURE, _lock_table_too_small),
     # --- What refers to the table ---
-    Check(
-        "inbound-fk",
-        Kind.STRUCTURE,
-        """
-SELECT format('table %s has a foreign key (%s) to %s, %s; drop it first', k.conrelid::regclass, k.conname,
-              {name},
-              CASE WHEN {column} = ANY (a.names)
-                   THEN format('and would go on referring to %s', {old})
-                   ELSE format('whose (%s) alone will not be unique', array_to_string(a.names, ', ')) END)
-FROM pg_constraint k
-CROSS JOIN LATERAL (SELECT array_agg(attname::text ORDER BY n)
-                    FROM unnest(k.confkey) WITH ORDINALITY AS u (attnum, n)
-                    JOIN pg_attribute USING (attnum) WHERE attrelid = k.confrelid) AS a (names)
-WHERE k.confrelid = {oid} AND k.contype = 'f' AND k.conrelid <> {oid} AND k.conparentid = 0""",
-    ),
+    Check("inbound-fk", Kind.STRUCTURE, _inbound_fk),
     Check(
         "self-fk",
         Kind.STRUCTURE,
         """
-SELECT format('the foreign key %s of %s refers to %s itself; drop it first', conname, {name}, {name})
+SELECT format('the foreign key %s of %s refers to %s itself; drop it first: ALTER TABLE %s'
+              ' DROP CONSTRAINT %I', conname, {name}, {name}, {table}, conname)
 FROM pg_constraint WHERE confrelid = {oid} AND contype = 'f' AND conrelid = {oid}""",
     ),
     Check(
@@ -1202,5 +1245,6 @@ FROM pg_publication p
 WHERE NOT pubviaroot AND (puballtables OR EXISTS (SELECT FROM pg_publication_rel r
                                                   WHERE r.prpubid = p.oid AND r.prrelid = {oid}))""",
     ),
+    Check("many-partitions", Kind.WARNING, _many_partitions),
     Check("lock-table-nearly-full", Kind.WARNING, _lock_table_nearly_full),
 )

@@ -32,8 +32,12 @@ def in_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+# A word in the quotes of a shell. A table is such a word, or has its schema before it.
+_QUOTED = r"""'[^']*'(?:"'"'[^']*')*"""
 _COMMAND = re.compile(
-    r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status|upgrade-functions))?(?: --[a-z-]+)*)"
+    r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status|upgrade-functions))?"
+    rf"(?: (?:{_QUOTED}|\w+\.\w+))?"
+    rf"(?: --(?:column|every|retention-days|ahead-days) (?:{_QUOTED}|\w+)| --[a-z-]+)*)"
 )
 
 

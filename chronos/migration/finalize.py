@@ -104,7 +104,7 @@ def _is_ours(conn: Connection, table: TableSpec) -> bool:
 def _why_not(table: TableSpec, found: State | None) -> str:
     if found is None:
         return f"there is no migration of {table} to finalize; nothing was changed"
-    return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command()}"
+    return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command(table)}"
 
 
 def _require_dispensable(conn: Connection, old: TableShape, found: State, retention_days: int | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.locate import locate
+from chronos.catalog.locate import require_located
 from chronos.db import execute, no_transaction_timeout, one_line, opened, statement
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
 from chronos.locks import Locks, Patience
@@ -87,17 +87,6 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
                 " nothing was changed. Wait until they are done"
             )
         yield conn, located
-
-
-def require_located(conn: Connection, table: TableSpec) -> TableSpec:
-    """The table with its schema. Raises RefusedError when there is no such table, or more than one."""
-    located = locate(conn, table)
-    if located is None:
-        raise RefusedError(
-            f"there is no table {table} in this database, or one in several schemas and none on the"
-            " search path; nothing was changed. Check the database and its search_path"
-        )
-    return located
 
 
 @contextmanager

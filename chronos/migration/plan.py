@@ -27,6 +27,7 @@ from chronos.catalog.ddl import (
     validate_statement,
 )
 from chronos.catalog.dependents import Dependent, dependents, redirect_statements
+from chronos.catalog.locate import require_located
 from chronos.catalog.shape import TableShape
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
@@ -71,7 +72,7 @@ from chronos.migration.foreign_keys import (
     given_up_statements,
     unchecked_statements,
 )
-from chronos.migration.operator import Operator, require_located
+from chronos.migration.operator import Operator
 from chronos.migration.rollback import definitions
 from chronos.migration.state import Phase, Plan, State, phase_statement
 from chronos.migration.swap import forward_statements

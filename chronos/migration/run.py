@@ -18,6 +18,7 @@ from chronos.catalog.ddl import (
 )
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
+from chronos.commands import start as start_command
 from chronos.commands import status as status_command
 from chronos.db import (
     discard,
@@ -118,17 +119,19 @@ def migrate(
     options: Options,
     operator: Operator,
     confirm: Callable[[Survey], None],
+    confirm_resume: Callable[[State], None] = lambda found: None,
 ) -> None:
     """Turn the table into partitions, or carry on where an earlier run was cut off.
 
-    ``confirm`` is shown what was found and raises RefusedError to call it off. Each error raised is
-    a ChronosError whose message says what state the tables are in.
+    ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came; either raises
+    RefusedError to call it off. Each error raised is a ChronosError whose message says what state the tables
+    are in.
     """
     with sole_operator(engine, table) as (conn, table):
         if options.max_replica_lag is not None:
             ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
         if options.resume:
-            migration = _take_over(engine, conn, table, operator)
+            migration = _take_over(engine, conn, table, operator, confirm_resume)
         else:
             migration = _begin(engine, conn, operator, _look(engine, conn, table, operator, confirm))
         _Run(migration, options).forward()
@@ -177,16 +180,24 @@ def _begin(engine: Engine, conn: Connection, operator: Operator, found: Survey) 
     return Migration(engine, conn, operator, State(uuid4(), Phase.BUILT, plan), found.shape)
 
 
-def _take_over(engine: Engine, conn: Connection, table: TableSpec, operator: Operator) -> Migration:
-    """Make an interrupted migration this run's own."""
+def _take_over(
+    engine: Engine,
+    conn: Connection,
+    table: TableSpec,
+    operator: Operator,
+    confirm: Callable[[State], None],
+) -> Migration:
+    """Make an interrupted migration this run's own, once the operator has confirmed."""
     with transaction(conn):
         found = states.read(conn, table)
         if found is None:
             raise RefusedError(
-                f"there is nothing to resume; nothing was changed. Start with: {migrate_command(table)}"
+                f"there is nothing to resume; nothing was changed. Start with: {start_command(table)}"
             )
         if (found.phase is Phase.MIGRATED and found.verified) or found.phase is Phase.FINALIZING:
-            raise RefusedError(f"{table} is migrated already; nothing was changed. See {status_command()}")
+            raise RefusedError(
+                f"{table} is migrated already; nothing was changed. See {status_command(table)}"
+            )
         if found.phase is Phase.UNDONE or (found.phase is Phase.RETURNING and not found.verified):
             raise RefusedError(
                 f"this migration is being undone; nothing was changed. Finish with: {rollback_command(table)}"
@@ -196,8 +207,10 @@ def _take_over(engine: Engine, conn: Connection, table: TableSpec, operator: Ope
             raise RefusedError(
                 f"the partitions built on {found.plan.started_at:%Y-%m-%d} reach to {found.plan.end:%Y-%m-%d}"
                 f" only; nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
-                f" with: {migrate_command(table)}"
+                f" with: {start_command(table)}"
             )
+    confirm(found)
+    with transaction(conn):
         found = states.take_over(conn, found)
         return Migration(engine, conn, operator, found, read_plain(conn, found))
 

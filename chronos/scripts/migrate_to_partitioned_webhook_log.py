@@ -1,8 +1,10 @@
-"""The documented way to start the migration; the same as ``python -m chronos migrate``."""
+"""The documented way to start the migration; the same as ``python -m chronos migrate webhook_log``."""
+
+import sys
 
 from chronos.cli import migrate
-from chronos.commands import migrate as command
+from chronos.commands import SCRIPT
 from chronos.table import WEBHOOK_LOG
 
 if __name__ == "__main__":
-    migrate(prog_name=command(WEBHOOK_LOG))
+    migrate(args=[WEBHOOK_LOG.name, *sys.argv[1:]], prog_name=SCRIPT)
