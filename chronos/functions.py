@@ -99,7 +99,8 @@ def upgrade(engine: Engine, table: TableSpec) -> str:
 _DEFINITIONS = r"""
 SELECT f.signature, concat(
     pg_get_functiondef(p.oid),
-    format(E';\nALTER ROUTINE %1$s OWNER TO %2$I;\nREVOKE ALL ON ROUTINE %1$s FROM PUBLIC', f.signature, f.owner),
+    format(E';\nALTER ROUTINE %1$s OWNER TO %2$I;\nREVOKE ALL ON ROUTINE %1$s FROM PUBLIC',
+           f.signature, f.owner),
     (SELECT string_agg(format(E';\nGRANT EXECUTE ON ROUTINE %s TO %s%s', f.signature,
                               CASE WHEN x.grantee = 0 THEN 'PUBLIC'
                                    ELSE quote_ident(pg_get_userbyid(x.grantee)) END,
@@ -122,7 +123,8 @@ def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
     To be called inside ``db.transaction``, whose search path makes the server print each name in full.
     """
     names = joined([statement("{f}", f=function) for function in table.functions])
-    return dict(execute(conn, statement(_DEFINITIONS, schema=table.home, names=names)).tuples().all())
+    rows = execute(conn, statement(_DEFINITIONS, schema=table.home, names=names)).all()
+    return dict(rows)
 
 
 _DROP_UNUSED = """
