@@ -5,19 +5,21 @@ The shared SQL functions are told the time, so each test picks the instant that 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from psycopg2.extensions import connection, cursor
-from sqlalchemy.engine import make_url
+from psycopg2.extensions import cursor
+from sqlalchemy.engine import Connection, make_url
 
-from chronos.catalog.partitions import attached, droppable, missing, runway
-from chronos.db import connect_engine, name, statement, transaction
+from chronos.catalog.partitions import Partition, attached, droppable, missing, runway
+from chronos.db import connect_engine
+from chronos.demo.embedded import create_database
 from chronos.table import Interval, Period, TableSpec
-from tests.conftest import MakeDatabase
 from tests.partitioned import column, install_functions, run
-from tests.tables import connected
+from tests.tables import query
 
 ZONES = ("Europe/Madrid", "America/New_York")
 TYPES = ("date", "timestamp(0)", "timestamptz(3)")
@@ -25,11 +27,35 @@ TYPES = ("date", "timestamp(0)", "timestamptz(3)")
 KINDS = [(every, type_) for every in Interval for type_ in TYPES if (every, type_) != (Interval.HOUR, "date")]
 
 
-@pytest.fixture(params=ZONES)
-def conn(make_database: MakeDatabase, request: pytest.FixtureRequest) -> Iterator[connection]:
-    """A transaction in a database whose time zone has daylight saving time."""
-    with connected(make_database(request.param), autocommit=False) as conn:
+@pytest.fixture(scope="module", params=ZONES)
+def scratch(postgres: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty database whose time zone has daylight saving time; nothing is committed there."""
+    name = f"chronos_test_{uuid.uuid4().hex}"
+    create_database(postgres, name)
+    query(postgres, f"ALTER DATABASE {name} SET timezone = '{request.param}'")
+    yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
+    query(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def conn(scratch: str) -> Iterator[Connection]:
+    """A transaction, undone in the end."""
+    with connect_engine(make_url(scratch)).connect() as conn:
         yield conn
+
+
+@pytest.fixture
+def cur(conn: Connection) -> cursor:
+    """The driver's cursor in that transaction."""
+    return conn.connection.cursor()  # type: ignore[return-value]
+
+
+def existing(conn: Connection, spec: TableSpec) -> list[Partition]:
+    """What the program makes of the partitions."""
+    conn.exec_driver_sql("SET LOCAL timezone = 'UTC'")
+    found = attached(conn, spec)
+    conn.exec_driver_sql("SET LOCAL timezone TO DEFAULT")
+    return found
 
 
 def table(cur: cursor, every: Interval, type_: str = "timestamptz") -> TableSpec:
@@ -94,15 +120,14 @@ def place(cur: cursor, instant: str) -> str:
     ],
 )
 def test_sql_and_program_agree_on_names_and_bounds(
-    database: str, every: Interval, start: datetime, days: int
+    cur: cursor, every: Interval, start: datetime, days: int
 ) -> None:
     """Over changes of the clock, leap days, the turns of years, weeks 52, 53 and 1."""
-    with connected(database, autocommit=False) as conn, conn.cursor() as cur:
-        spec = table(cur, every)
-        made = create(cur, spec, start, days)
-        periods = spec.periods(start, start + timedelta(days=days + 1))
-        assert bounds(cur) == expected(spec, periods)
-        assert made == [spec.partition(period) for period in periods]
+    spec = table(cur, every)
+    made = create(cur, spec, start, days)
+    periods = spec.periods(start, start + timedelta(days=days + 1))
+    assert bounds(cur) == expected(spec, periods)
+    assert made == [spec.partition(period) for period in periods]
 
 
 @pytest.mark.parametrize(
@@ -131,69 +156,59 @@ def test_sql_and_program_agree_on_names_and_bounds(
     ],
 )
 def test_the_zone_of_the_server_moves_no_bound(
-    conn: connection, every: Interval, now: str, first: str, second: str
+    cur: cursor, every: Interval, now: str, first: str, second: str
 ) -> None:
-    with conn.cursor() as cur:
-        spec = table(cur, every)
-        instant = datetime.fromisoformat(f"{now}+00:00")
-        names = [f"events_{first}", f"events_{second}"]
-        assert create(cur, spec, instant, 40)[:2] == names
-        assert [leaf for leaf, *_ in bounds(cur)][:2] == names
-        assert place(cur, f"{now}+00") == names[0]
-        (_, start, end), *_ = bounds(cur)
-        assert (start, end) == (spec.period(instant).start, spec.period(instant).end)
-        assert place(cur, f"{start}") == place(cur, f"{end - timedelta(microseconds=1)}") == names[0]
-        assert place(cur, f"{end}") == names[1]
+    spec = table(cur, every)
+    instant = datetime.fromisoformat(f"{now}+00:00")
+    names = [f"events_{first}", f"events_{second}"]
+    days = 1 if every is Interval.HOUR else 40
+    assert create(cur, spec, instant, days)[:2] == names
+    assert [leaf for leaf, *_ in bounds(cur)][:2] == names
+    assert place(cur, f"{now}+00") == names[0]
+    (_, start, end), *_ = bounds(cur)
+    assert (start, end) == (spec.period(instant).start, spec.period(instant).end)
+    assert place(cur, f"{start}") == place(cur, f"{end - timedelta(microseconds=1)}") == names[0]
+    assert place(cur, f"{end}") == names[1]
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
 def test_days_ahead_are_whole_days_whatever_a_partition_holds(
-    conn: connection, every: Interval, type_: str
+    cur: cursor, every: Interval, type_: str
 ) -> None:
     """Any type of the column, whose precision does not matter to bounds that are whole seconds."""
-    with conn.cursor() as cur:
-        spec = table(cur, every, type_)
-        now = datetime(2026, 12, 30, 22, 59, 59, 999999, tzinfo=UTC)
-        wanted = spec.wanted(now, back=False)
-        assert create(cur, spec, now, spec.ahead_days) == [spec.partition(period) for period in wanted]
-        assert create(cur, spec, now, spec.ahead_days) == []
-        assert bounds(cur) == expected(spec, wanted)
-        assert wanted[-1].end >= datetime(2027, 1, 3, tzinfo=UTC)
-        assert place(cur, "2027-01-02 23:59:59") == spec.partition(wanted[-1])
+    spec = table(cur, every, type_)
+    now = datetime(2026, 12, 30, 22, 59, 59, 999999, tzinfo=UTC)
+    wanted = spec.wanted(now, back=False)
+    assert create(cur, spec, now, spec.ahead_days) == [spec.partition(period) for period in wanted]
+    assert create(cur, spec, now, spec.ahead_days) == []
+    assert bounds(cur) == expected(spec, wanted)
+    assert wanted[-1].end >= datetime(2027, 1, 3, tzinfo=UTC)
+    assert place(cur, "2027-01-02 23:59:59+00") == spec.partition(wanted[-1])
 
 
-def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_place(conn: connection) -> None:
-    with conn.cursor() as cur:
-        spec = table(cur, Interval.WEEK, "timestamptz(3)")
-        create(cur, spec, datetime(2026, 12, 28, tzinfo=UTC), 10)
-        assert place(cur, "2027-01-03 23:59:59.9994+00") == "events_y2026w53"
-        assert place(cur, "2027-01-03 23:59:59.9995+00") == "events_y2027w01"
+def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_place(cur: cursor) -> None:
+    spec = table(cur, Interval.WEEK, "timestamptz(3)")
+    create(cur, spec, datetime(2026, 12, 28, tzinfo=UTC), 10)
+    assert place(cur, "2027-01-03 23:59:59.9994+00") == "events_y2026w53"
+    assert place(cur, "2027-01-03 23:59:59.9995+00") == "events_y2027w01"
 
 
 # Gaps
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
-def test_a_gap_is_filled_and_nothing_else(
-    database: str, conn: connection, every: Interval, type_: str
-) -> None:
-    with conn.cursor() as cur:
-        spec = table(cur, every, type_)
-        now = datetime(2026, 12, 20, 12, tzinfo=UTC)
-        days = 3 if every is Interval.HOUR else 100
-        everything = create(cur, spec, now, days)
-        gap = everything[1:3]
-        run(cur, f"DROP TABLE {', '.join(gap)}")
-        conn.commit()
-        dsn = conn.get_dsn_parameters()["dbname"]
-        with connect_engine(make_url(database).set(database=dsn)).connect() as look, transaction(look):
-            existing = attached(look, spec)
-        lacking = missing(existing, spec.periods(now, now + timedelta(days=days)))
-        assert [spec.partition(period) for period in lacking] == gap
-        assert runway(existing, spec, now) == (lacking[0].start.date() - now.date()).days - 1 * (
-            every is not Interval.HOUR
-        )
-        assert create(cur, spec, now, days) == gap
+def test_a_gap_is_filled_and_nothing_else(conn: Connection, cur: cursor, every: Interval, type_: str) -> None:
+    spec = table(cur, every, type_)
+    now = datetime(2026, 12, 20, 12, tzinfo=UTC)
+    days = 3 if every is Interval.HOUR else 100
+    everything = create(cur, spec, now, days)
+    gap = everything[1:3]
+    run(cur, f"DROP TABLE {', '.join(gap)}")
+    found = existing(conn, spec)
+    lacking = missing(found, spec.periods(now, now + timedelta(days=days)))
+    assert [spec.partition(period) for period in lacking] == gap
+    assert runway(found, spec, now) == max((lacking[0].start.date() - now.date()).days - 1, 0)
+    assert create(cur, spec, now, days) == gap
 
 
 # Expiry
@@ -211,46 +226,35 @@ def test_a_gap_is_filled_and_nothing_else(
     ],
 )
 def test_a_partition_goes_when_its_last_instant_is_older_than_the_retention(
-    conn: connection, every: Interval, start: str, end: str, last_kept: str
+    cur: cursor, every: Interval, start: str, end: str, last_kept: str
 ) -> None:
     """Ten days: the last moment at which the partition is kept, and the first at which it goes."""
-    with conn.cursor() as cur:
-        spec = table(cur, every)
-        period = spec.period(datetime.fromisoformat(f"{start}+00:00"))
-        assert period.end == datetime.fromisoformat(f"{end}+00:00")
-        create(cur, spec, period.start, 40 if every is not Interval.HOUR else 1)
-        at = datetime.fromisoformat(f"{last_kept}+00:00")
-        assert drop(cur, at, 10) == []
-        dropped = drop(cur, at + timedelta(seconds=1), 10)
-        assert dropped[0] == spec.partition(period)
-        assert every is Interval.HOUR or dropped == [spec.partition(period)]
+    spec = table(cur, every)
+    period = spec.period(datetime.fromisoformat(f"{start}+00:00"))
+    assert period.end == datetime.fromisoformat(f"{end}+00:00")
+    create(cur, spec, period.start, 40 if every is not Interval.HOUR else 1)
+    at = datetime.fromisoformat(f"{last_kept}+00:00")
+    assert drop(cur, at, 10) == []
+    assert drop(cur, at + timedelta(seconds=1), 10) == [spec.partition(period)]
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
 def test_sql_and_program_agree_on_what_has_expired(
-    database: str, conn: connection, every: Interval, type_: str
+    conn: Connection, cur: cursor, every: Interval, type_: str
 ) -> None:
-    with conn.cursor() as cur:
-        spec = table(cur, every, type_)
-        start = datetime(2026, 12, 10, tzinfo=UTC)
-        create(cur, spec, start, 3 if every is Interval.HOUR else 200)
-        conn.commit()
-        engine = connect_engine(make_url(database).set(database=conn.get_dsn_parameters()["dbname"]))
-        days = [12, 13, 14, 15] if every is Interval.HOUR else [10, 11, 32, 33, 42, 43, 60, 95, 400]
-        for n in days:
-            now = start + timedelta(days=n, hours=23)
-            with engine.connect() as look, transaction(look):
-                expected_names = [p.name for p in droppable(attached(look, spec), now.date(), 10)]
-            assert drop(cur, now, 10) == expected_names, n
-            conn.commit()
-        assert len(bounds(cur)) == 1, "the newest stays"
+    spec = table(cur, every, type_)
+    start = datetime(2026, 12, 10, tzinfo=UTC)
+    create(cur, spec, start, 3 if every is Interval.HOUR else 200)
+    days = [12, 13, 14, 15] if every is Interval.HOUR else [10, 11, 32, 33, 42, 43, 60, 95, 400]
+    for n in days:
+        now = start + timedelta(days=n, hours=23)
+        names = [p.name for p in droppable(existing(conn, spec), now.date(), 10)]
+        assert drop(cur, now, 10) == names, n
+    assert len(bounds(cur)) == 1, "the newest stays"
 
 
-def test_a_wrapper_tells_the_shared_function_the_time_of_the_transaction(conn: connection) -> None:
-    with conn.cursor() as cur:
-        spec = table(cur, Interval.WEEK)
-        [now] = column(cur, "SELECT now()")
-        call = statement("SELECT {function}(20)", function=name("public", spec.create_function))
-        assert column(cur, call) == [
-            spec.partition(period) for period in spec.periods(now, spec.wanted(now)[-1].end + timedelta(17))
-        ]
+def test_a_wrapper_tells_the_shared_function_the_time_of_the_transaction(cur: cursor) -> None:
+    spec = table(cur, Interval.WEEK)
+    [now] = column(cur, "SELECT now()")
+    wanted = replace(spec, ahead_days=20).wanted(now, back=False)
+    assert column(cur, f"SELECT {spec.create_function}(20)") == [spec.partition(p) for p in wanted]
