@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from psycopg2 import errors
 from psycopg2.extensions import cursor
 from sqlalchemy.engine import Connection, make_url
 
@@ -191,6 +192,14 @@ def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_pl
     create(cur, spec, datetime(2026, 12, 28, tzinfo=UTC), 10)
     assert place(cur, "2027-01-03 23:59:59.9994+00") == "events_y2026w53"
     assert place(cur, "2027-01-03 23:59:59.9995+00") == "events_y2027w01"
+
+
+@pytest.mark.parametrize("every", ["year", "2 days", None])
+def test_another_interval_is_refused(cur: cursor, every: str | None) -> None:
+    table(cur, Interval.DAY)
+    call = "SELECT chronos_create_partitions('public', 'events', %s, 3, now())"
+    with pytest.raises(errors.InvalidParameterValue, match=f"not {every or 'NULL'}"):
+        run(cur, call, every)
 
 
 # Gaps

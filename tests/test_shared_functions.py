@@ -14,9 +14,10 @@ from psycopg2.extensions import cursor
 from rich.console import Console
 from sqlalchemy.engine import Engine, make_url
 
-from chronos.db import connect_engine, transaction
+from chronos.catalog.shape import read
+from chronos.db import connect_engine, execute, statement, transaction
 from chronos.errors import RefusedError
-from chronos.functions import VERSION, definitions, installation, upgrade
+from chronos.functions import VERSION, definitions, distrusted, installation, upgrade
 from chronos.migration.console import Output
 from chronos.migration.finalize import finish
 from chronos.migration.operator import Operator
@@ -269,8 +270,10 @@ def test_an_upgrade_that_is_refused_changes_nothing(shop: str, roles: tuple[str,
     url = make_url(shop).set(username=bob, password=password)
     with pytest.raises(RefusedError, match=r"let a superuser install them: .*; nothing was changed$"):
         upgrade(connect_engine(url), metrics)
-    with engine_for(shop).connect() as conn, transaction(conn):
+    with connect_engine(url).connect() as conn, transaction(conn):
         assert definitions(conn, metrics) == {}
+        execute(conn, statement("SET TRANSACTION READ ONLY"))
+        assert "let a superuser install them" in str(distrusted(conn, read(conn, metrics, "metrics")))
 
 
 # There and back

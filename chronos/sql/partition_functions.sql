@@ -48,12 +48,12 @@ DECLARE
     state    regclass;
 BEGIN
     SELECT coalesce(bool_and(pg_has_role(p.proowner, 'USAGE')), true) AS ours,
-           coalesce(max(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):')::integer), 0) AS version,
+           max(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):'), '0')::integer) AS version,
            coalesce(min(pg_get_userbyid(p.proowner)), @'owner'@) AS owner
     INTO standing
     FROM pg_proc p
     WHERE p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@));
-    IF standing.ours AND standing.version <= @#version@ THEN
+    IF standing.ours AND coalesce(standing.version, 0) <= @#version@ THEN
         EXECUTE $shared$
 
 -- Creates the partitions that are missing from as_of through days_ahead days later, and returns their names.
@@ -69,8 +69,8 @@ SET datestyle = 'ISO'
 AS $chronos$
 DECLARE
     parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
-    step      CONSTANT interval := CASE every WHEN 'hour' THEN interval '1 hour' WHEN 'day' THEN interval '1 day'
-                                              WHEN 'week' THEN interval '7 days' WHEN 'month' THEN interval '1 month' END;
+    step      CONSTANT interval := CASE WHEN every IN ('hour', 'day', 'week', 'month')
+                                        THEN format('1 %s', every)::interval END;
     lower     timestamp;      -- of a new partition, UTC; the upper one is exclusive
     upper     timestamp;
     first     timestamp;      -- where the current period begins
@@ -271,7 +271,8 @@ BEGIN
       AND s.relkind = 'r' AND pg_has_role(s.relowner, t.relowner, 'MEMBER');
     IF state IS NOT NULL THEN
         IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-            RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions only', table_name
+            RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions '
+                'only', table_name
                 USING ERRCODE = 'invalid_transaction_state';
         END IF;
         BEGIN
@@ -281,7 +282,8 @@ BEGIN
                 RAISE NOTICE '% is on its way back to the plain table; no partition was dropped', table_name;
                 RETURN;
             ELSIF migration.phase = 'migrated' AND NOT migration.verified THEN
-                RAISE NOTICE 'what was written to % shortly before the swap is not compared yet; no partition was dropped', table_name;
+                RAISE NOTICE 'what was written to % shortly before the swap is not compared yet; no partition was '
+                    'dropped', table_name;
                 RETURN;
             END IF;
         EXCEPTION WHEN undefined_table THEN

@@ -14,17 +14,20 @@ BEGIN
            bool_and(pg_has_role(n.nspowner, 'USAGE')) AS schema_is_ours,
            bool_and(pg_has_role(p.proowner, n.nspowner, 'MEMBER')
                     OR pg_has_role(p.proowner, @'owner'@::name, 'MEMBER')) AS trusted,
-           min(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):')::integer, 0)) AS version
+           min(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):'), '0')::integer) AS version
     INTO standing
     FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
     WHERE p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@));
     IF NOT standing.trusted AND NOT (standing.ours AND standing.schema_is_ours) THEN
-        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % belong to %, who could make % run anything; let a superuser install them: python -m chronos upgrade-functions',
+        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % belong to %, '
+            'who could make % run anything; let a superuser install them: python -m chronos upgrade-functions',
             @'schema'@, standing.owner, @'owner'@
             USING ERRCODE = 'insufficient_privilege';
     END IF;
     IF standing.version < @#version@ AND NOT standing.ours THEN
-        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % are of version % and belong to %; let that role or a superuser install version @#version@: python -m chronos upgrade-functions',
+        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % are of '
+            'version % and belong to %; let that role or a superuser install version @#version@: '
+            'python -m chronos upgrade-functions',
             @'schema'@, standing.version, standing.owner
             USING ERRCODE = 'insufficient_privilege';
     END IF;
