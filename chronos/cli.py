@@ -458,8 +458,8 @@ def upgrade_functions(table: str | None) -> None:
     with _errors_as_lines():
         settings, engine = _settings_and_engine("upgrade-functions")
         found = settings.tables if table is None else (which_table(engine, settings, table)[0],)
-        for located in upgrade(engine, *found):
-            click.echo(f"Installed {' and '.join(located.functions)}")
+        for line in upgrade(engine, *found):
+            click.echo(line)
 
 
 @cli.command()

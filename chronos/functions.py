@@ -1,22 +1,31 @@
-"""The two SQL functions of a table: how they are installed, in the hands of the table's owner."""
+"""The SQL functions that keep tables in partitions: a pair for each table, and one that does their work.
+
+The pair of a table is in the hands of the table's owner. The other serves all tables of the schema; whose it
+may be is said in sql/shared_functions_check.sql.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import nobody_calls, script
 from chronos.catalog.locate import require_located
 from chronos.catalog.shape import TableShape, read
-from chronos.db import Statement, execute, joined, name, opened, statement, transaction
+from chronos.db import Statement, execute, joined, name, one_line, opened, sqlstate, statement, transaction
 from chronos.errors import RefusedError
 from chronos.table import TableSpec
 
+VERSION = 3
+
+_INSUFFICIENT_PRIVILEGE = "42501"
+
 
 def function_statements(shape: TableShape) -> list[Statement]:
-    """Create both functions, or replace their text."""
+    """Create the functions, or replace their text. Raises insufficient_privilege, see ``distrusted``."""
     table = shape.spec
     return [
-        script("partition_functions.sql", table),
+        *installation(table, shape.owner),
         *(
             statement(
                 "ALTER FUNCTION {function}(integer) OWNER TO {owner}",
@@ -33,18 +42,114 @@ def function_statements(shape: TableShape) -> list[Statement]:
     ]
 
 
-def upgrade(engine: Engine, *tables: TableSpec) -> list[TableSpec]:
+def installation(table: TableSpec, owner: str) -> list[Statement]:
+    """The functions for a table of ``owner``; its own pair belongs to the current user as yet."""
+    return [_script(file, table, owner) for file in ("shared_functions_check.sql", "partition_functions.sql")]
+
+
+def _script(file: str, table: TableSpec, owner: str) -> Statement:
+    home = '"' + table.home.replace('"', '""') + '"'
+    return script(
+        file,
+        table,
+        owner=owner,
+        version=str(VERSION),
+        create_shared=f"{home}.chronos_create_partitions(text, text, text, integer, timestamptz)",
+        drop_shared=f"{home}.chronos_drop_partitions(text, text, integer, timestamptz)",
+    )
+
+
+def distrusted(conn: Connection, shape: TableShape) -> str | None:
+    """Why the functions cannot be installed for a table of this owner by the current user; None: they can.
+
+    Changes nothing. In a transaction, whose end other installations in the schema wait for.
+    """
+    try:
+        with conn.begin_nested():
+            execute(conn, _script("shared_functions_check.sql", shape.spec, shape.owner))
+    except DBAPIError as error:
+        if sqlstate(error) != _INSUFFICIENT_PRIVILEGE:
+            raise
+        return one_line(error)
+    return None
+
+
+def upgrade(engine: Engine, *tables: TableSpec) -> list[str]:
     """Install the functions of this version for each of ``tables``, or for none; safe to call again.
 
-    Returns the tables with their schemas. No lock on them. Raises RefusedError when there is no such table,
-    or it lacks its time column.
+    Returns what was done, a sentence for each. No lock on the tables. Raises RefusedError when there is no
+    such table, it lacks its time column, or the current user must not or cannot install them.
     """
     with opened(engine) as conn:
         located = [require_located(conn, table) for table in tables]
+        done: list[str] = []
         with transaction(conn):
             for table in located:
                 shape = read(conn, table, table.name)
                 if table.column not in shape.columns_by_name:
                     raise RefusedError(f"{table.typed} has no column {table.column}; nothing was changed")
+                if reason := distrusted(conn, shape):
+                    raise RefusedError(f"{reason}; nothing was changed")
+                before = definitions(conn, table)
                 execute(conn, joined(function_statements(shape), ";\n"))
-    return located
+                functions = " and ".join(table.functions)
+                changed = definitions(conn, table) != before
+                done.append(f"Installed {functions}" if changed else f"{functions} are current already")
+    return done
+
+
+# pg_get_functiondef tells neither owner nor privileges nor comment.
+_DEFINITIONS = r"""
+SELECT f.signature, concat(
+    pg_get_functiondef(p.oid),
+    format(E';\nALTER ROUTINE %1$s OWNER TO %2$I;\nREVOKE ALL ON ROUTINE %1$s FROM PUBLIC',
+           f.signature, f.owner),
+    (SELECT string_agg(format(E';\nGRANT EXECUTE ON ROUTINE %s TO %s%s', f.signature,
+                              CASE WHEN x.grantee = 0 THEN 'PUBLIC'
+                                   ELSE quote_ident(pg_get_userbyid(x.grantee)) END,
+                              CASE WHEN x.is_grantable THEN ' WITH GRANT OPTION' END), '')
+     FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) x
+     WHERE x.grantee <> p.proowner),
+    format(E';\nCOMMENT ON ROUTINE %s IS %L', f.signature, obj_description(p.oid, 'pg_proc')))
+FROM pg_proc p
+JOIN pg_namespace n ON n.oid = p.pronamespace
+CROSS JOIN LATERAL (SELECT p.oid::regprocedure::text, pg_get_userbyid(p.proowner)) f (signature, owner)
+WHERE n.nspname = {schema} AND p.proname IN ({names}) AND p.prokind IN ('f', 'p')
+  AND p.proargtypes::text = 'integer'::regtype::oid::text
+ORDER BY 1
+"""
+
+
+def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
+    """What stands under the names of the table's own pair: signature -> the statements that make it again.
+
+    To be called inside ``db.transaction``, whose search path makes the server print each name in full.
+    """
+    names = joined([statement("{f}", f=function) for function in table.functions])
+    rows = execute(conn, statement(_DEFINITIONS, schema=table.home, names=names)).all()
+    return dict(rows)
+
+
+_DROP_UNUSED = """
+DO $do$
+DECLARE
+    shared text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended('chronos functions of ' || {schema}, 0));
+    FOR shared IN
+        SELECT p.oid::regprocedure::text
+        FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+        WHERE n.nspname = {schema} AND p.proname IN ('chronos_create_partitions', 'chronos_drop_partitions')
+          AND (pg_has_role(p.proowner, 'USAGE') OR pg_has_role(n.nspowner, 'USAGE'))
+          AND NOT EXISTS (SELECT FROM pg_depend d
+                          WHERE d.refclassid = 'pg_proc'::regclass AND d.refobjid = p.oid)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', shared);
+    END LOOP;
+END
+$do$"""
+
+
+def drop_unused_statement(table: TableSpec) -> Statement:
+    """Drop the pair that all tables of the schema share, unless a table's own still calls it."""
+    return statement(_DROP_UNUSED, schema=table.home)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
-from importlib.resources import files
 from typing import Any
 
 import redis
@@ -23,6 +21,7 @@ from chronos.catalog.locate import locate
 from chronos.catalog.partitions import Partition, attached, droppable, expired, missing, runway
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
 from chronos.errors import ChronosError, RefusedError
+from chronos.functions import VERSION
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
@@ -389,12 +388,6 @@ def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
     return {function: int(version) for function, version in rows}
 
 
-def _current_version() -> int:
-    """The version of the functions that this program would install."""
-    script = (files("chronos") / "sql" / "partition_functions.sql").read_text("utf-8")
-    return max(int(version) for version in re.findall(r"'chronos (\d+):", script))
-
-
 def _migration_runs(conn: Connection, table: TableSpec) -> bool:
     """Whether somebody holds the operator's lock at this moment; looks, and takes no lock."""
     found: bool = execute(
@@ -562,11 +555,10 @@ def _notices(status: Status) -> Iterator[str]:
 
 
 def _function_problems(status: Status) -> Iterator[str]:
-    current = _current_version()
     table = status.table
     lacking = [function for function in table.functions if function not in status.functions]
-    older = [function for function, version in status.functions.items() if version < current]
-    for what, functions in (("missing", lacking), (f"older than version {current}", older)):
+    older = [function for function, version in status.functions.items() if version < VERSION]
+    for what, functions in (("missing", lacking), (f"older than version {VERSION}", older)):
         if functions:
             yield (
                 f"{' and '.join(functions)}: {what}; as the owner of {table}, run:"

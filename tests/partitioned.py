@@ -8,7 +8,7 @@ from typing import Any
 from psycopg2 import sql
 from psycopg2.extensions import cursor
 
-from chronos.catalog.ddl import script
+from chronos.functions import installation
 from chronos.table import WEBHOOK_LOG, TableSpec, midnight
 
 _TABLES = """
@@ -68,8 +68,9 @@ def create_tables(cur: cursor, type_: str = "timestamptz", schema: str = "public
 
 def install_functions(cur: cursor, spec: TableSpec = WEBHOOK_LOG, schema: str = "public") -> None:
     """The two functions of a table in ``schema``; the search path is what it was."""
-    [path] = column(cur, "SHOW search_path")
-    run(cur, script("partition_functions.sql", spec.located(schema)))
+    [(path, user)] = run(cur, "SELECT current_setting('search_path'), current_user")
+    for part in installation(spec.located(schema), user):
+        run(cur, part)
     run(cur, "SELECT set_config('search_path', %s, true)", path)
 
 

@@ -155,6 +155,15 @@ def test_the_expired_day_goes(settings: Settings, client: redis.Redis) -> None:
     assert attempt(DROP, settings, Message("by hand"), 1.0)["dropped"] == []
 
 
+def test_while_a_migration_goes_back_nothing_is_dropped_and_the_night_is_done(settings: Settings) -> None:
+    url = url_of(settings)
+    add_days(url, -7, -3)
+    query(url, "CREATE TABLE webhook_log_migration AS SELECT 'returning' AS phase, true AS verified")
+    report = attempt(DROP, settings, NIGHTLY, 1.0)
+    assert (report["status"], report["dropped"]) == ("done", [])
+    assert partitions(url) == names(url, -7, 0)
+
+
 def test_both_jobs_catch_up_in_small_transactions(settings: Settings) -> None:
     url = url_of(settings)
     many = make_settings(url, settings.redis_url.get_secret_value(), ahead=20, retention=2)

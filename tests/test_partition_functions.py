@@ -486,17 +486,24 @@ def test_only_the_owner_may_call(role: str, conn: connection) -> None:
 def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
     found = run(
         cur,
-        "SELECT oid::regprocedure::text, pg_get_function_result(oid), proargnames, proconfig,"
+        "SELECT proname, pg_get_function_result(oid), proargnames, proconfig,"
         " obj_description(oid, 'pg_proc'), prosecdef FROM pg_proc"
         " WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
     )
     assert [(row[0], row[1], row[2]) for row in found] == [
-        ("create_future_webhook_log_partitions(integer)", "SETOF text", ["days_ahead"]),
-        ("drop_old_webhook_log_partitions(integer)", "SETOF text", ["retention_days"]),
+        (
+            "chronos_create_partitions",
+            "SETOF text",
+            ["schema_name", "table_name", "every", "days_ahead", "as_of"],
+        ),
+        ("chronos_drop_partitions", "SETOF text", ["schema_name", "table_name", "retention_days", "as_of"]),
+        ("create_future_webhook_log_partitions", "SETOF text", ["days_ahead"]),
+        ("drop_old_webhook_log_partitions", "SETOF text", ["retention_days"]),
     ]
-    for *_, settings, comment, runs_as_owner in found:
-        assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
-        assert comment.startswith("chronos 2: ")
+    for function, *_, settings, comment, runs_as_owner in found:
+        if function.startswith("chronos_"):
+            assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
+        assert comment.startswith("chronos 3: ")
         assert not runs_as_owner
 
 

@@ -372,7 +372,7 @@ def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str)
     function = WEBHOOK_LOG.drop_function
     query(migrated, f"COMMENT ON FUNCTION {function}(int) IS {comment}")
     status = look(migrated)
-    the_problem(status, f"^{function}: older than version 2; ")
+    the_problem(status, f"^{function}: older than version 3; ")
     assert status.as_json()["functions_installed"] is True
 
 

@@ -484,6 +484,22 @@ def owner_only(shape: TableShape, table: Statement) -> list[Statement]:
     ]
 
 
+def state_grants(shape: TableShape) -> list[Statement]:
+    """The state's table is the operator's, who runs what is kept in it. The table's owner may read it, for
+    the functions of the notes are the owner's.
+    """
+    state = name(shape.schema, shape.spec.state)
+    leaked = shape.leaked.get("r", ())
+    return [
+        *(
+            [statement("REVOKE ALL ON TABLE {state} FROM {roles}", state=state, roles=_roles(leaked))]
+            if leaked
+            else []
+        ),
+        statement("GRANT SELECT ON TABLE {state} TO {owner}", state=state, owner=name(shape.owner)),
+    ]
+
+
 def nobody_calls(shape: TableShape, function: Statement, arguments: str = "") -> list[Statement]:
     """Take away what default privileges have given on a new function."""
     roles = [role for role in shape.leaked.get("f", ()) if role != shape.owner]

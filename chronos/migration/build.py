@@ -9,11 +9,11 @@ from __future__ import annotations
 from chronos.catalog.ddl import (
     attach_statements,
     leaf_statements,
-    owner_only,
     parent_statements,
+    state_grants,
 )
 from chronos.catalog.shape import TableShape
-from chronos.db import Statement, execute, joined, name, statement, transaction
+from chronos.db import Statement, execute, joined, statement, transaction
 from chronos.locks import lock_table
 from chronos.migration.changes import change_log_statements, note_trigger_statements
 from chronos.migration.context import Direction, Migration
@@ -27,7 +27,7 @@ def parent_and_log_statements(shape: TableShape, state: State) -> list[Statement
         *parent_statements(shape, state.plan.renames),
         *change_log_statements(shape, state.plan),
         create_statement(state),
-        *owner_only(shape, name(shape.spec.home, shape.spec.state)),
+        *state_grants(shape),
     ]
 
 

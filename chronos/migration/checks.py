@@ -21,6 +21,7 @@ from chronos.catalog.dependents import dependents
 from chronos.catalog.shape import Index, TableShape
 from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, statement
+from chronos.functions import distrusted
 from chronos.migration import state as states
 from chronos.migration.state import Phase, Plan, State
 from chronos.table import NAME_BYTES, Interval, Period, TableSpec, derived_name, in_quotes, midnight, quoted
@@ -659,6 +660,11 @@ def _dependent_schema(subject: Subject) -> Iterator[str]:
         )
 
 
+def _shared_functions(subject: Subject) -> Iterator[str]:
+    if reason := distrusted(subject.conn, subject.shape):
+        yield reason
+
+
 _NOT_TO_BECOME = """
 SELECT role FROM unnest({roles}::text[]) AS r (role), pg_roles AS me
 WHERE me.rolname = current_user AND NOT me.rolsuper
@@ -898,6 +904,7 @@ FROM (SELECT DISTINCT confrelid FROM pg_constraint WHERE conrelid = {oid} AND co
 WHERE NOT has_any_column_privilege(confrelid, 'REFERENCES')""",
     ),
     Check("other-roles", Kind.STRUCTURE, _other_roles),
+    Check("shared-functions", Kind.STRUCTURE, _shared_functions),
     Check("dependent-not-owned", Kind.STRUCTURE, _dependent_not_owned),
     Check("dependent-schema", Kind.STRUCTURE, _dependent_schema),
     Check(

@@ -30,6 +30,8 @@ from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, joined, name, render, sqlstate, statement, transaction
 from chronos.errors import NeedsPersonError, RefusedError
+from chronos.functions import definitions as definitions
+from chronos.functions import drop_unused_statement
 from chronos.locks import lock_table
 from chronos.migration import state as states
 from chronos.migration.changes import (
@@ -456,31 +458,16 @@ def _our_triggers(migration: Migration) -> list[str]:
 
 
 def _functions_back(migration: Migration) -> None:
-    """Drop the two functions, unless they are still the ones that stood there before."""
-    standing = definitions(migration.conn, migration.table)
-    before = migration.plan.functions
+    """Drop the functions that the migration made, and put back those that stood there before."""
+    conn, before = migration.conn, migration.plan.functions
+    standing = definitions(conn, migration.table)
     for signature, definition in standing.items():
         if definition not in before:
-            execute(migration.conn, statement("DROP FUNCTION {function}", function=sql.SQL(signature)))
+            execute(conn, statement("DROP ROUTINE {function}", function=sql.SQL(signature)))
     for definition in before:
         if definition not in standing.values():
-            execute(migration.conn, sql.SQL(definition))
-
-
-def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
-    """The functions under the names of ours: signature -> definition."""
-    rows = execute(
-        conn,
-        statement(
-            "SELECT p.oid::regprocedure::text, pg_get_functiondef(p.oid) FROM pg_proc p"
-            " JOIN pg_namespace n ON n.oid = p.pronamespace"
-            " WHERE n.nspname = {schema} AND p.proname IN ({names}) AND p.prokind = 'f'"
-            " AND p.proargtypes::text = 'integer'::regtype::oid::text ORDER BY 1",
-            schema=table.home,
-            names=joined([sql.Literal(function) for function in table.functions]),
-        ),
-    ).all()
-    return dict(rows)
+            execute(conn, sql.SQL(definition))
+    execute(conn, drop_unused_statement(migration.table))
 
 
 def _leaves(migration: Migration) -> list[str]:

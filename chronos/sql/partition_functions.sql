@@ -1,4 +1,6 @@
--- The two functions that keep a table in partitions, callable by anyone who owns the table. For webhook_log:
+-- The functions that keep tables in partitions: a pair that does the work, shared by all tables of a schema,
+-- and for each table a pair of one-line wrappers. They are callable by anyone who owns the table. For
+-- webhook_log:
 --
 --     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
 --     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
@@ -9,6 +11,11 @@
 -- changed nothing, and the remedy is to call it again. Two callers at once: the second is refused the same
 -- way. Every name is written with its schema, and nothing but pg_catalog is on the search path: no operator
 -- or function that somebody has put elsewhere can be taken for the server's own.
+--
+-- Whose code runs. All of it runs with the rights of its caller, so whoever owns the shared pair could make
+-- the owner of every table in the schema run anything. shared_functions_check.sql, which comes first, says
+-- who that may be. The wrappers know the shared pair by its identity, not by its name (BEGIN ATOMIC): no
+-- other function can take its place, and it cannot be dropped while a wrapper calls it.
 
 -- An older version with another result or other argument names cannot be replaced in place.
 DO $chronos$
@@ -31,7 +38,28 @@ BEGIN
 END
 $chronos$;
 
-CREATE OR REPLACE FUNCTION @schema@.@create_function@(days_ahead integer)
+-- The shared pair is made, or brought to this version, by whoever may: a superuser, or its owner. It goes to
+-- the owner of the schema, who can replace anything in it anyhow; else to the owner of the table.
+DO $install$
+DECLARE
+    home     CONSTANT oid := (SELECT n.nspowner FROM pg_namespace n WHERE n.nspname = @'schema'@);
+    standing record;
+    shared   text;
+    state    regclass;
+BEGIN
+    SELECT coalesce(bool_and(pg_has_role(p.proowner, 'USAGE')), true) AS ours,
+           max(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):'), '0')::integer) AS version,
+           coalesce(min(pg_get_userbyid(p.proowner)), @'owner'@) AS owner
+    INTO standing
+    FROM pg_proc p
+    WHERE p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@));
+    IF standing.ours AND coalesce(standing.version, 0) <= @#version@ THEN
+        EXECUTE $shared$
+
+-- Creates the partitions that are missing from as_of through days_ahead days later, and returns their names.
+CREATE OR REPLACE FUNCTION @schema@.chronos_create_partitions(
+    schema_name text, table_name text, every text, days_ahead integer, as_of timestamptz
+)
 RETURNS SETOF text
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -40,10 +68,12 @@ SET timezone = 'UTC'
 SET datestyle = 'ISO'
 AS $chronos$
 DECLARE
-    parent    CONSTANT regclass := to_regclass(format('%I.%I', @'schema'@, @'table'@));
-    first     CONSTANT timestamp := date_trunc('@#every@', now() AT TIME ZONE 'UTC');
+    parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
+    step      CONSTANT interval := CASE WHEN every IN ('hour', 'day', 'week', 'month')
+                                        THEN format('1 %s', every)::interval END;
     lower     timestamp;      -- of a new partition, UTC; the upper one is exclusive
     upper     timestamp;
+    first     timestamp;      -- where the current period begins
     last      timestamp;      -- where the days ahead end
     sibling   oid;            -- the newest partition: the new ones are made in its likeness
     covered   tsmultirange;   -- all that has its place already
@@ -62,12 +92,16 @@ BEGIN
         RAISE EXCEPTION 'days_ahead must be 3650 or less, not %', days_ahead
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF step IS NULL THEN
+        RAISE EXCEPTION 'a partition holds an hour, a day, a week or a month, not %', coalesce(every, 'NULL')
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
     IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
-        RAISE EXCEPTION '% is not a partitioned table; migrate it first', @'table'@
+        RAISE EXCEPTION '% is not a partitioned table; migrate it first', table_name
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(@'table'@ || ' partitions', parent::oid::bigint)) THEN
-        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', @'table'@
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(table_name || ' partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', table_name
             USING ERRCODE = 'lock_not_available';
     END IF;
 
@@ -85,19 +119,20 @@ BEGIN
           WHERE i.inhparent = parent AND NOT i.inhdetachpending
             AND bound IS NOT NULL) p;  -- the default partition has no bounds
 
-    last := date_trunc('day', now() AT TIME ZONE 'UTC') + (days_ahead + 1) * interval '1 day';
+    first := date_trunc(every, as_of AT TIME ZONE 'UTC');
+    last := date_trunc('day', as_of AT TIME ZONE 'UTC') + (days_ahead + 1) * interval '1 day';
     FOR lower, upper IN
-        SELECT l, l + interval '1 @#every@'
-        FROM generate_series(first, last - interval '1 microsecond', interval '1 @#every@') l
-        WHERE NOT coalesce(covered @> tsrange(l, l + interval '1 @#every@'), false)
+        SELECT l, l + step
+        FROM generate_series(first, last - interval '1 microsecond', step) l
+        WHERE NOT coalesce(covered @> tsrange(l, l + step), false)
         ORDER BY l
     LOOP
-        leaf := @'table'@ || to_char(lower, CASE '@#every@' WHEN 'hour' THEN '"_y"YYYY"m"MM"d"DD"h"HH24'
-                                                            WHEN 'week' THEN '"_y"IYYY"w"IW'
-                                                            WHEN 'month' THEN '"_y"YYYY"m"MM'
-                                                            ELSE '"_y"YYYY"m"MM"d"DD' END);
-        shown := to_char(lower, CASE '@#every@' WHEN 'hour' THEN 'YYYY-MM-DD HH24:MI' ELSE 'YYYY-MM-DD' END);
-        qualified := format('%I.%I', @'schema'@, leaf);
+        leaf := table_name || to_char(lower, CASE every WHEN 'hour' THEN '"_y"YYYY"m"MM"d"DD"h"HH24'
+                                                     WHEN 'week' THEN '"_y"IYYY"w"IW'
+                                                     WHEN 'month' THEN '"_y"YYYY"m"MM'
+                                                     ELSE '"_y"YYYY"m"MM"d"DD' END);
+        shown := to_char(lower, CASE every WHEN 'hour' THEN 'YYYY-MM-DD HH24:MI' ELSE 'YYYY-MM-DD' END);
+        qualified := format('%I.%I', schema_name, leaf);
         IF to_regclass(qualified) IS NOT NULL THEN
             IF EXISTS (SELECT FROM pg_inherits
                        WHERE inhrelid = to_regclass(qualified) AND inhparent = parent AND inhdetachpending) THEN
@@ -179,7 +214,11 @@ BEGIN
 END
 $chronos$;
 
-CREATE OR REPLACE FUNCTION @schema@.@drop_function@(retention_days integer)
+-- Drops the partitions whose last instant lies before the day that is retention_days before as_of, and returns
+-- their names.
+CREATE OR REPLACE FUNCTION @schema@.chronos_drop_partitions(
+    schema_name text, table_name text, retention_days integer, as_of timestamptz
+)
 RETURNS SETOF text
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -191,8 +230,10 @@ DECLARE
     -- Every lock is held to the end of the call: a month at a time keeps the wait of the others short
     -- and the lock table of the server far from full. What is left over goes with the next call.
     most      CONSTANT integer := 31;
-    parent    CONSTANT regclass := to_regclass(format('%I.%I', @'schema'@, @'table'@));
-    today     CONSTANT date := (now() AT TIME ZONE 'UTC')::date;
+    parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
+    today     CONSTANT date := (as_of AT TIME ZONE 'UTC')::date;
+    state     regclass;         -- the table that says how far a migration has come, if there is one
+    migration record;
     leaf      record;
     wait      text := '';       -- NOWAIT once a partition has cost us the whole of lock_timeout
     doomed    text[] := '{}';   -- locked, qualified and quoted
@@ -206,16 +247,49 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF parent IS NULL OR NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = parent) THEN
-        RAISE EXCEPTION '% is not a partitioned table; migrate it first', @'table'@
+        RAISE EXCEPTION '% is not a partitioned table; migrate it first', table_name
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(@'table'@ || ' partitions', parent::oid::bigint)) THEN
-        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', @'table'@
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(table_name || ' partitions', parent::oid::bigint)) THEN
+        RAISE EXCEPTION 'another session is creating or dropping partitions of %; call again later', table_name
             USING ERRCODE = 'lock_not_available';
     END IF;
 
     -- Nobody attaches, detaches or re-bounds a partition while this is held; everybody reads and writes.
-    LOCK TABLE ONLY @schema@.@table@ IN SHARE UPDATE EXCLUSIVE MODE;
+    EXECUTE format('LOCK TABLE ONLY %I.%I IN SHARE UPDATE EXCLUSIVE MODE', schema_name, table_name);
+    IF to_regclass(format('%I.%I', schema_name, table_name)) IS DISTINCT FROM parent THEN
+        RAISE EXCEPTION '% was exchanged while its lock was waited for; call again later', table_name
+            USING ERRCODE = 'lock_not_available';
+    END IF;
+
+    -- A way back begins under a lock that excludes the one above, so the phase read here holds to the end of
+    -- the call. What somebody else has put under this name is neither ours nor safe to be read: a view or a
+    -- policy could call anything, with the rights of whoever calls this function.
+    SELECT s.oid INTO state
+    FROM pg_class s JOIN pg_class t ON t.oid = parent
+    WHERE s.oid = to_regclass(format('%I.%I', schema_name, table_name || '_migration'))
+      AND s.relkind = 'r' AND pg_has_role(s.relowner, t.relowner, 'MEMBER');
+    IF state IS NOT NULL THEN
+        IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+            RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions '
+                'only', table_name
+                USING ERRCODE = 'invalid_transaction_state';
+        END IF;
+        BEGIN
+            EXECUTE format('SELECT phase, verified FROM %I.%I', schema_name, table_name || '_migration')
+            INTO migration;
+            IF migration.phase = 'returning' THEN
+                RAISE NOTICE '% is on its way back to the plain table; no partition was dropped', table_name;
+                RETURN;
+            ELSIF migration.phase = 'migrated' AND NOT migration.verified THEN
+                RAISE NOTICE 'what was written to % shortly before the swap is not compared yet; no partition was '
+                    'dropped', table_name;
+                RETURN;
+            END IF;
+        EXCEPTION WHEN undefined_table THEN
+            NULL;  -- the migration has been finalized at this moment
+        END;
+    END IF;
 
     -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
     -- The partition that reaches furthest into the future stays in any case: a table without any
@@ -254,7 +328,7 @@ BEGIN
     END LOOP;
 
     IF doomed <> '{}' THEN
-        LOCK TABLE ONLY @schema@.@table@ IN ACCESS EXCLUSIVE MODE;
+        EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
     FOR leaf IN
         SELECT d.qualified, c.relname::text AS name
@@ -289,14 +363,60 @@ BEGIN
 END
 $chronos$;
 
+-- Whoever calls a wrapper calls these. They give nobody a right that he does not have.
+GRANT EXECUTE ON FUNCTION @#create_shared@, @#drop_shared@ TO PUBLIC;
+
+COMMENT ON FUNCTION @#create_shared@ IS
+    'chronos @#version@: creates the partitions of a table that are missing from as_of (UTC) through days_ahead '
+    'days later, one each hour, day, week or month; create_future_..._partitions of the table calls it';
+COMMENT ON FUNCTION @#drop_shared@ IS
+    'chronos @#version@: drops the partitions of a table that end before the day that is retention_days before '
+    'as_of (UTC); drop_old_..._partitions of the table calls it';
+
+        $shared$;
+        FOREACH shared IN ARRAY ARRAY[@'create_shared'@, @'drop_shared'@] LOOP
+            EXECUTE format('ALTER FUNCTION %s OWNER TO %I', shared,
+                           CASE WHEN pg_has_role(home, 'USAGE') THEN pg_get_userbyid(home) ELSE standing.owner END);
+        END LOOP;
+    END IF;
+
+    -- The function that drops reads the state of the migration, which may belong to the operator.
+    SELECT c.oid INTO state
+    FROM pg_class c
+    WHERE c.oid = to_regclass(format('%I.%I', @'schema'@, @'state'@)) AND c.relkind = 'r'
+      AND pg_has_role(c.relowner, 'USAGE') AND pg_get_userbyid(c.relowner) <> @'owner'@;
+    IF state IS NOT NULL THEN
+        EXECUTE format('GRANT SELECT ON %s TO %I', state, @'owner'@);
+    END IF;
+END
+$install$;
+
+-- The wrappers of this table.
+CREATE OR REPLACE FUNCTION @schema@.@create_function@(days_ahead integer)
+RETURNS SETOF text
+LANGUAGE sql
+BEGIN ATOMIC
+    SELECT @schema@.chronos_create_partitions(
+        @'schema'@::text, @'table'@::text, '@#every@'::text, days_ahead, pg_catalog.now());
+END;
+
+CREATE OR REPLACE FUNCTION @schema@.@drop_function@(retention_days integer)
+RETURNS SETOF text
+LANGUAGE sql
+BEGIN ATOMIC
+    SELECT @schema@.chronos_drop_partitions(
+        @'schema'@::text, @'table'@::text, retention_days, pg_catalog.now());
+END;
+
 REVOKE ALL ON FUNCTION @schema@.@create_function@(integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION @schema@.@drop_function@(integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION @schema@.@create_function@(integer) IS
-    'chronos 2: creates the partitions (one a @#every@) that are missing from now (UTC) through days_ahead days '
-    'from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on the table: reads and writes go on. '
-    'Raises lock_not_available after 200 ms without a lock, having changed nothing.';
+    'chronos @#version@: creates the partitions (one a @#every@) that are missing from now (UTC) through days_ahead '
+    'days from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on the table: reads and writes go '
+    'on. Raises lock_not_available after 200 ms without a lock, having changed nothing.';
 COMMENT ON FUNCTION @schema@.@drop_function@(integer) IS
-    'chronos 2: drops the partitions that end before the day that is retention_days old (UTC), at most 31 in a '
-    'call, never the newest; returns their names. ACCESS EXCLUSIVE on the table for milliseconds. Raises '
-    'lock_not_available after 200 ms without a lock, having changed nothing.';
+    'chronos @#version@: drops the partitions that end before the day that is retention_days old (UTC), at most 31 '
+    'in a call, never the newest, and none while a migration is on its way back or not compared to its end; '
+    'returns their names. ACCESS EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
+    ' without a lock, having changed nothing.';
