@@ -36,6 +36,7 @@ from tests.waiting import wait_until
 
 KeyType = Literal["serial", "identity", "identity always", "uuid"]
 TimestampType = Literal["timestamptz", "timestamp"]
+TimeType = Literal[TimestampType, "date"]
 # One value, or as many as the key has columns.
 Key = Any
 # What the application has written into a row, by column: all that its schema names. Times are aware, UTC.
@@ -102,20 +103,19 @@ class Parent(NamedTuple):
 class Schema:
     """A table as its application knows it: ``name`` is as one types it, with schema and quotes.
 
-    ``ddl`` makes it, empty. ``makes`` says how the value of each column is made that the application writes:
+    ``makes`` says how the value of each column is made that the application writes:
     those of the key and ``mark`` are among them, the ``time`` column and the parent's are not. ``given`` keys
     come from the server when an insert leaves them out. ``touch`` are the columns that an update by a
     prepared statement sets. ``kind`` is the type of the time column, ``precision`` its decimals.
     """
 
     name: str
-    ddl: str
     key: tuple[str, ...]
     time: str
     mark: str
     makes: Mapping[str, Make]
     given: bool = False
-    kind: Literal["timestamptz", "timestamp", "date"] = "timestamptz"
+    kind: TimeType = "timestamptz"
     precision: int = 6
     marks: Marks = MARKS
     touch: tuple[str, ...] = ()
@@ -255,9 +255,6 @@ CREATE TABLE webhook_log (
     "timestamp" {timestamp_type} NOT NULL,
     webhook_endpoint_id bigint
 );
-"""
-
-_ROWS = """
 INSERT INTO webhook_log (request_body, status, status_code, "timestamp", webhook_endpoint_id)
 SELECT jsonb_build_object('n', n, 'text', repeat(md5(n::text), {width})),
        CASE WHEN n % 3 = 0 AND age < {owned} THEN 'stock' ELSE 'untouched' END,
@@ -274,10 +271,9 @@ ANALYZE webhook_log;
 
 
 def webhook_log(key_type: KeyType = "serial", timestamp_type: TimestampType = "timestamptz") -> Schema:
-    """The table that the others are measured by; its key and its indexes come with the rows."""
+    """What `load` makes."""
     return Schema(
         name="webhook_log",
-        ddl=_TABLES.format(key_type=_KEY_TYPES[key_type], timestamp_type=timestamp_type, parents=PARENTS),
         key=("id",),
         time="timestamp",
         mark="status",
@@ -327,9 +323,17 @@ def load(
 ) -> Loaded:
     """Create webhook_endpoint and webhook_log: ``rows`` rows of ``width`` x 32 bytes over ``days`` days."""
     schema = webhook_log(key_type, timestamp_type)
-    script = _ROWS.format(rows=rows, days=days, width=width, owned=schema.days.owned, parents=PARENTS)
+    script = _TABLES.format(
+        key_type=_KEY_TYPES[key_type],
+        timestamp_type=timestamp_type,
+        rows=rows,
+        days=days,
+        width=width,
+        owned=schema.days.owned,
+        parents=PARENTS,
+    )
     with _connect(url) as session, session.cursor() as cur:
-        cur.execute(schema.ddl + script)
+        cur.execute(script)
         loaded = _loaded(cur, schema)
     session.close()
     return loaded
