@@ -25,31 +25,18 @@ MONTHS = Days(loaded=200, counted=190, owned=150, ahead=2)
 
 @dataclass(frozen=True)
 class Real:
-    """A table of ``project``: how its application knows it, and what chronos is to keep of it.
+    """A table of ``project`` that chronos is to keep: ``live`` is how its application knows it.
 
     ``refused`` are the ids of the checks that refuse it as it is, ``way_out`` the statements after which they
-    do not.
+    do not. Without ``live`` there is no way out but to change the application.
     """
 
     project: str
     spec: TableSpec
     ddl: str
-    live: Schema
+    live: Schema | None = None
     refused: tuple[str, ...] = ()
     way_out: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.project} {self.spec.name}"
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A table of ``project`` that chronos refuses, with the ids of the checks that do."""
-
-    project: str
-    spec: TableSpec
-    ddl: str
-    refused: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.project} {self.spec.name}"
@@ -279,11 +266,11 @@ PROCRASTINATE = Real(
     refused=("no-time-index",),
     way_out=("CREATE INDEX CONCURRENTLY ON public.procrastinate_events (at)",),
 )
-PROCRASTINATE_JOBS = Refused(
+PROCRASTINATE_JOBS = Real(
     "procrastinate",
     TableSpec("procrastinate_jobs", "scheduled_at", retention_days=15),
     _PROCRASTINATE,
-    ("inbound-fk", "no-time-index", "unique-without-time"),
+    refused=("inbound-fk", "no-time-index", "unique-without-time"),
 )
 
 # pgmq, queues in SQL: the archive of a queue, in a schema that is on nobody's search path.
@@ -714,6 +701,43 @@ UMAMI = Real(
     ),
 )
 
+# Bitwarden, a password manager: what members of an organization have done; all its names are in mixed case.
+BITWARDEN = Real(
+    "Bitwarden",
+    TableSpec("Event", "Date", retention_days=15),
+    """
+    CREATE TABLE "Event" (
+        "Id" uuid NOT NULL,
+        "Date" timestamptz NOT NULL,
+        "Type" integer NOT NULL,
+        "UserId" uuid,
+        "OrganizationId" uuid,
+        "CipherId" uuid,
+        "GroupId" uuid,
+        "DeviceType" smallint,
+        "IpAddress" varchar(50),
+        "ActingUserId" uuid,
+        CONSTRAINT "PK_Event" PRIMARY KEY ("Id")
+    );
+    CREATE INDEX "IX_Event_Date_OrganizationId_ActingUserId_CipherId"
+        ON "Event" ("Date", "OrganizationId", "ActingUserId", "CipherId");
+    """,
+    application(
+        '"Event"',
+        "Id",
+        "Date",
+        "IpAddress",
+        {
+            "Id": any_uuid,
+            "IpAddress": maybe(one_of("10.0.0.1", "2001:db8::1")),
+            "Type": number(1_000, 1_700),
+            "UserId": maybe(any_uuid),
+            "OrganizationId": maybe(any_uuid),
+            "DeviceType": maybe(number(0, 25)),
+        },
+    ),
+)
+
 # Supabase Auth: json, which knows no equality, row security, a schema of its own.
 SUPABASE = Real(
     "Supabase Auth",
@@ -901,7 +925,8 @@ GRAPHILE = Real(
         priority smallint DEFAULT 0 NOT NULL,
         run_at timestamptz DEFAULT now() NOT NULL,
         attempts smallint DEFAULT 0 NOT NULL,
-        max_attempts smallint DEFAULT 25 NOT NULL CONSTRAINT jobs_max_attempts_check CHECK (max_attempts >= 1),
+        max_attempts smallint DEFAULT 25 NOT NULL
+            CONSTRAINT jobs_max_attempts_check CHECK (max_attempts >= 1),
         last_error text,
         created_at timestamptz DEFAULT now() NOT NULL,
         updated_at timestamptz DEFAULT now() NOT NULL,
@@ -1024,7 +1049,7 @@ KILL_BILL = Real(
 )
 
 # Mattermost: the time of an audit is a number of milliseconds.
-MATTERMOST = Refused(
+MATTERMOST = Real(
     "Mattermost",
     TableSpec("audits", "createat", retention_days=15),
     """
@@ -1039,11 +1064,11 @@ MATTERMOST = Refused(
     );
     CREATE INDEX idx_audits_user_id ON audits (userid);
     """,
-    ("time-column-type",),
+    refused=("time-column-type",),
 )
 
 # Message DB, an event store: a message is known by its own uuid, and by its place in its stream.
-MESSAGE_DB = Refused(
+MESSAGE_DB = Real(
     "Message DB",
     TableSpec("messages", "time", schema="message_store"),
     """
@@ -1062,12 +1087,13 @@ MESSAGE_DB = Refused(
     CREATE UNIQUE INDEX messages_id ON message_store.messages (id);
     CREATE UNIQUE INDEX messages_stream ON message_store.messages (stream_name, position);
     """,
-    ("no-time-index", "unique-without-time"),
+    refused=("no-time-index", "unique-without-time"),
 )
 
-MIGRATED: tuple[Real, ...] = (
+ALL = (
     RIVER,
     PROCRASTINATE,
+    PROCRASTINATE_JOBS,
     PGMQ,
     LITELLM,
     AUDITED,
@@ -1077,6 +1103,7 @@ MIGRATED: tuple[Real, ...] = (
     SVIX,
     TIMESCALE,
     UMAMI,
+    BITWARDEN,
     SUPABASE,
     PG_BOSS,
     OPENFGA,
@@ -1084,10 +1111,6 @@ MIGRATED: tuple[Real, ...] = (
     GRAPHILE,
     DISCOURSE,
     KILL_BILL,
-)
-REFUSED: tuple[Refused | Real, ...] = (
-    PROCRASTINATE_JOBS,
     MATTERMOST,
     MESSAGE_DB,
-    *(table for table in MIGRATED if table.refused),
 )
