@@ -63,8 +63,8 @@ def test_there_and_back_beside_its_application(database: str, pg_bin: Path, tabl
     engine = connect_engine(make_url(database))
     state = f'"{spec.schema or "public"}"."{spec.state}"'
     with (
-        Application(database, loaded) as application,
-        Readers(database, loaded, application, pause_s=0.01) as readers,
+        Application(database, loaded, threads=2, rate=80) as application,
+        Readers(database, loaded, application, pause_s=0.02) as readers,
     ):
         migrate(engine, spec, Options(), operator(), lambda found: None)
         kind = value(database, "SELECT relkind::text FROM pg_class WHERE oid = %s::regclass", schema.name)
@@ -99,8 +99,8 @@ def test_a_row_that_is_gone_or_changed_is_noticed(database: str, table: Real) ->
     schema = create(database, table)
     loaded = fill(database, schema, ROWS)
     with (
-        Application(database, loaded) as application,
-        Readers(database, loaded, application, pause_s=0.01) as readers,
+        Application(database, loaded, threads=2, rate=80) as application,
+        Readers(database, loaded, application, pause_s=0.02) as readers,
     ):
         wait_until(lambda: len(application.newest()) > 5, 20, "there are new rows")
         changed = loaded.counted()[1]
