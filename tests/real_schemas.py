@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 from chronos.table import Interval, TableSpec
@@ -199,7 +200,7 @@ RIVER = Real(
     refused=("no-time-index", "unique-without-time"),
     way_out=(
         "DROP INDEX river_job_unique_idx",
-        "CREATE INDEX CONCURRENTLY ON public.river_job (created_at)",
+        'CREATE INDEX CONCURRENTLY ON public.river_job ("created_at")',
     ),
 )
 
@@ -264,7 +265,7 @@ PROCRASTINATE = Real(
         ),
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON public.procrastinate_events (at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON public.procrastinate_events ("at")',),
 )
 PROCRASTINATE_JOBS = Real(
     "procrastinate",
@@ -451,6 +452,22 @@ GITLAB = Real(
     ),
 )
 
+# The same log as GitLab has it today.
+GITLAB_TODAY = Real(
+    "GitLab today",
+    TableSpec("web_hook_logs_daily", "created_at", retention_days=15),
+    """
+    CREATE TABLE web_hook_logs_daily (
+        id bigint NOT NULL,
+        web_hook_id bigint NOT NULL,
+        response_status varchar,
+        created_at timestamp NOT NULL,
+        PRIMARY KEY (id, created_at)
+    ) PARTITION BY RANGE (created_at);
+    """,
+    refused=("already-partitioned",),
+)
+
 # Oban, a job queue in Elixir: a trigger tells the queues of each new job, a check holds for new rows only.
 OBAN = Real(
     "Oban",
@@ -517,7 +534,7 @@ OBAN = Real(
         kind="timestamp",
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON public.oban_jobs (inserted_at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON public.oban_jobs ("inserted_at")',),
 )
 
 # django-auditlog: an identity as Django makes it, deferred foreign keys, indexes for LIKE.
@@ -624,7 +641,7 @@ SVIX = Real(
         },
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON public.messageattempt (created_at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON public.messageattempt ("created_at")',),
 )
 
 # TimescaleDB's tutorial: measurements by time and device; this index is the key and that of the time, too.
@@ -769,7 +786,7 @@ SUPABASE = Real(
         },
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON auth.audit_log_entries (created_at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON auth.audit_log_entries ("created_at")',),
 )
 
 # pg-boss, a job queue in Node.js: the archive of finished jobs, whose key has two columns.
@@ -862,7 +879,55 @@ OPENFGA = Real(
         },
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON public.changelog (inserted_at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON public.changelog ("inserted_at")',),
+)
+
+# Blockscout, which shows what is in a block chain: a key of hashes, numbers of any length.
+BLOCKSCOUT = Real(
+    "Blockscout",
+    TableSpec("token_transfers", "inserted_at", retention_days=15),
+    """
+    CREATE TABLE token_transfers (
+        transaction_hash bytea NOT NULL,
+        log_index integer NOT NULL,
+        from_address_hash bytea NOT NULL,
+        to_address_hash bytea NOT NULL,
+        amount numeric,
+        token_contract_address_hash bytea NOT NULL,
+        inserted_at timestamp NOT NULL,
+        updated_at timestamp NOT NULL,
+        block_number integer,
+        block_hash bytea NOT NULL,
+        amounts numeric[],
+        token_ids numeric(78, 0)[],
+        token_type varchar(255),
+        block_consensus boolean DEFAULT true,
+        CONSTRAINT token_transfers_pkey PRIMARY KEY (transaction_hash, block_hash, log_index)
+    );
+    CREATE INDEX token_transfers_block_number_index ON token_transfers (block_number);
+    CREATE INDEX token_transfers_token_ids_index ON token_transfers USING gin (token_ids);
+    """,
+    application(
+        "token_transfers",
+        ("transaction_hash", "block_hash", "log_index"),
+        "inserted_at",
+        "token_type",
+        {
+            "transaction_hash": lambda chance: chance.randbytes(32),
+            "block_hash": lambda chance: chance.randbytes(32),
+            "log_index": number(0, 99),
+            "token_type": one_of("ERC-20", "ERC-721"),
+            "amount": maybe(one_of(Decimal("1.50"), Decimal(2**200))),
+            "token_ids": maybe(lambda chance: [Decimal(chance.getrandbits(250))]),
+            "from_address_hash": blob,
+            "to_address_hash": blob,
+            "token_contract_address_hash": blob,
+            "updated_at": an_hour,
+        },
+        kind="timestamp",
+    ),
+    refused=("no-time-index",),
+    way_out=('CREATE INDEX CONCURRENTLY ON public.token_transfers ("inserted_at")',),
 )
 
 # Sqitch, which deploys changes to databases: a key that holds the time, arrays of text.
@@ -908,7 +973,7 @@ SQITCH = Real(
         days=MONTHS,
     ),
     refused=("no-time-index",),
-    way_out=("CREATE INDEX CONCURRENTLY ON sqitch.events (committed_at)",),
+    way_out=('CREATE INDEX CONCURRENTLY ON sqitch.events ("committed_at")',),
 )
 
 # Graphile Worker, a job queue in Node.js: a generated column, an identity that takes no other value, json.
@@ -965,7 +1030,7 @@ GRAPHILE = Real(
     refused=("no-time-index", "unique-without-time"),
     way_out=(
         "ALTER TABLE graphile_worker._private_jobs DROP CONSTRAINT jobs_key_key1",
-        "CREATE INDEX CONCURRENTLY ON graphile_worker._private_jobs (created_at)",
+        'CREATE INDEX CONCURRENTLY ON graphile_worker._private_jobs ("created_at")',
     ),
 )
 
@@ -1044,7 +1109,7 @@ KILL_BILL = Real(
     way_out=(
         "ALTER TABLE sessions ALTER COLUMN start_timestamp TYPE timestamp",
         "DROP INDEX sessions_id",
-        "CREATE INDEX CONCURRENTLY ON public.sessions (start_timestamp)",
+        'CREATE INDEX CONCURRENTLY ON public.sessions ("start_timestamp")',
     ),
 )
 
@@ -1098,6 +1163,7 @@ ALL = (
     LITELLM,
     AUDITED,
     GITLAB,
+    GITLAB_TODAY,
     OBAN,
     AUDITLOG,
     SVIX,
@@ -1107,6 +1173,7 @@ ALL = (
     SUPABASE,
     PG_BOSS,
     OPENFGA,
+    BLOCKSCOUT,
     SQITCH,
     GRAPHILE,
     DISCOURSE,
