@@ -103,10 +103,9 @@ class Parent(NamedTuple):
 class Schema:
     """A table as its application knows it: ``name`` is as one types it, with schema and quotes.
 
-    ``makes`` says how the value of each column is made that the application writes:
-    those of the key and ``mark`` are among them, the ``time`` column and the parent's are not. ``given`` keys
-    come from the server when an insert leaves them out. ``touch`` are the columns that an update by a
-    prepared statement sets. ``kind`` is the type of the time column, ``precision`` its decimals.
+    ``makes`` says how the value of each column is made that the application writes: those of the key and
+    ``mark`` are among them, the ``time`` column and the parent's are not. ``given`` keys come from the server
+    when an insert leaves them out. ``kind`` is the type of the time column, ``precision`` its decimals.
     """
 
     name: str
@@ -118,7 +117,6 @@ class Schema:
     kind: TimeType = "timestamptz"
     precision: int = 6
     marks: Marks = MARKS
-    touch: tuple[str, ...] = ()
     parent: Parent | None = None
     days: Days = DAYS
 
@@ -135,8 +133,9 @@ class Schema:
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """``touch``, or the mark alone."""
-        return self.touch or (self.mark,)
+        """The columns that a short update sets: the mark, and the next that is made."""
+        others = [column for column in self.makes if column not in (self.mark, *self.key)]
+        return (self.mark, *others[:1])
 
     @property
     def listed(self) -> str:
@@ -179,9 +178,7 @@ class Schema:
         """An instant as the time column keeps it."""
         if self.kind == "date":
             return at.date()
-        return at.replace(
-            microsecond=at.microsecond // 10 ** (6 - self.precision) * 10 ** (6 - self.precision)
-        )
+        return at - timedelta(microseconds=at.microsecond % 10 ** (6 - self.precision))
 
     def instant(self, row: Row) -> datetime:
         """The reverse of ``value``, of a row."""
@@ -285,7 +282,6 @@ def webhook_log(key_type: KeyType = "serial", timestamp_type: TimestampType = "t
         },
         given=True,
         kind=timestamp_type,
-        touch=("status", "status_code"),
         parent=Parent(
             "webhook_endpoint_id",
             "webhook_endpoint",

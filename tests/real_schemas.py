@@ -6,14 +6,13 @@ They are written from the projects' own definitions: the columns, types, constra
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from chronos.table import Interval, TableSpec
-from tests.live import DAYS, MARKS, Days, Make, Marks, Parent, Schema, TimeType, any_bigint, any_uuid
+from tests.live import Days, Make, Marks, Parent, Schema, any_bigint, any_uuid
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -96,39 +95,6 @@ def ksuid(prefix: str) -> Make:
     return lambda chance: prefix + "".join(chance.choices(_BASE62, k=27))
 
 
-def application(
-    name: str,
-    key: tuple[str, ...] | str,
-    time: str,
-    mark: str,
-    makes: Mapping[str, Make],
-    *,
-    given: bool = False,
-    kind: TimeType = "timestamptz",
-    precision: int = 6,
-    marks: Marks = MARKS,
-    parent: Parent | None = None,
-    days: Days = DAYS,
-) -> Schema:
-    """How an application knows one of these tables; its prepared update sets two columns, if there are."""
-    keys = key if isinstance(key, tuple) else (key,)
-    others = [column for column in makes if column not in (mark, *keys)]
-    return Schema(
-        name=name,
-        key=keys,
-        time=time,
-        mark=mark,
-        makes=makes,
-        given=given,
-        kind=kind,
-        precision=precision,
-        marks=marks,
-        touch=(mark, *others[:1]),
-        parent=parent,
-        days=days,
-    )
-
-
 # River, a job queue in Go: an enum, arrays, checks, GIN indexes, and a unique key for some of the states.
 RIVER = Real(
     "River",
@@ -178,9 +144,9 @@ RIVER = Real(
         WHERE unique_key IS NOT NULL AND unique_states IS NOT NULL
               AND river_job_state_in_bitmask(unique_states, state);
     """,
-    application(
+    Schema(
         "river_job",
-        "id",
+        ("id",),
         "created_at",
         "kind",
         {
@@ -250,9 +216,9 @@ PROCRASTINATE = Real(
     "procrastinate",
     TableSpec("procrastinate_events", "at", retention_days=15),
     _PROCRASTINATE,
-    application(
+    Schema(
         "procrastinate_events",
-        "id",
+        ("id",),
         "at",
         "type",
         {"id": any_bigint, "type": one_of("started", "failed", "scheduled", "aborted")},
@@ -292,9 +258,9 @@ PGMQ = Real(
     );
     CREATE INDEX archived_at_idx_orders ON pgmq.a_orders (archived_at);
     """,
-    application(
+    Schema(
         "pgmq.a_orders",
-        "msg_id",
+        ("msg_id",),
         "archived_at",
         "read_ct",
         {
@@ -340,9 +306,9 @@ LITELLM = Real(
         ON "LiteLLM_SpendLogs" ("startTime", request_id);
     CREATE INDEX "LiteLLM_SpendLogs_end_user_idx" ON "LiteLLM_SpendLogs" (end_user);
     """,
-    application(
+    Schema(
         '"LiteLLM_SpendLogs"',
-        "request_id",
+        ("request_id",),
         "startTime",
         "call_type",
         {
@@ -387,9 +353,9 @@ AUDITED = Real(
     CREATE INDEX index_audits_on_request_uuid ON audits (request_uuid);
     CREATE INDEX user_index ON audits (user_id, user_type);
     """,
-    application(
+    Schema(
         "audits",
-        "id",
+        ("id",),
         "created_at",
         "action",
         {
@@ -433,9 +399,9 @@ GITLAB = Real(
         ON web_hook_logs (created_at, web_hook_id);
     CREATE INDEX index_web_hook_logs_on_web_hook_id ON web_hook_logs (web_hook_id);
     """,
-    application(
+    Schema(
         "web_hook_logs",
-        "id",
+        ("id",),
         "created_at",
         "response_status",
         {
@@ -515,9 +481,9 @@ OBAN = Real(
     END $$;
     CREATE TRIGGER oban_notify AFTER INSERT ON oban_jobs FOR EACH ROW EXECUTE FUNCTION oban_jobs_notify();
     """,
-    application(
+    Schema(
         "oban_jobs",
-        "id",
+        ("id",),
         "inserted_at",
         "worker",
         {
@@ -575,9 +541,9 @@ AUDITLOG = Real(
     CREATE INDEX auditlog_logentry_content_type_id_75830218 ON auditlog_logentry (content_type_id);
     CREATE INDEX auditlog_logentry_cid_9f467263_like ON auditlog_logentry (cid varchar_pattern_ops);
     """,
-    application(
+    Schema(
         "auditlog_logentry",
-        "id",
+        ("id",),
         "timestamp",
         "object_repr",
         {
@@ -622,9 +588,9 @@ SVIX = Real(
     );
     CREATE INDEX ix_messageattempt_per_msg_no_status ON messageattempt (msg_id, id DESC);
     """,
-    application(
+    Schema(
         "messageattempt",
-        "id",
+        ("id",),
         "created_at",
         "url",
         {
@@ -658,7 +624,7 @@ TIMESCALE = Real(
     );
     CREATE UNIQUE INDEX conditions_time_device_idx ON conditions (time, device);
     """,
-    application(
+    Schema(
         "conditions",
         ("time", "device"),
         "time",
@@ -700,9 +666,9 @@ UMAMI = Real(
     CREATE INDEX website_event_website_id_created_at_url_path_idx
         ON website_event (website_id, created_at, url_path);
     """,
-    application(
+    Schema(
         "website_event",
-        "event_id",
+        ("event_id",),
         "created_at",
         "url_path",
         {
@@ -739,9 +705,9 @@ BITWARDEN = Real(
     CREATE INDEX "IX_Event_Date_OrganizationId_ActingUserId_CipherId"
         ON "Event" ("Date", "OrganizationId", "ActingUserId", "CipherId");
     """,
-    application(
+    Schema(
         '"Event"',
-        "Id",
+        ("Id",),
         "Date",
         "IpAddress",
         {
@@ -773,9 +739,9 @@ SUPABASE = Real(
     ALTER TABLE auth.audit_log_entries ENABLE ROW LEVEL SECURITY;
     COMMENT ON TABLE auth.audit_log_entries IS 'Auth: what users have done';
     """,
-    application(
+    Schema(
         "auth.audit_log_entries",
-        "id",
+        ("id",),
         "created_at",
         "ip_address",
         {
@@ -819,7 +785,7 @@ PG_BOSS = Real(
     );
     CREATE INDEX archive_i1 ON pgboss.archive (archived_on);
     """,
-    application(
+    Schema(
         "pgboss.archive",
         ("name", "id"),
         "archived_on",
@@ -862,7 +828,7 @@ OPENFGA = Real(
         PRIMARY KEY (store, ulid, object_type)
     );
     """,
-    application(
+    Schema(
         "changelog",
         ("store", "ulid", "object_type"),
         "inserted_at",
@@ -907,7 +873,7 @@ BLOCKSCOUT = Real(
     CREATE INDEX token_transfers_block_number_index ON token_transfers (block_number);
     CREATE INDEX token_transfers_token_ids_index ON token_transfers USING gin (token_ids);
     """,
-    application(
+    Schema(
         "token_transfers",
         ("transaction_hash", "block_hash", "log_index"),
         "inserted_at",
@@ -955,7 +921,7 @@ SQITCH = Real(
     COMMENT ON TABLE sqitch.events IS 'Every deployment there has been.';
     COMMENT ON COLUMN sqitch.events.change_id IS 'The change that was deployed or reverted.';
     """,
-    application(
+    Schema(
         "sqitch.events",
         ("change_id", "committed_at"),
         "committed_at",
@@ -1011,9 +977,9 @@ GRAPHILE = Real(
         SELECT id, priority, run_at, attempts, max_attempts, last_error, created_at, key, locked_at
         FROM graphile_worker._private_jobs;
     """,
-    application(
+    Schema(
         "graphile_worker._private_jobs",
-        "id",
+        ("id",),
         "created_at",
         "last_error",
         {
@@ -1052,9 +1018,9 @@ DISCOURSE = Real(
         ON user_visits (user_id, visited_at, time_read);
     CREATE INDEX index_user_visits_on_visited_at_and_mobile ON user_visits (visited_at, mobile);
     """,
-    application(
+    Schema(
         "user_visits",
-        "id",
+        ("id",),
         "visited_at",
         "time_read",
         {
@@ -1089,9 +1055,9 @@ KILL_BILL = Real(
     );
     CREATE UNIQUE INDEX sessions_id ON sessions (id);
     """,
-    application(
+    Schema(
         "sessions",
-        "record_id",
+        ("record_id",),
         "start_timestamp",
         "host",
         {
