@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -52,6 +55,15 @@ def relations(url: str) -> set[tuple[str, str]]:
             " WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'",
         )
     )
+
+
+def dump(url: str, pg_bin: Path) -> str:
+    """``pg_dump -s`` of the database, without the random key that newer versions put around it."""
+    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    found = subprocess.run(
+        [pg_bin / "pg_dump", "--schema-only", dsn], capture_output=True, text=True, check=True
+    )
+    return re.sub(r"^\\(un)?restrict .*$", "", found.stdout, flags=re.MULTILINE)
 
 
 def digest(url: str, table: str = "webhook_log", where: str = "true") -> tuple[int, int, int]:

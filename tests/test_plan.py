@@ -21,8 +21,7 @@ from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 from tests.command import chronos
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import forget, kitchen_sink
-from tests.tables import exists, query, value
-from tests.test_table_shape import dump
+from tests.tables import dump, exists, query, value
 
 _PLAIN = (
     "CREATE TABLE webhook_log (id bigserial PRIMARY KEY, timestamp timestamptz NOT NULL, status text);"

@@ -34,8 +34,7 @@ from tests.partitioned import (
     leaves,
     run,
 )
-from tests.tables import connected, query, value
-from tests.test_table_shape import dump
+from tests.tables import connected, dump, query, value
 from tests.waiting import wait_until
 
 EVENTS = TableSpec("events", column="at", every=Interval.HOUR, retention_days=2, ahead_days=1)

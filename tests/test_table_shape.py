@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +17,7 @@ from chronos.table import WEBHOOK_LOG
 from tests.command import chronos, started
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import SCHEMA, forget, kitchen_sink
-from tests.tables import connected, holding, query, value, waiting_pid
+from tests.tables import connected, dump, holding, query, value, waiting_pid
 
 # What the plan announces, and nothing else, may be gone from the dump of the migrated database.
 ANNOUNCED = (
@@ -29,15 +28,6 @@ ANNOUNCED = (
     r'ALTER TABLE "Hooks"\.webhook_log\s+ADD CONSTRAINT "late check" .* NOT VALID',  # valid from now on
     r'ALTER SEQUENCE "Hooks"\.webhook_log_id_seq OWNED BY ',  # by neither table
 )
-
-
-def dump(url: str, pg_bin: Path) -> str:
-    """``pg_dump -s`` of the database, without the random key that newer versions put around it."""
-    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    found = subprocess.run(
-        [pg_bin / "pg_dump", "--schema-only", dsn], capture_output=True, text=True, check=True
-    )
-    return re.sub(r"^\\(un)?restrict .*$", "", found.stdout, flags=re.MULTILINE)
 
 
 def statements(text: str) -> set[str]:
