@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import Phase, State, describe
+from chronos.migration.state import Phase, State, Strategy, describe
 from chronos.settings import CONFIGURATION, Settings, get_settings
 from chronos.table import Interval, TableSpec
 from chronos.which_table import Description, which_table
@@ -161,6 +162,13 @@ def _lock_wait(seconds: float) -> str:
 def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     """What is known of a table that is to be migrated, and what will be done to it."""
     table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
+    if found.attaches:
+        swap = "no name changes yet" if hold else f"then it is renamed to {table.history} and becomes one"
+        return (
+            f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
+            f"Nothing is copied: partitions are built from {since} on;\n{table} gets an index and a check, "
+            f"{swap}\n(the partition of all rows before that).",
+        )
     rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
     return (
         f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
@@ -177,6 +185,11 @@ def _at_last(table: TableSpec, hold: bool) -> str:
 def _what_is_left(found: State, *, hold: bool) -> str:
     """What ``migrate --resume`` will do."""
     table = found.table
+    if found.plan.attaches:
+        if found.phase.swapped:
+            return "The foreign keys of the whole adopt those of the partitions."
+        left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
+        return left if hold else f"{left}; then it becomes the partition {table.history}."
     if found.phase.swapped:
         return "The rows written during the migration are compared once more."
     ready = found.phase is Phase.READY
@@ -184,12 +197,14 @@ def _what_is_left(found: State, *, hold: bool) -> str:
     return f"{left}; {_at_last(table, hold)}"
 
 
-def _next(context: _Context) -> str:
+def _next(context: _Context, strategy: Strategy) -> str:
     """What to type once the migration is done."""
     table = context.table
+    attaches = strategy is Strategy.ATTACH
+    finalizing = "gives the way back up" if attaches else f"drops {table.old}"
     steps = {
         commands.status(table): "how it is, now and every day",
-        commands.finalize(table): f"after some days: drops {table.old}",
+        commands.finalize(table): f"after some days: {finalizing}",
         commands.rollback(table): "until then: the plain table again, with every row",
     }
     width = max(map(len, steps))
@@ -251,6 +266,13 @@ def cli() -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
 )
+@click.option(
+    "--strategy",
+    type=click.Choice([strategy.value for strategy in Strategy]),
+    default=Strategy.COPY.value,
+    show_default=True,
+    help="Copy the rows into partitions, or attach the table itself as the partition of all its rows.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
 @click.option("--resume", is_flag=True, help="Carry on an interrupted or held migration.")
 @click.option(
@@ -311,6 +333,7 @@ def migrate(
     every: str | None,
     retention_days: int | None,
     ahead_days: int | None,
+    strategy: str,
     dry_run: bool,
     yes: bool,
     resume: bool,
@@ -342,7 +365,7 @@ def migrate(
         described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
         context = _context("migrate", table, described)
         if dry_run:
-            print_plan(context.engine, context.table, Console(), operator.patience)
+            print_plan(context.engine, context.table, Console(), operator.patience, Strategy(strategy))
             return
 
         def announce(table: TableSpec, facts: str, what: str) -> None:
@@ -350,10 +373,11 @@ def migrate(
             if not yes:
                 _ask("MIGRATE")
 
-        run_migration(
+        done = run_migration(
             context.engine,
             context.table,
             Options(
+                strategy=Strategy(strategy),
                 resume=resume,
                 hold=hold,
                 batch_size=batch_size,
@@ -368,11 +392,11 @@ def migrate(
             lambda found: announce(
                 found.table,
                 f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}",
-                f"{describe(found.table, found.phase)}\n{_what_is_left(found, hold=hold)}",
+                f"{describe(found)}\n{_what_is_left(found, hold=hold)}",
             ),
         )
         if not hold:
-            operator.output.line(_next(context))
+            operator.output.line(_next(context, done))
 
 
 @cli.command()
@@ -397,7 +421,7 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         def confirm(found: State) -> None:
             click.echo(
                 f"{context.head(found.table)}\n"
-                f"{describe(found.table, found.phase)}\n"
+                f"{describe(found)}\n"
                 f"{found.table} will be the plain table again"
                 f"{', with every row written since the swap' if found.phase.swapped else ''}."
             )
@@ -405,6 +429,14 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
                 _ask("ROLLBACK")
 
         undo(context.engine, context.table, operator, confirm, force=force)
+
+
+def _goes(found: State) -> str:
+    """When retention drops the table that has become a partition."""
+    if found.table.retention_days is None:
+        return "never: every row is kept"
+    last = found.plan.first + timedelta(days=found.table.retention_days)
+    return f"when its last row has expired, on {last:%Y-%m-%d}"
 
 
 @cli.command()
@@ -425,12 +457,20 @@ def finalize(table: str | None, yes: bool) -> None:
         context = _context("finalize", table)
 
         def confirm(found: State, old_is_there: bool) -> None:
+            if found.plan.attaches:
+                click.echo(
+                    f"{context.head(found.table)}\n{describe(found)}\nNothing is dropped, and there is no way"
+                    f" back afterwards: {found.table.history} goes\n{_goes(found)}."
+                )
+                if not yes:
+                    _ask("FINALIZE")
+                return
             before = f"{found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
             with_it = (
                 f" and with it all from\nbefore {before}" if found.table.retention_days is not None else ""
             )
             what = (
-                f"{describe(found.table, found.phase)}\n{found.table.old} will be dropped for good"
+                f"{describe(found)}\n{found.table.old} will be dropped for good"
                 f"{f',{with_it}' if with_it else ''}."
                 if old_is_there
                 else f"{found.table.old} was dropped by hand; what is left of the migration will be removed."

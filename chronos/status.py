@@ -420,7 +420,7 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
 
 def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int | None:
     """How many notes are to be replayed before the swap, a million at the most; None in other phases."""
-    if migration.phase is not Phase.READY:
+    if migration.phase is not Phase.READY or migration.plan.attaches:
         return None
     query = statement(
         "SELECT count(*) FROM (SELECT FROM {changes} WHERE chronos_origin = 'o' LIMIT {most}) n",
@@ -438,6 +438,8 @@ def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], 
     for partition in partitions:
         if partition.detach_pending or partition.name in going:
             continue
+        if partition.name == table.history and partition.lower is None:
+            continue  # it goes as a whole, when its last row has expired
         leaf = name(partition.schema, partition.name)
         is_default = partition.lower is None and partition.upper is None
         if table.retention_days is not None:
@@ -513,7 +515,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
     elif phase is Phase.MIGRATED:
         if not migration.verified:
             yield (
-                f"{describe(table, phase)} The rows written shortly before the swap were not compared"
+                f"{describe(migration)} The rows written shortly before the swap were not compared"
                 f" again; compare them with: {resume}"
             )
     else:
@@ -526,7 +528,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
         }
         yield (
             f"a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
-            f" is at it. {describe(table, phase)} {carry_on[phase]}"
+            f" is at it. {describe(migration)} {carry_on[phase]}"
         )
 
 

@@ -149,6 +149,11 @@ class TableSpec:
         return f"{self.name}_old"
 
     @property
+    def history(self) -> str:
+        """The name of the plain table once it has become a partition, of all that was before a bound."""
+        return f"{self.name}_history"
+
+    @property
     def new(self) -> str:
         """The name of the partitioned table while it is not in use."""
         return f"{self.name}_new"

@@ -96,22 +96,37 @@ def primary_key_statement(shape: TableShape, table: Statement, as_name: str | No
 
 
 def _primary_key(shape: TableShape) -> Statement:
-    index, column = shape.key_index, shape.spec.column
+    index = shape.key_index
     assert index is not None, f"{shape.name} has no key"
     if not index.primary:
         return statement("PRIMARY KEY ({columns})", columns=joined([name(c) for c in shape.new_key]))
     assert index.constraint is not None
-    if column in index.columns:
-        return sql.SQL(index.constraint)
+    return _with_time_column(shape, index.constraint, "PRIMARY KEY")
+
+
+def _with_time_column(shape: TableShape, definition: str, before: str) -> Statement:
+    """A definition of the key with the time column as the last of the columns that follow ``before``."""
+    assert shape.key_index is not None
+    if shape.spec.column in shape.key_index.columns:
+        return sql.SQL(definition)
     # A quoted name may hold the bracket that ends the list.
-    listed = re.match(r'PRIMARY KEY \((?:[^")]|"(?:[^"]|"")*")*', index.constraint)
+    listed = re.match(before + r' \((?:[^")]|"(?:[^"]|"")*")*', definition)
     assert listed is not None
     return statement(
         "{listed}, {column}{rest}",
         listed=sql.SQL(listed[0]),
-        column=name(column),
-        rest=sql.SQL(index.constraint[listed.end() :]),
+        column=name(shape.spec.column),
+        rest=sql.SQL(definition[listed.end() :]),
     )
+
+
+def key_body(shape: TableShape) -> Statement:
+    """What the index of the primary key with the time column is, from USING on."""
+    index = shape.key_index
+    assert index is not None, f"{shape.name} has no key"
+    if not index.primary:
+        return statement("USING btree ({columns})", columns=joined([name(c) for c in shape.new_key]))
+    return _with_time_column(shape, index.body, "USING btree")
 
 
 def _constraint_name(as_name: str | None) -> Statement:
@@ -220,7 +235,7 @@ def parent_statements(shape: TableShape, renames: Iterable[tuple[str, str, str, 
         primary_key_statement(shape, new, built_as[primary_key_name(shape)]),
     ]
     statements += _column_statements(shape, new)
-    statements += _identity_statements(shape, new, built_as)
+    statements += identity_statements(shape, new, built_as)
     for index in secondary_indexes(shape):
         statements.append(index_statement(index, new, built_as[index.name]))
     for index in shape.indexes:
@@ -280,7 +295,8 @@ def _column_statements(shape: TableShape, table: Statement) -> list[Statement]:
     return statements
 
 
-def _identity_statements(shape: TableShape, table: Statement, built_as: dict[str, str]) -> list[Statement]:
+def identity_statements(shape: TableShape, table: Statement, built_as: dict[str, str]) -> list[Statement]:
+    """The identities of ``shape`` on ``table``, each with its sequence under another name."""
     statements: list[Statement] = []
     for identity in shape.identities:
         sequence = name(shape.schema, built_as[identity.name])
@@ -364,7 +380,7 @@ def trigger_statements(trigger: Trigger, table: Statement) -> list[Statement]:
             when=sql.SQL(f" WHEN ({trigger.condition})" if trigger.condition else ""),
             call=sql.SQL(trigger.call),
         ),
-        _trigger_state(trigger, table, "D"),
+        trigger_state(trigger.name, table, "D"),
     ]
     if trigger.comment:
         statements.append(_comment("TRIGGER", trigger_name, trigger.comment, table))
@@ -374,19 +390,19 @@ def trigger_statements(trigger: Trigger, table: Statement) -> list[Statement]:
 _STATES = {"O": "ENABLE", "D": "DISABLE", "R": "ENABLE REPLICA", "A": "ENABLE ALWAYS"}
 
 
-def _trigger_state(trigger: Trigger, table: Statement, state: str) -> Statement:
+def trigger_state(trigger: str, table: Statement, state: str) -> Statement:
     """Put the trigger of this name on ``table``, and on its partitions, into a state."""
     return statement(
         "ALTER TABLE {table} {state} TRIGGER {trigger}",
         table=table,
         state=sql.SQL(_STATES[state]),
-        trigger=name(trigger.name),
+        trigger=name(trigger),
     )
 
 
 def enable_statements(shape: TableShape, table: Statement) -> list[Statement]:
     """In the swap: the application's triggers and row security are on, as they are in ``shape``."""
-    statements = [_trigger_state(t, table, t.enabled) for t in shape.triggers if t.enabled != "D"]
+    statements = [trigger_state(t.name, table, t.enabled) for t in shape.triggers if t.enabled != "D"]
     if shape.row_security:
         statements.append(statement("ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", table=table))
     if shape.force_row_security:
@@ -397,7 +413,7 @@ def enable_statements(shape: TableShape, table: Statement) -> list[Statement]:
 def quiet_statements(shape: TableShape, table: Statement) -> list[Statement]:
     """Rows can be moved into the plain ``table``, which nobody sees, and no trigger or rule takes notice."""
     return [
-        *(_trigger_state(t, table, "D") for t in shape.triggers if t.enabled != "D"),
+        *(trigger_state(t.name, table, "D") for t in shape.triggers if t.enabled != "D"),
         *(_rule_state(r.name, table, "D") for r in shape.rules if r.enabled != "D"),
     ]
 
@@ -405,7 +421,7 @@ def quiet_statements(shape: TableShape, table: Statement) -> list[Statement]:
 def loud_statements(shape: TableShape, table: Statement) -> list[Statement]:
     """Undo ``quiet_statements``."""
     return [
-        *(_trigger_state(t, table, t.enabled) for t in shape.triggers if t.enabled != "D"),
+        *(trigger_state(t.name, table, t.enabled) for t in shape.triggers if t.enabled != "D"),
         *(_rule_state(r.name, table, r.enabled) for r in shape.rules if r.enabled != "D"),
     ]
 
@@ -693,25 +709,30 @@ def sequence_statements(shape: TableShape) -> list[Statement]:
     ]
 
 
-_IDENTITY_BACK = """
+_IDENTITY_GOES_ON = """
 DO $do$
 DECLARE
     ahead bigint;
 BEGIN
     EXECUTE format('SELECT q.last_value + CASE WHEN q.is_called THEN s.seqincrement ELSE 0 END'
                    ' FROM %s q, pg_sequence s WHERE s.seqrelid = %L::regclass',
-                   pg_get_serial_sequence(format('%I.%I', {schema}, {new}), {column}),
-                   pg_get_serial_sequence(format('%I.%I', {schema}, {new}), {column}))
+                   pg_get_serial_sequence(format('%I.%I', {schema}, {one}), {column}),
+                   pg_get_serial_sequence(format('%I.%I', {schema}, {one}), {column}))
     INTO ahead;
-    EXECUTE format('ALTER TABLE %I.%I ALTER COLUMN %I RESTART WITH %s', {schema}, {table}, {column}, ahead);
+    EXECUTE format('ALTER TABLE %I.%I ALTER COLUMN %I RESTART WITH %s', {schema}, {other}, {column}, ahead);
 END
 $do$"""
+
+
+def identity_goes_on(schema: str, one: str, other: str, column: str) -> Statement:
+    """Let the identity of the table ``other`` go on where that of ``one`` stands."""
+    return statement(_IDENTITY_GOES_ON, schema=schema, one=one, other=other, column=column)
 
 
 def sequences_back_statements(spec: TableSpec, sequences: Iterable[OwnedSequence]) -> list[Statement]:
     """After the renames: the plain table's ids go on where the new one's stopped; it owns its sequences."""
     return [
-        statement(_IDENTITY_BACK, schema=spec.home, table=spec.name, new=spec.new, column=sequence.column)
+        identity_goes_on(spec.home, spec.new, spec.name, sequence.column)
         if sequence.identity
         else statement(
             "ALTER SEQUENCE {sequence} OWNED BY {column}",

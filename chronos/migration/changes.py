@@ -248,9 +248,12 @@ def drop_trigger_statements(spec: TableSpec, on_table: str, *triggers: str) -> l
     ]
 
 
-def drop_log_statement(spec: TableSpec) -> Statement:
+def drop_log_statement(plan: Plan) -> Statement:
     """Drop the notes, their functions and the state: a migration that is over leaves nothing else behind."""
+    spec = plan.table
     home = spec.home
+    if plan.attaches:
+        return statement("DROP TABLE {state}", state=name(home, spec.state))
     return statement(
         "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {snapshot}(), {noted};\n"
         "DROP TABLE {state}",

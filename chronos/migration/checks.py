@@ -23,7 +23,8 @@ from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, statement
 from chronos.functions import distrusted
 from chronos.migration import state as states
-from chronos.migration.state import Phase, Plan, State
+from chronos.migration.attach import bound_after, check_name, heap_of, key_name
+from chronos.migration.state import Phase, Plan, State, Strategy
 from chronos.table import NAME_BYTES, Interval, Period, TableSpec, derived_name, in_quotes, midnight, quoted
 
 _MOST_PARTITIONS = 10_000
@@ -48,7 +49,8 @@ class Survey:
     """What was found: the table, the server's clock, and everything that forbids a migration.
 
     ``now`` is the database's. ``oldest`` is the time of the oldest row, looked up when every row is to be
-    kept, else None. ``shape`` is None when there is no plain table to migrate.
+    copied, else None; ``newest`` that of the newest, looked up when the table itself becomes a
+    partition. ``shape`` is None when there is no plain table to migrate.
     """
 
     spec: TableSpec
@@ -58,6 +60,13 @@ class Survey:
     shape: TableShape | None
     blockers: tuple[Finding, ...]
     oldest: datetime | None = None
+    strategy: Strategy = Strategy.COPY
+    newest: datetime | None = None
+
+    @property
+    def attaches(self) -> bool:
+        """Whether the table itself is to become a partition."""
+        return self.strategy is Strategy.ATTACH
 
     @property
     def today(self) -> date:
@@ -67,6 +76,8 @@ class Survey:
     @property
     def cutoff(self) -> datetime:
         """The oldest instant whose rows are copied; the first of a day, where the column holds days."""
+        if self.attaches:
+            return self.first
         if self.spec.retention_days is not None:
             if self.shape is not None and self.shape.time_type == "date":
                 return midnight(self.today - timedelta(days=self.spec.retention_days))
@@ -75,7 +86,9 @@ class Survey:
 
     @property
     def first(self) -> datetime:
-        """Where the first partition begins."""
+        """Where the first partition begins that is built."""
+        if self.attaches:
+            return bound_after(self.spec, self.now, self.newest)
         if self.spec.retention_days is None:
             return self.cutoff
         return self.spec.period(midnight(self.today) - timedelta(days=self.spec.retention_days)).start
@@ -83,7 +96,8 @@ class Survey:
     @property
     def end(self) -> datetime:
         """Where the last partition ends."""
-        return self.spec.wanted(self.now, back=False)[-1].end
+        end = self.spec.wanted(self.now, back=False)[-1].end
+        return max(end, self.first) if self.attaches else end
 
     @property
     def partitions(self) -> int:
@@ -157,7 +171,7 @@ class Check:
     look: str | Callable[[Subject], Iterable[str]]
 
 
-def survey(conn: Connection, spec: TableSpec) -> Survey:
+def survey(conn: Connection, spec: TableSpec, strategy: Strategy = Strategy.COPY) -> Survey:
     """Examine the table inside a transaction that changes nothing.
 
     ACCESS SHARE on the table while its rows are asked for, which happens only when nothing else forbids the
@@ -175,18 +189,26 @@ def survey(conn: Connection, spec: TableSpec) -> Survey:
         ),
     ).one()
 
-    def found(*blockers: Finding, shape: TableShape | None = None, oldest: datetime | None = None) -> Survey:
-        return Survey(spec, now, rows, size, shape, blockers, oldest)
+    def found(
+        *blockers: Finding,
+        shape: TableShape | None = None,
+        oldest: datetime | None = None,
+        newest: datetime | None = None,
+    ) -> Survey:
+        return Survey(spec, now, rows, size, shape, blockers, oldest, strategy, newest)
 
     earlier = states.read(conn, spec)
     blockers = _findings(Subject(conn, found(), relkind, earlier), Kind.SITUATION)
     if blockers:
         return found(*blockers)
     shape = read_shape(conn, spec, spec.name)
-    oldest = _oldest(conn, shape)
-    subject = Subject(conn, found(shape=shape, oldest=oldest))
+    ends = {
+        "oldest": _end_of_the_rows(conn, shape, "min") if spec.retention_days is None else None,
+        "newest": _end_of_the_rows(conn, shape, "max") if strategy is Strategy.ATTACH else None,
+    }
+    subject = Subject(conn, found(shape=shape, **ends))
     blockers = _findings(subject, Kind.STRUCTURE) or _findings(subject, Kind.ROWS)
-    return found(*blockers, shape=shape, oldest=oldest)
+    return found(*blockers, shape=shape, **ends)
 
 
 def warnings(conn: Connection, found: Survey) -> list[Finding]:
@@ -200,7 +222,7 @@ def first_plan(found: Survey) -> Plan:
     assert shape is not None
     return Plan(
         table=found.spec,
-        strategy="copy",
+        strategy=found.strategy,
         started_at=found.now,
         cutoff=found.cutoff,
         first=found.first,
@@ -210,6 +232,7 @@ def first_plan(found: Survey) -> Plan:
         renames=tuple(ddl.renames(shape)),
         sequences=shape.sequences,
         foreign_keys=shape.foreign_keys,
+        heap=heap_of(shape) if found.attaches else None,
     )
 
 
@@ -240,9 +263,9 @@ def _deletes_from(spec: TableSpec) -> str:
     return rf'delete\s+from\s+(only\s+)?("?[\w$]+"?\.)?"?{table}"?(?![\w$])'
 
 
-def _oldest(conn: Connection, shape: TableShape) -> datetime | None:
-    """The time of the oldest row, by the index; None when it does not matter, or may not be read."""
-    if shape.spec.retention_days is not None or not _has_time_column(shape) or not _time_indexes(shape):
+def _end_of_the_rows(conn: Connection, shape: TableShape, end: str) -> datetime | None:
+    """The time of the oldest row (``min``) or the newest (``max``), by the index; None: not to be had."""
+    if not _has_time_column(shape) or not _time_indexes(shape):
         return None
     readable = execute(
         conn,
@@ -253,21 +276,21 @@ def _oldest(conn: Connection, shape: TableShape) -> datetime | None:
     ).scalar_one()
     if not readable:
         return None
-    oldest: datetime | None = execute(
+    found: datetime | None = execute(
         conn,
         statement(
             # Years that Python does not know are brought within those that it does.
-            "SELECT least(greatest({instant}, '0002-01-01 00:00:00+00'::timestamptz), now())"
-            " FROM (SELECT min({c}) AS oldest FROM {table} WHERE {c} > '-infinity' AND {c} < 'infinity') AS o"
-            " WHERE oldest IS NOT NULL",
-            instant=sql.SQL(
-                "oldest" if shape.time_type == "timestamptz" else "timezone('UTC', oldest::timestamp)"
-            ),
+            "SELECT least(greatest({instant}, '0002-01-01 00:00:00+00'::timestamptz),"
+            " '9000-01-01 00:00:00+00'::timestamptz)"
+            " FROM (SELECT {end}({c}) FROM {table} WHERE {c} > '-infinity' AND {c} < 'infinity') AS o (at)"
+            " WHERE at IS NOT NULL",
+            end=sql.SQL(end),
+            instant=sql.SQL("at" if shape.time_type == "timestamptz" else "timezone('UTC', at::timestamp)"),
             c=shape.time_column,
             table=name(shape.schema, shape.name),
         ),
     ).scalar()
-    return oldest
+    return found
 
 
 def _has_time_column(shape: TableShape) -> bool:
@@ -359,6 +382,7 @@ def _names_taken(subject: Subject) -> Iterator[str]:
         relations=[
             *(spec.new, spec.state, spec.changes, spec.replayed),
             *map(spec.partition, periods),
+            *((spec.history, key_name(spec)) if found.attaches else ()),
             *(n for kind, _, *names in renames if kind != "STATISTICS" for n in names),
         ],
         statistics=[n for kind, _, *names in renames if kind == "STATISTICS" for n in names],
@@ -551,6 +575,18 @@ def _no_inherit(subject: Subject) -> Iterator[str]:
                 f"the {'check' if check.kind == 'c' else 'NOT NULL'} constraint {check.name} is NO INHERIT,"
                 " which a partitioned table cannot have; drop it, and add it again without"
             )
+
+
+def _unvalidated_check(subject: Subject) -> Iterator[str]:
+    """A copied row is checked again; a table that becomes a partition must have been."""
+    for check in subject.shape.checks if subject.survey.attaches else ():
+        if check.kind == "c" and not check.validated and not check.definition.endswith("NOT ENFORCED"):
+            yield (
+                f"the check constraint {check.name} is not validated, so the table cannot become a partition;"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {quoted(check.name)}"
+            )
+        if check.name == check_name(subject.spec):
+            yield f"the name of the check constraint {check.name} is needed; rename it"
 
 
 def _unvalidated_not_null(subject: Subject) -> Iterator[str]:
@@ -939,6 +975,7 @@ WHERE c.oid = {oid} AND c.relrowsecurity AND c.relforcerowsecurity
     Check("foreign-key-not-validated", Kind.STRUCTURE, _unvalidated_foreign_key),
     Check("no-inherit", Kind.STRUCTURE, _no_inherit),
     Check("not-null-not-validated", Kind.STRUCTURE, _unvalidated_not_null),
+    Check("check-not-validated", Kind.STRUCTURE, _unvalidated_check),
     Check("too-many-partitions", Kind.STRUCTURE, _too_many_partitions),
     Check("lock-table-too-small", Kind.STRUCTURE, _lock_table_too_small),
     # --- What refers to the table ---

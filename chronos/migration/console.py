@@ -57,14 +57,14 @@ def for_reading(text: str, width: int) -> str:
 class Summary:
     """What a run did: its steps with their seconds, the periods with what was found when they were compared.
 
-    A step that an earlier run did has 0 seconds. ``wal_bytes`` is what the whole server wrote meanwhile,
-    None if it did not say; ``lock_s`` the longest, in seconds, that anybody can have stood behind a lock
-    of the migration.
+    A step that an earlier run did has 0 seconds; ``copied`` is None when that was not the way. ``wal_bytes``
+    is what the whole server wrote meanwhile, None if it did not say; ``lock_s`` the longest, in seconds,
+    that anybody can have stood behind a lock of the migration.
     """
 
     steps: list[tuple[str, float]]
     periods: dict[Period, PeriodResult]
-    copied: int
+    copied: int | None
     wal_bytes: int | None
     lock_s: float
 
@@ -134,12 +134,13 @@ class Output:
         steps.columns[1].justify = "right"
         for number, (step, seconds) in enumerate(found.steps, 1):
             steps.add_row(f"{number} {step}", f"{seconds:.2f}" if seconds else "earlier")
-        for table in (periods, steps):
+        for table in (periods, steps) if found.periods else (steps,):
             self.line()
             self.console.print(table)
         self.line()
         wal = "" if found.wal_bytes is None else f"{in_bytes(found.wal_bytes)} of WAL on the whole server; "
-        self.line(f"{found.copied:,} rows copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")
+        copied = "nothing" if found.copied is None else f"{found.copied:,} rows"
+        self.line(f"{copied} copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")
 
     @contextmanager
     def copying(self, total: int, done: int = 0) -> Iterator[RowCount]:

@@ -90,11 +90,11 @@ class Migration:
 
 
 def read_plain(conn: Connection, state: State) -> TableShape:
-    """The shape of the plain table, which is called ``T_old`` while the partitioned one is in use.
+    """The shape of the plain table, which has another name while the partitioned one is in use.
 
     Its triggers and rules have the states that they had before we switched them off.
     """
-    shape = read_shape(conn, state.table, state.table.old if state.phase.swapped else state.table.name)
+    shape = read_shape(conn, state.table, state.plan.former if state.phase.swapped else state.table.name)
     return with_states(shape, state.quieted) if state.phase.swapped else shape
 
 

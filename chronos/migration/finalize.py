@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sqlalchemy.engine import Connection, Engine
 
 from chronos.catalog.shape import TableShape
+from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
@@ -14,9 +15,10 @@ from chronos.commands import status as status_command
 from chronos.db import execute, joined, name, statement, transaction
 from chronos.errors import ChronosError, RefusedError
 from chronos.locks import lock_table
+from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.changes import drop_log_statement, drop_trigger_statements, written_by_hand
-from chronos.migration.context import match, read_plain
+from chronos.migration.context import Migration, match, read_plain
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
@@ -71,8 +73,10 @@ def finish(
                     f"{table} was put back by hand; nothing was changed."
                     f" Tidy up with: {rollback_command(table)}"
                 )
-            there = not finalized_by_hand(conn, found)
+            there = not found.plan.attaches and not finalized_by_hand(conn, found)
             shape = read_plain(conn, found) if there else None
+            if found.plan.attaches:
+                _require_verified(found)
             if shape is not None and found.phase is Phase.MIGRATED:
                 _require_dispensable(conn, shape, found, retention_days)
         confirm(found, there)
@@ -83,7 +87,8 @@ def finish(
                 _require_dispensable(conn, shape, found, retention_days)
         with going_on_with(finalize_command(table), "clean-up", engine, table):
             finalize(engine, conn, operator, found, shape)
-        operator.output.ok(f"{table.old} is dropped; {table} stands on its own")
+        done = f"{table.history} stays a partition" if found.plan.attaches else f"{table.old} is dropped"
+        operator.output.ok(f"{done}; {table} stands on its own")
 
 
 def _is_ours(conn: Connection, table: TableSpec) -> bool:
@@ -107,13 +112,19 @@ def _why_not(table: TableSpec, found: State | None) -> str:
     return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command(table)}"
 
 
+def _require_verified(found: State) -> None:
+    if not found.verified:
+        what = "rows written during the migration were not compared"
+        if found.plan.attaches:
+            what = "foreign keys of the partitions are not yet those of the whole"
+        raise RefusedError(
+            f"the {what}; nothing was changed. Carry on with: {migrate_command(found.table)} --resume"
+        )
+
+
 def _require_dispensable(conn: Connection, old: TableShape, found: State, retention_days: int | None) -> None:
     table = found.table
-    if not found.verified:
-        raise RefusedError(
-            f"the rows written during the migration were not compared yet; nothing was changed."
-            f" Compare them with: {migrate_command(table)} --resume"
-        )
+    _require_verified(found)
     dependents = what_depends_on(conn, old)
     if dependents:
         raise RefusedError(
@@ -198,7 +209,11 @@ def finalize(
     table = state.table
     home = table.home
     locks = operator.locks()
-    if state.phase is not Phase.FINALIZING:
+    if state.plan.attaches:
+        with transaction(conn):
+            shape = read_shape(conn, table, table.name)
+        attach.drop_leftover(Migration(engine, conn, operator, state, shape))
+    elif state.phase is not Phase.FINALIZING:
         for attempt in locks.attempts(conn, [(home, table.name)]):
             with attempt:
                 states.claim(conn, table, state.run_id)
@@ -236,4 +251,4 @@ def finalize(
     for attempt in locks.attempts(conn, [(home, table.changes), (home, table.state)]):
         with attempt:
             states.claim(conn, table, state.run_id)
-            execute(conn, drop_log_statement(table))
+            execute(conn, drop_log_statement(state.plan))

@@ -45,7 +45,7 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int =
         _add_unchecked(migration, leaves)
     replay_most(migration, Direction.FORWARD, check_stop)
     _validate(migration, _leaves(migration, "EXISTS"), check_stop, workers)
-    _adopt(migration)
+    adopt_keys(migration, migration.table.new)
 
 
 def give_up_keys(migration: Migration, table: str) -> None:
@@ -60,7 +60,7 @@ def give_up_keys(migration: Migration, table: str) -> None:
     # Partitions have keys of their own until the partitioned table's have adopted them.
     for relation in [*(_leaves(migration, "EXISTS") if table == spec.new else []), table]:
         keys = _keys(migration, relation)
-        if not keys and relation != table:
+        if not keys and (relation != table or migration.plan.attaches):
             continue
         referred = migration.referred() if keys else []
         locks = migration.locks()
@@ -101,6 +101,8 @@ def _drop_statements(migration: Migration, relation: str, keys: list[str]) -> li
 def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
     """When the keys of ``table`` are gone: its rows are let be, and its own triggers are as they were."""
     spec, shape = migration.table, migration.shape
+    if migration.plan.attaches:
+        return []
     return [
         note_function_statement(shape, migration.plan, linked=None),
         *(loud_statements(shape, migration.relation(table)) if table == spec.old else []),
@@ -214,22 +216,27 @@ def _validate(migration: Migration, leaves: list[str], check_stop: CheckStop, wo
     raise failed[0][1]
 
 
-def _adopt(migration: Migration) -> None:
-    """The parent's keys. The locks are taken in the order in which an insert takes them."""
-    table = migration.table
+def adopt_keys(migration: Migration, parent: str) -> None:
+    """The partitioned table's own keys, which adopt those of its partitions. Safe to call again.
+
+    SHARE ROW EXCLUSIVE on it, ACCESS EXCLUSIVE on the tables referred to, in the order in which an insert
+    takes its locks, in short attempts. Raises LockUnavailableError.
+    """
+    if not migration.plan.foreign_keys or _keys(migration, parent):
+        return
     locks = migration.locks()
-    for attempt in locks.attempts(migration.conn, [(table.home, table.new), *migration.referred()]):
+    for attempt in locks.attempts(migration.conn, [(migration.table.home, parent), *migration.referred()]):
         with attempt as conn:
             migration.claim(conn)
-            execute(conn, joined(adopt_statements(migration), ";\n"))
+            attempt.asks_now()
+            execute(conn, joined(adopt_statements(migration, parent), ";\n"))
     migration.note(locks)
 
 
-def adopt_statements(migration: Migration) -> list[Statement]:
-    """The locks, then the parent's keys, which adopt those of the partitions."""
-    table = migration.table
+def adopt_statements(migration: Migration, parent: str) -> list[Statement]:
+    """The locks, then the keys of the table ``parent``, which adopt those of the partitions."""
     return [
-        lock_table(table.home, table.new, "SHARE ROW EXCLUSIVE"),
+        lock_table(migration.table.home, parent, "SHARE ROW EXCLUSIVE"),
         *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
-        *foreign_key_statements(migration.plan.foreign_keys, migration.relation(table.new)),
+        *foreign_key_statements(migration.plan.foreign_keys, migration.relation(parent)),
     ]

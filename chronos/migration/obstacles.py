@@ -25,6 +25,8 @@ from chronos.migration.state import Phase, State
 from chronos.table import Period, TableSpec
 
 _SHOWN = 3
+# Rows beyond the bound of an attached table that may be carried back while everybody waits: half a second.
+FEW_BEYOND = 5_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Obstacle:
 
 def obstacles(conn: Connection, found: State) -> list[Obstacle]:
     """All that stands in the way of a rollback of a migration that was swapped. Reads only; ACCESS SHARE."""
+    if found.plan.attaches:
+        return list(_of_an_attached_table(conn, found))
     table, waiting = found.table, found.phase is Phase.MIGRATED
     in_the_way: list[Obstacle] = []
     if strangers := foreign_partitions(conn, found, table.name):
@@ -103,6 +107,34 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
     return in_the_way
 
 
+def _of_an_attached_table(conn: Connection, found: State) -> Iterator[Obstacle]:
+    table, plan = found.table, found.plan
+    if strangers := foreign_partitions(conn, found, table.name):
+        yield Obstacle("foreign-partition", not_ours(table, strangers))
+    if not any(p.name == table.history for p in attached(conn, table)):
+        yield Obstacle(
+            "history-gone",
+            f"{table.history}, the table that was, is no partition of {table} any more: retention has dropped"
+            f" it, or somebody has detached it, and there is no way back; {finalize_command(table)}",
+        )
+    beyond = execute(
+        conn,
+        statement(
+            "SELECT count(*) FROM {t} WHERE {c} >= {bound}",
+            t=name(table.home, table.name),
+            c=name(table.column),
+            bound=read_shape(conn, table, table.name).instant(plan.first),
+        ),
+    ).scalar_one()
+    if beyond > FEW_BEYOND:
+        yield Obstacle(
+            "rows-beyond-the-bound",
+            f"{beyond:,} rows lie at or beyond {plan.first:%Y-%m-%d}, where {table.history} ends; they are"
+            f" carried back while readers and writers wait, about {beyond / FEW_BEYOND / 2:.0f} s",
+            forcible=True,
+        )
+
+
 def old_table_emptied(table: TableSpec) -> str:
     """What to do when the only rows left are those of the partitioned table."""
     return (
@@ -121,6 +153,7 @@ def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]
     return [
         p.name
         for p in attached(conn, table, parent)
+        if not (found.plan.attaches and p.name == table.history)
         if p.lower is None
         or p.upper is None
         or p.lower < found.plan.first

@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import uuid4
 
 from rich.console import Console
@@ -46,6 +46,7 @@ from chronos.db import (
 from chronos.errors import RefusedError
 from chronos.functions import function_statements
 from chronos.locks import Patience, lock_table
+from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes_statements, leaves_statements, parent_and_log_statements
 from chronos.migration.changes import (
@@ -74,7 +75,7 @@ from chronos.migration.foreign_keys import (
 )
 from chronos.migration.operator import Operator
 from chronos.migration.rollback import definitions
-from chronos.migration.state import Phase, Plan, State, phase_statement
+from chronos.migration.state import Phase, Plan, State, Strategy, phase_statement, verified_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
 
@@ -103,7 +104,13 @@ class Section:
     locks: bool = False
 
 
-def dry_run(engine: Engine, table: TableSpec, console: Console, patience: Patience | None = None) -> None:
+def dry_run(
+    engine: Engine,
+    table: TableSpec,
+    console: Console,
+    patience: Patience | None = None,
+    strategy: Strategy = Strategy.COPY,
+) -> None:
     """Print the plan of a migration, and then its SQL; nothing is changed, and nothing can be.
 
     One read-only transaction: ACCESS SHARE on the table, as a query would take it. Raises RefusedError
@@ -120,7 +127,7 @@ def dry_run(engine: Engine, table: TableSpec, console: Console, patience: Patien
                     f"an earlier migration of {table} was undone by hand; nothing was changed. To migrate"
                     f" removes its remains first; for a plan, remove them with: {rollback_command(table)}"
                 )
-            found = survey(conn, table)
+            found = survey(conn, table, strategy)
             report.head(found)
             if not found.blockers:
                 _plan(engine, conn, found, report)
@@ -139,10 +146,14 @@ def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> N
     )
     following = dependents(conn, shape.oid)
     exact = found.rows_estimate <= _COUNTABLE
-    rows = rows_per_period(migration) if exact else _expected_rows(migration)
-    report.window(plan)
-    report.periods(plan, rows, found, exact=exact)
-    report.effort(plan, sum(rows.values()), found, _reading_rate(migration))
+    if plan.attaches:
+        rows: dict[Period, int] = {}
+        report.history(plan)
+    else:
+        rows = rows_per_period(migration) if exact else _expected_rows(migration)
+        report.window(plan)
+        report.periods(plan, rows, found, exact=exact)
+        report.effort(plan, sum(rows.values()), found, _reading_rate(migration))
     report.title("What comes along, and how")
     for what, how in carried(conn, shape, plan, following):
         report.item(what, how)
@@ -168,6 +179,9 @@ def sections(
     empty, and the script makes sure that they are.
     """
     shape, plan, state = migration.shape, migration.plan, migration.state
+    if plan.attaches:
+        yield from _attach_sections(conn, migration, following)
+        return
     table, home = plan.table, plan.table.home
     present = table.period(plan.started_at)
     filled = [p for p in plan.periods if p <= present or (newest is not None and p <= newest)]
@@ -229,6 +243,60 @@ def sections(
     yield Section("Statistics", [final_statistics(conn, shape, [present])], in_transaction=False)
 
 
+def _attach_sections(conn: Connection, migration: Migration, following: list[Dependent]) -> Iterator[Section]:
+    """The same where nothing is copied."""
+    shape, plan, table = migration.shape, migration.plan, migration.table
+    yield Section(
+        "Step 1: the partitioned table beside the one in use, and the state of the migration",
+        attach.build_statements(migration),
+    )
+    yield Section(
+        "Step 2: the partitions from the bound on",
+        leaves_statements(shape, plan.periods, plan.periods[0] if plan.periods else None),
+    )
+    if not attach.has_its_key(plan):
+        yield Section(
+            "Step 3: the index of the primary key to be; everybody reads and writes on",
+            [attach.index_statement(migration)],
+            in_transaction=False,
+        )
+    yield Section(
+        "Step 3: from now on no row may lie beyond the bound; everybody waits for an instant",
+        [attach.check_statement(migration)],
+        locks=True,
+    )
+    yield Section(
+        "Step 3: look at every row; everybody reads and writes on",
+        [attach.validate_check_statement(migration)],
+    )
+    for group in at_once([table.partition(period) for period in plan.periods]) if plan.foreign_keys else ():
+        yield Section(
+            f"Step 3: the foreign keys of {group[0]} to {group[-1]}; nobody writes what they refer to"
+            " meanwhile, for milliseconds",
+            attach.leaf_key_statements(migration, group),
+            locks=True,
+        )
+    yield Section("Step 4: the functions that keep the partitions", function_statements(shape))
+    yield Section("Step 5: it is ready", [phase_statement(table, Phase.READY)])
+    yield Section(
+        "Step 6: the names, the primary key, ATTACH. Nobody reads or writes meanwhile, for milliseconds",
+        [
+            lock_table(table.home, table.name, "ACCESS EXCLUSIVE"),
+            *attach.forward_statements(shape, plan),
+            *redirect_statements(following, name(table.home, table.name), name(table.home, table.history)),
+        ],
+        locks=True,
+    )
+    if plan.foreign_keys:
+        yield Section(
+            "Step 6: the foreign keys of the whole adopt those of the partitions",
+            adopt_statements(migration, table.name),
+            locks=True,
+        )
+    yield Section("It is complete", [verified_statement(table)])
+    yield Section("Statistics", [final_statistics(conn, shape, [])], in_transaction=False)
+
+
 def _period_sections(migration: Migration, period: Period) -> Iterator[Section]:
     shape, table = migration.shape, migration.table
     leaf = migration.relation(table.partition(period))
@@ -273,7 +341,7 @@ def _foreign_key_sections(migration: Migration) -> Iterator[Section]:
     )
     yield Section(
         "Step 3: the foreign keys of the partitioned table adopt those of the partitions",
-        adopt_statements(migration),
+        adopt_statements(migration, migration.table.new),
         locks=True,
     )
 
@@ -549,6 +617,27 @@ class _Report:
         self.item("table", f"{found.spec.home}.{found.spec}")
         self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
+
+    def history(self, plan: Plan) -> None:
+        """What becomes of the rows when nothing is copied."""
+        table, bound = plan.table, f"{plan.first:%Y-%m-%d %H:%M} UTC"
+        self.item(
+            "strategy", f"attach: no row is copied, {table} itself becomes the partition {table.history}"
+        )
+        self.item(
+            "bound", f"all before {bound} is {table.history}; {table.every} by {table.every} from there on"
+        )
+        goes = "never, for every row is kept"
+        if table.retention_days is not None:
+            last = plan.first + timedelta(days=table.retention_days)
+            goes = f"on {last:%Y-%m-%d}, when its last row has expired"
+        self.item(f"{table.history} goes", goes)
+        self.item("disk", "one more index over the key and the time column")
+        self.item(
+            "locks",
+            "everybody waits for milliseconds, twice: for the check, and when the names change"
+            + (", and writers once more for the foreign keys" if plan.foreign_keys else ""),
+        )
 
     def window(self, plan: Plan) -> None:
         """Which rows are copied."""

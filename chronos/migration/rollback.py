@@ -33,6 +33,7 @@ from chronos.errors import NeedsPersonError, RefusedError
 from chronos.functions import definitions as definitions
 from chronos.functions import drop_unused_statement
 from chronos.locks import lock_table
+from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.changes import (
     TruncatedError,
@@ -114,7 +115,7 @@ def undo(
         with transaction(conn):
             found = take_over(conn, found)
         command = rollback_command(table)
-        if found.phase.swapped and found.verified:
+        if found.phase.swapped and found.verified and not found.plan.attaches:
             command += (
                 f"; or call it off, and stay with the partitioned table: {migrate_command(table)} --resume"
             )
@@ -151,6 +152,8 @@ def roll_back(migration: Migration, *, check_stop: CheckStop = lambda: None) -> 
     raises; the state then tells how far it came.
     """
     carried = 0
+    if migration.plan.attaches:
+        return _detach(migration, check_stop)
     if migration.state.phase is Phase.MIGRATED:
         give_up_keys(migration, migration.table.old)
         _set_out(migration)
@@ -159,6 +162,18 @@ def roll_back(migration: Migration, *, check_stop: CheckStop = lambda: None) -> 
     elif migration.state.phase in (Phase.BUILT, Phase.COPYING, Phase.READY):
         _give_up(migration)
     _validate(migration)
+    _clean_up(migration)
+    return carried
+
+
+def _detach(migration: Migration, check_stop: CheckStop) -> int:
+    """The way back of the strategy ATTACH, from whatever phase."""
+    carried = 0
+    if migration.state.phase is Phase.MIGRATED:
+        carried = attach.go_back(migration, check_stop)
+    elif migration.state.phase is not Phase.UNDONE:
+        _give_up(migration)
+    attach.clean_up(migration, check_stop)
     _clean_up(migration)
     return carried
 
@@ -361,17 +376,16 @@ def _validate(migration: Migration) -> None:
 
 def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) -> None:
     """After somebody has put the plain table back by hand: give it what it had given up, drop the rest."""
-    table = found.table
+    table, former = found.table, found.plan.former
     home = table.home
     locks = operator.locks()
-    for attempt in locks.attempts(conn, [(home, table.name), (home, table.old)]):
+    for attempt in locks.attempts(conn, [(home, table.name), (home, former)]):
         with attempt:
             states.claim(conn, table, found.run_id)
-            there = execute(
-                conn, statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=home, t=table.name)
-            ).scalar_one()
-            if there is None:
-                execute(conn, rename(home, "TABLE", table.old, table.name))
+            if states.relkind(conn, home, table.name) is None:
+                execute(conn, rename(home, "TABLE", former, table.name))
+            if found.plan.attaches:
+                continue
             execute(conn, lock_table(home, table.name, "ACCESS EXCLUSIVE"))
             plain = with_states(read_shape(conn, table, table.name), found.quieted)
             standing = {key.name for key in plain.foreign_keys}
@@ -388,8 +402,11 @@ def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) 
     with transaction(conn):
         after = states.read(conn, table)
         assert after is not None
-        shape = read_plain(conn, after)
+        shape = read_shape(conn, table, table.name)
     migration = Migration(engine, conn, operator, after, shape)
+    if found.plan.attaches:
+        attach.go_back(migration, operator.check_stop, by_hand=True)
+        attach.clean_up(migration)
     _validate(migration)
     _clean_up(migration)
 
@@ -423,7 +440,7 @@ def _clean_up(migration: Migration) -> None:
             migration.claim(conn)
             _functions_back(migration)
             execute(conn, statement("DROP TABLE IF EXISTS {new}", new=name(home, table.new)))
-            execute(conn, drop_log_statement(table))
+            execute(conn, drop_log_statement(migration.plan))
 
 
 def _drop_triggers(migration: Migration) -> None:

@@ -42,6 +42,7 @@ from chronos.errors import (
     SupersededError,
 )
 from chronos.functions import function_statements
+from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
 from chronos.migration.changes import replay_most, verified_statements
@@ -55,7 +56,7 @@ from chronos.migration.obstacles import require_nothing_kept
 from chronos.migration.operator import Operator, StopRequestedError, sole_operator
 from chronos.migration.report import write_report
 from chronos.migration.rollback import definitions, roll_back, stay, tidy_up
-from chronos.migration.state import Phase, State, phase_statement
+from chronos.migration.state import Phase, State, Strategy, phase_statement
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
 from chronos.table import Period, TableSpec
@@ -70,6 +71,7 @@ class Options:
     ``hold`` ends before the swap, with all the rest done.
     """
 
+    strategy: Strategy = Strategy.COPY
     resume: bool = False
     hold: bool = False
     batch_size: int = 1_000
@@ -81,13 +83,13 @@ class Options:
     reconnect_s: float = 30.0
 
 
-def step_titles(table: TableSpec) -> dict[int, str]:
+def step_titles(table: TableSpec, strategy: Strategy = Strategy.COPY) -> dict[int, str]:
     """What the six steps are called."""
     rows = "all data" if table.retention_days is None else f"data from last {table.retention_days} days"
     return {
         1: "Creating new partitioned table",
         2: "Creating partitions",
-        3: f"Migrating {rows}",
+        3: "Adopting the existing rows" if strategy is Strategy.ATTACH else f"Migrating {rows}",
         4: "Creating partition management functions",
         5: "Verifying migration",
         6: f"Renaming existing {table} table",
@@ -120,8 +122,8 @@ def migrate(
     operator: Operator,
     confirm: Callable[[Survey], None],
     confirm_resume: Callable[[State], None] = lambda found: None,
-) -> None:
-    """Turn the table into partitions, or carry on where an earlier run was cut off.
+) -> Strategy:
+    """Turn the table into partitions, or carry on where an earlier run was cut off; returns the strategy.
 
     ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came; either raises
     RefusedError to call it off. Each error raised is a ChronosError whose message says what state the tables
@@ -133,8 +135,11 @@ def migrate(
         if options.resume:
             migration = _take_over(engine, conn, table, operator, confirm_resume)
         else:
-            migration = _begin(engine, conn, operator, _look(engine, conn, table, operator, confirm))
-        _Run(migration, options).forward()
+            found = _look(engine, conn, table, operator, options.strategy, confirm)
+            migration = _begin(engine, conn, operator, found)
+        run = _Adoption if migration.plan.attaches else _Run
+        run(migration, options).forward()
+        return migration.plan.strategy
 
 
 def _look(
@@ -142,6 +147,7 @@ def _look(
     conn: Connection,
     table: TableSpec,
     operator: Operator,
+    strategy: Strategy,
     confirm: Callable[[Survey], None],
 ) -> Survey:
     """Survey the table and have the operator confirm; what a manual rollback left over goes first."""
@@ -149,7 +155,7 @@ def _look(
     def look() -> Survey:
         with transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY"))
-            return survey(conn, table)
+            return survey(conn, table, strategy)
 
     found = look()
     with transaction(conn):
@@ -203,6 +209,12 @@ def _take_over(
                 f"this migration is being undone; nothing was changed. Finish with: {rollback_command(table)}"
             )
         now = execute(conn, statement("SELECT now()")).scalar_one()
+        if found.plan.attaches and not found.phase.swapped and (found.plan.first - now).days < 1:
+            raise RefusedError(
+                f"the bound of this migration, {found.plan.first:%Y-%m-%d} UTC, is less than a day away;"
+                f" nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again with:"
+                f" {start_command(table)} --strategy attach"
+            )
         if not found.phase.swapped and (found.plan.end - now).days < min(7, table.ahead_days):
             raise RefusedError(
                 f"the partitions built on {found.plan.started_at:%Y-%m-%d} reach to {found.plan.end:%Y-%m-%d}"
@@ -224,7 +236,7 @@ class _Run:
         self.operator = migration.operator
         self.output = migration.operator.output
         self.table = migration.table
-        self.titles = step_titles(self.table)
+        self.titles = step_titles(self.table, migration.plan.strategy)
         self.timings = Timings(self.titles)
         self.step = 1
         self.wal_start: str | None = None
@@ -266,7 +278,7 @@ class _Run:
             self.wal_start = execute(conn, statement("SELECT pg_current_wal_lsn()::text")).scalar_one()
         self.output.banner("Starting PostgreSQL Partitioning Migration")
         if self.options.resume:
-            self.output.line(f"Resuming: {states.describe(self.table, self.phase)}")
+            self.output.line(f"Resuming: {states.describe(self.migration.state)}")
         if self.phase is Phase.RETURNING:
             stay(self.migration)
             self.output.line(f"The way back is called off; {self.table} stays partitioned.")
@@ -400,7 +412,7 @@ class _Run:
         found = Summary(
             steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
             periods={self.table.period(start): result for start, result in compared.items()},
-            copied=sum(result.new_rows for result in compared.values()),
+            copied=None if migration.plan.attaches else sum(result.new_rows for result in compared.values()),
             wal_bytes=self._wal_bytes(),
             lock_s=migration.longest_lock_s,
         )
@@ -431,6 +443,13 @@ class _Run:
 
     def _end_held(self) -> None:
         command = migrate_command(self.table)
+        if self.migration.plan.attaches:
+            self.output.banner("READY: THE TABLE CAN BECOME A PARTITION, AND NO NAME HAS CHANGED")
+            self.output.line(
+                f"From {self.migration.plan.first:%Y-%m-%d %H:%M} UTC on inserts fail until it has. Swap"
+                f" with: {command} --resume; undo it with: {rollback_command(self.table)}"
+            )
+            return
         self.output.banner("READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED")
         self.output.line(
             f"{self.table} is still the plain table; what is written to it is noted. Swap with:"
@@ -439,6 +458,8 @@ class _Run:
         )
 
     def _live_periods(self) -> list[Period]:
+        if self.migration.plan.attaches:
+            return []
         fence = self.migration.state.fence or self.migration.plan.started_at
         return [self.table.period(fence)]
 
@@ -524,3 +545,45 @@ class _Run:
                 if time.monotonic() >= deadline:
                     raise
                 self.operator.patience.sleep(0.5)
+
+
+class _Adoption(_Run):
+    """The same six steps where nothing is copied: the table itself becomes a partition."""
+
+    def _build(self) -> None:
+        migration = self.migration
+        with transaction(migration.conn) as conn:
+            built = states.read(conn, self.table) is not None
+        with self._step(1, "Partitioned table created", earlier=built):
+            if not built:
+                attach.build(migration)
+        self.operator.check_stop()
+        with self._step(2, "All partitions created", earlier=self.phase is Phase.READY):
+            if attach.build_partitions(migration):
+                for period in migration.plan.periods:
+                    self.output.partition(self.table.partition(period), period)
+
+    def _copy(self) -> None:
+        migration, bound = self.migration, self.migration.plan.first
+        with self._step(3, "Existing rows adopted, none was copied", earlier=self.phase is Phase.READY):
+            self.output.line(
+                f"All rows before {bound:%Y-%m-%d %H:%M} UTC stay where they are; nothing is copied"
+            )
+            attach.adopt(migration, self.operator.check_stop)
+
+    def _verify(self) -> None:
+        migration = self.migration
+        with self._step(5, "Verification passed: the rows are the same, and each lies before the bound"):
+            attach.require_ready(migration)
+            with transaction(migration.conn) as conn:
+                migration.claim(conn)
+                if self.phase is Phase.COPYING:
+                    execute(conn, phase_statement(self.table, Phase.READY))
+            migration.refresh()
+
+    def _swap(self) -> None:
+        migration = self.migration
+        with self._step(6, f"Table renamed: {self.table} -> {self.table.history}, now a partition"):
+            if not self.phase.swapped:
+                attach.swap(migration)
+            attach.adopt_foreign_keys(migration)

@@ -23,7 +23,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.shape import ForeignKey, OwnedSequence
+from chronos.catalog.shape import ForeignKey, Grant, Identity, Index, OwnedSequence, Trigger
 from chronos.db import Statement, execute, name, opened, statement, transaction
 from chronos.errors import SupersededError
 from chronos.locks import lock_table
@@ -47,9 +47,19 @@ class Phase(StrEnum):
         return self in (Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING)
 
 
-def describe(table: TableSpec, phase: Phase) -> str:
+class Strategy(StrEnum):
+    """How rows come into partitions: COPY into new tables, or ATTACH the table itself as one partition."""
+
+    COPY = "copy"
+    ATTACH = "attach"
+
+
+def describe(state: State) -> str:
     """Which table is in use, and what the others are for, in a sentence."""
+    table, phase = state.table, state.phase
     t, old, new = table.name, table.old, table.new
+    if state.plan.attaches and phase in _ATTACHING:
+        return _ATTACHING[phase].format(t=t, new=new, history=table.history)
     return {
         Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
@@ -59,6 +69,14 @@ def describe(table: TableSpec, phase: Phase) -> str:
         Phase.UNDONE: f"{t} is the plain table; what is left of the migration is to be dropped.",
         Phase.FINALIZING: f"{t} is partitioned and complete; {old} is being dropped.",
     }[phase]
+
+
+_ATTACHING = {
+    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition.",
+    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}.",
+    Phase.MIGRATED: "{t} is partitioned and complete; {history}, the table that was, is a partition of it.",
+    Phase.FINALIZING: "{t} is partitioned and complete; what is left of the migration is being dropped.",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,33 @@ class PeriodResult:
 
 
 @dataclass(frozen=True)
+class Heap:
+    """What the plain table gives up when it becomes a partition, and gets back from a rollback.
+
+    ``key`` is the index by which it knew its rows; ``triggers`` are those for each row; ``nullable`` tells
+    whether its time column was.
+    """
+
+    key: Index
+    identities: tuple[Identity, ...]
+    triggers: tuple[Trigger, ...]
+    nullable: bool
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Heap:
+        """From what the driver has parsed."""
+        return cls(
+            key=Index(**found["key"]),
+            identities=tuple(
+                Identity(**{**i, "grants": tuple(Grant(**g) for g in i["grants"])})
+                for i in found["identities"]
+            ),
+            triggers=tuple(Trigger(**t) for t in found["triggers"]),
+            nullable=found["nullable"],
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is fixed when a migration begins; times are the server's, UTC.
 
@@ -86,11 +131,12 @@ class Plan:
     ``old_key`` are the columns that identify a row of the plain table, ``new_key`` those and the time
     column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those
     that the plain table owns; ``foreign_keys`` those that it gives up in the swap and gets back from a
-    rollback; ``functions`` the definitions of functions that stood under the names of ours.
+    rollback; ``functions`` the definitions of functions that stood under the names of ours; ``heap`` is what
+    only the strategy ATTACH needs: then ``first`` is the bound before which all is the old table's.
     """
 
     table: TableSpec
-    strategy: str
+    strategy: Strategy
     started_at: datetime
     cutoff: datetime
     first: datetime
@@ -101,6 +147,17 @@ class Plan:
     sequences: tuple[OwnedSequence, ...] = ()
     foreign_keys: tuple[ForeignKey, ...] = ()
     functions: tuple[str, ...] = ()
+    heap: Heap | None = None
+
+    @property
+    def attaches(self) -> bool:
+        """Whether the plain table becomes a partition."""
+        return self.strategy is Strategy.ATTACH
+
+    @property
+    def former(self) -> str:
+        """What the plain table is called once the partitioned one has its name."""
+        return self.table.history if self.attaches else self.table.old
 
     @property
     def periods(self) -> list[Period]:
@@ -128,13 +185,14 @@ class Plan:
         }
         return cls(
             table=TableSpec.from_json(found["table"]),
-            strategy=found["strategy"],
+            strategy=Strategy(found["strategy"]),
             old_key=tuple(found["old_key"]),
             new_key=tuple(found["new_key"]),
             renames=tuple((a, b, c, d) for a, b, c, d in found["renames"]),
             sequences=tuple(OwnedSequence(**s) for s in found["sequences"]),
             foreign_keys=tuple(ForeignKey(**k) for k in found["foreign_keys"]),
             functions=tuple(found["functions"]),
+            heap=Heap.from_json(found["heap"]) if found["heap"] else None,
             **times,
         )
 
@@ -301,7 +359,7 @@ def where(engine: Engine, table: TableSpec) -> str:
         return "The state of the tables is unknown: the server cannot be reached."
     if found is None:
         return f"{table} is the plain table."
-    return describe(table, found.phase)
+    return describe(found)
 
 
 def own(conn: Connection, table: TableSpec, run_id: uuid.UUID) -> State | None:
@@ -323,7 +381,10 @@ def undone_by_hand(conn: Connection, state: State) -> bool:
     table = state.table
     return state.phase.swapped and (
         relkind(conn, table.home, table.name) == "r"
-        or (relkind(conn, table.home, table.name) is None and relkind(conn, table.home, table.old) == "r")
+        or (
+            relkind(conn, table.home, table.name) is None
+            and relkind(conn, table.home, state.plan.former) == "r"
+        )
     )
 
 
@@ -333,7 +394,7 @@ def finalized_by_hand(conn: Connection, state: State) -> bool:
     return (
         state.phase in (Phase.MIGRATED, Phase.FINALIZING)
         and relkind(conn, table.home, table.name) == "p"
-        and relkind(conn, table.home, table.old) is None
+        and relkind(conn, table.home, state.plan.former) is None
     )
 
 

@@ -1,0 +1,736 @@
+"""The second strategy: nothing is copied. The table itself becomes the partition of all before a bound.
+
+The bound lies some days ahead: what is written until then goes into the old table as before, and the way
+back is as quick as the way there. First, while everybody reads and writes on: a unique index with the time
+column in it, and a CHECK that every row lies before the bound, so that nothing is scanned under a lock. Then
+the swap, in milliseconds: names, primary key, ATTACH. The rows are the same ones all the time, so there is
+nothing to note, to replay or to compare, and no snapshot that could miss one.
+
+The table that was is called T_history from then on, never T_old: whoever follows the manual rollback of a
+copy (DROP TABLE T CASCADE) must not find that name.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from psycopg2 import errorcodes
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from chronos.catalog.ddl import (
+    enable_statements,
+    foreign_key_statements,
+    identity_goes_on,
+    identity_statements,
+    key_body,
+    parent_statements,
+    partition_differences,
+    rename,
+    rule_statements,
+    sequences_back_statements,
+    state_grants,
+    trigger_state,
+    trigger_statements,
+)
+from chronos.catalog.dependents import dependents, redirect_statements, require_dependents
+from chronos.catalog.partitions import attached
+from chronos.catalog.shape import Index, TableShape, differences
+from chronos.catalog.shape import read as read_shape
+from chronos.db import Statement, execute, joined, name, opened, sqlstate, statement, transaction
+from chronos.errors import ChronosError, ShapeError, StrayRowError
+from chronos.locks import lock_table
+from chronos.migration.build import leaves_statements
+from chronos.migration.context import Migration
+from chronos.migration.foreign_keys import adopt_keys, at_once
+from chronos.migration.operator import StopRequestedError
+from chronos.migration.state import (
+    Heap,
+    Phase,
+    Plan,
+    create_statement,
+    fence_statement,
+    phase_statement,
+    relkind,
+    verified_statement,
+)
+from chronos.migration.workers import CheckStop
+from chronos.table import TableSpec, derived_name, midnight
+
+BOUND_DAYS = 7
+_POLL_S = 0.25
+_TELL_S = 1.0
+
+
+def bound_after(table: TableSpec, now: datetime, newest: datetime | None) -> datetime:
+    """Before which instant all is the old table's: a week from today, and after the newest row."""
+    week = midnight(now.date()) + timedelta(days=BOUND_DAYS)
+    period = table.period(week)
+    bound = period.start if period.start == week else period.end
+    return bound if newest is None or newest < bound else table.period(newest).end
+
+
+def heap_of(shape: TableShape) -> Heap:
+    """What the plain table is to get back one day."""
+    assert shape.key_index is not None
+    return Heap(
+        key=shape.key_index,
+        identities=shape.identities,
+        triggers=tuple(t for t in shape.triggers if t.by_row),
+        nullable=not shape.columns_by_name[shape.spec.column].not_null,
+    )
+
+
+def key_name(table: TableSpec) -> str:
+    """The primary key of the partition that the old table becomes, and its index before that."""
+    return derived_name(table.history, "_pkey")
+
+
+def check_name(table: TableSpec) -> str:
+    """The CHECK that every row of the old table lies before the bound."""
+    return derived_name(table.history, "_bound")
+
+
+def build_statements(migration: Migration) -> list[Statement]:
+    """The partitioned table without partitions, and the state: nothing is noted, for nothing is copied."""
+    shape = migration.shape
+    return [
+        *parent_statements(shape, migration.plan.renames),
+        create_statement(replace(migration.state, phase=Phase.COPYING)),
+        *state_grants(shape),
+    ]
+
+
+def build(migration: Migration) -> None:
+    """Step 1. No lock on the table in use."""
+    with transaction(migration.conn) as conn:
+        execute(conn, joined(build_statements(migration), ";\n"))
+    migration.refresh()
+
+
+def build_partitions(migration: Migration) -> bool:
+    """Step 2: the partitions from the bound on, in their place. Returns whether there was any to build."""
+    with transaction(migration.conn) as conn:
+        migration.claim(conn)
+        existing = {p.name for p in attached(conn, migration.table, migration.table.new)}
+        lacking = [p for p in migration.plan.periods if migration.table.partition(p) not in existing]
+        if lacking:
+            execute(conn, joined(leaves_statements(migration.shape, lacking, lacking[0]), ";\n"))
+    return bool(lacking)
+
+
+def adopt(migration: Migration, check_stop: CheckStop) -> None:
+    """Step 3: all that takes long, while everybody reads and writes on. Safe to call again.
+
+    SHARE UPDATE EXCLUSIVE on the table in use for the index and the validation, ACCESS EXCLUSIVE for a moment
+    for the CHECK; SHARE ROW EXCLUSIVE for moments on the tables that foreign keys refer to. Raises
+    StrayRowError when a row lies at or beyond the bound, LockUnavailableError.
+    """
+    if not has_its_key(migration.plan):
+        _build_index(migration, check_stop)
+    _add_check(migration)
+    _validate(migration, check_stop)
+    _add_foreign_keys(migration, check_stop)
+
+
+def has_its_key(plan: Plan) -> bool:
+    """Whether the old table's primary key has the time column in it already."""
+    assert plan.heap is not None
+    return plan.heap.key.primary and plan.table.column in plan.heap.key.columns
+
+
+def index_statement(migration: Migration) -> Statement:
+    """The index of the primary key to be; nobody waits for it."""
+    return statement(
+        "CREATE UNIQUE INDEX CONCURRENTLY {index} ON {table} {body}",
+        index=name(key_name(migration.table)),
+        table=migration.relation(migration.table.name),
+        body=key_body(migration.shape),
+    )
+
+
+def _build_index(migration: Migration, check_stop: CheckStop) -> None:
+    valid = _index_is_valid(migration, key_name(migration.table))
+    if valid:
+        return
+    if valid is not None:
+        # What was cut off is of no use.
+        _drop_index(migration, key_name(migration.table), check_stop)
+    _in_the_background(migration, index_statement(migration), "building index", check_stop)
+
+
+def _index_is_valid(migration: Migration, index: str) -> bool | None:
+    """Whether the index is there and usable; None when there is none."""
+    with transaction(migration.conn):
+        found: bool | None = execute(
+            migration.conn,
+            statement(
+                "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(format('%I.%I', {s}, {i}))",
+                s=migration.table.home,
+                i=index,
+            ),
+        ).scalar()
+    return found
+
+
+def _drop_index(migration: Migration, index: str, check_stop: CheckStop) -> None:
+    drop = statement("DROP INDEX CONCURRENTLY IF EXISTS {i}", i=name(migration.table.home, index))
+    _in_the_background(migration, drop, "dropping index", check_stop)
+
+
+def check_statement(migration: Migration) -> Statement:
+    """Every row lies before the bound: for what is written from now on; the rows there are checked later."""
+    return statement(
+        "ALTER TABLE {table} ADD CONSTRAINT {check} CHECK ({c} IS NOT NULL AND {c} < {bound}) NOT VALID",
+        table=migration.relation(migration.table.name),
+        check=name(check_name(migration.table)),
+        c=migration.shape.time_column,
+        bound=migration.shape.instant(migration.plan.first),
+    )
+
+
+def _check_is_valid(conn: Connection, table: TableSpec, relation: str) -> bool | None:
+    """Whether the CHECK is there and validated; None when there is none."""
+    found: bool | None = execute(
+        conn,
+        statement(
+            "SELECT convalidated FROM pg_constraint WHERE conname = {check}"
+            " AND conrelid = to_regclass(format('%I.%I', {schema}, {relation}))",
+            check=check_name(table),
+            schema=table.home,
+            relation=relation,
+        ),
+    ).scalar()
+    return found
+
+
+def _add_check(migration: Migration) -> None:
+    table, conn = migration.table, migration.conn
+    with transaction(conn):
+        if _check_is_valid(conn, table, table.name) is not None:
+            return
+    locks = migration.locks()
+    for attempt in locks.attempts(conn, [(table.home, table.name)]):
+        with attempt:
+            migration.claim(conn)
+            attempt.asks_now()
+            execute(conn, check_statement(migration))
+    migration.note(locks)
+
+
+def validate_check_statement(migration: Migration) -> Statement:
+    """Look at every row; everybody reads and writes on."""
+    return statement(
+        "ALTER TABLE {table} VALIDATE CONSTRAINT {check}",
+        table=migration.relation(migration.table.name),
+        check=name(check_name(migration.table)),
+    )
+
+
+def _validate(migration: Migration, check_stop: CheckStop) -> None:
+    table = migration.table
+    with transaction(migration.conn) as conn:
+        if _check_is_valid(conn, table, table.name):
+            return
+    try:
+        what = f"checking that every row lies before {migration.plan.first:%Y-%m-%d %H:%M} UTC"
+        _in_the_background(migration, validate_check_statement(migration), what, check_stop)
+    except DBAPIError as error:
+        if sqlstate(error) != errorcodes.CHECK_VIOLATION:
+            raise
+        raise StrayRowError(
+            f"rows of {table} have a {table.column} that is NULL, or not before"
+            f" {migration.plan.first:%Y-%m-%d %H:%M} UTC; correct or delete them"
+        ) from error
+
+
+def leaf_key_statements(migration: Migration, leaves: list[str]) -> list[Statement]:
+    """The foreign keys of partitions that are empty yet."""
+    return [
+        query
+        for leaf in leaves
+        for query in foreign_key_statements(migration.plan.foreign_keys, migration.relation(leaf))
+    ]
+
+
+def _add_foreign_keys(migration: Migration, check_stop: CheckStop) -> None:
+    """The new partitions' own; those of the whole adopt them after the swap, with the old table's."""
+    table, conn = migration.table, migration.conn
+    if not migration.plan.foreign_keys:
+        return
+    with transaction(conn):
+        rows = execute(
+            conn,
+            statement(
+                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+                " WHERE i.inhparent = to_regclass(format('%I.%I', {schema}, {new})) AND EXISTS"
+                " (SELECT FROM pg_constraint k WHERE k.contype = 'f' AND k.conrelid = c.oid)",
+                schema=table.home,
+                new=table.new,
+            ),
+        ).all()
+    done = {row[0] for row in rows}
+    for group in at_once([leaf for leaf in map(table.partition, migration.plan.periods) if leaf not in done]):
+        check_stop()
+        locks = migration.locks()
+        for attempt in locks.attempts(conn, migration.referred()):
+            with attempt:
+                migration.claim(conn)
+                execute(conn, joined(leaf_key_statements(migration, group), ";\n"))
+        migration.note(locks)
+
+
+def _in_the_background(migration: Migration, query: Statement, what: str, check_stop: CheckStop) -> None:
+    """Run a statement that takes long over a connection of its own, and tell how far it is.
+
+    A stop cancels it. Its settings are the session's, for it runs in no transaction of ours.
+    """
+    output = migration.operator.output
+    with opened(migration.engine) as running, opened(migration.engine) as watching:
+        running = running.execution_options(isolation_level="AUTOCOMMIT")
+        pid = int(execute(running, statement("SELECT pg_catalog.pg_backend_pid()")).scalar_one())
+        execute(running, statement("SET statement_timeout = 0; SET lock_timeout = 0"))
+        try:
+            with ThreadPoolExecutor(1, "chronos") as pool:
+                future = pool.submit(execute, running, query)
+                told, said = time.monotonic() - _TELL_S, ""
+                while True:
+                    try:
+                        future.result(_POLL_S)
+                        return
+                    except StillRunning:
+                        pass
+                    try:
+                        check_stop()
+                    except StopRequestedError:
+                        with transaction(watching):
+                            execute(watching, statement("SELECT pg_cancel_backend({pid})", pid=pid))
+                        future.exception()
+                        raise
+                    if time.monotonic() - told >= _TELL_S:
+                        told = time.monotonic()
+                        progress = f"{what}... {_progress(watching, pid)}".rstrip()
+                        if progress != said:
+                            said = progress
+                            output.line(f"  {progress}")
+        finally:
+            if not running.closed:
+                execute(running, statement("RESET statement_timeout; RESET lock_timeout"))
+
+
+_PROGRESS = """
+SELECT CASE WHEN p.phase LIKE 'waiting%' AND p.current_locker_pid <> 0
+            THEN format('%s: pid %s', p.phase, p.current_locker_pid)
+            WHEN p.blocks_total > 0 THEN format('%s%%', p.blocks_done * 100 / p.blocks_total)
+            WHEN p.tuples_total > 0 THEN format('%s%%', p.tuples_done * 100 / p.tuples_total)
+            ELSE p.phase END
+FROM pg_stat_progress_create_index p WHERE p.pid = {pid}
+"""
+
+
+def _progress(conn: Connection, pid: int) -> str:
+    with transaction(conn):
+        found = execute(conn, statement(_PROGRESS, pid=pid)).scalar()
+    return str(found or "")
+
+
+def require_ready(migration: Migration) -> None:
+    """Step 5: what the swap counts on is there. Raises ShapeError."""
+    table, plan = migration.table, migration.plan
+    with transaction(migration.conn) as conn:
+        checked = _check_is_valid(conn, table, table.name)
+        there = {p.name for p in attached(conn, table, table.new)}
+    if not checked:
+        raise ShapeError(f"the constraint {check_name(table)} of {table} is not there, or not validated")
+    if not has_its_key(plan) and not _index_is_valid(migration, key_name(table)):
+        raise ShapeError(f"the index {key_name(table)} of {table} is not there, or not valid")
+    if missing := [p for p in plan.periods if table.partition(p) not in there]:
+        raise ShapeError(f"the partition of {missing[0]} is not there")
+
+
+def swap(migration: Migration) -> None:
+    """Step 6: let the partitioned table take the name, with the old one as its first partition.
+
+    ACCESS EXCLUSIVE on the table in use, in short attempts. Raises LockUnavailableError, ShapeError.
+    """
+    table, conn, plan = migration.table, migration.conn, migration.plan
+    locks = migration.locks()
+    for attempt in locks.attempts(conn, [(table.home, table.name)]):
+        with attempt:
+            migration.claim(conn)
+            # Nobody changes the table in use while the two are compared; the application reads and writes on.
+            execute(conn, lock_table(table.home, table.name, "SHARE UPDATE EXCLUSIVE"))
+            _require_alike(migration)
+            attempt.asks_now()
+            execute(conn, lock_table(table.home, table.name, "ACCESS EXCLUSIVE"))
+            oid = _oid(conn, table, table.name)
+            following = dependents(conn, oid)
+            redirects = redirect_statements(
+                following, name(table.home, table.name), name(table.home, table.history)
+            )
+            execute(conn, joined([*forward_statements(migration.shape, plan), *redirects], ";\n"))
+            require_dependents(conn, following, _oid(conn, table, table.name))
+    migration.note(locks)
+    migration.refresh()
+
+
+def _oid(conn: Connection, table: TableSpec, relation: str) -> int:
+    oid: int = execute(
+        conn,
+        statement(
+            "SELECT to_regclass(format('%I.%I', {schema}, {relation}))::oid::bigint",
+            schema=table.home,
+            relation=relation,
+        ),
+    ).scalar_one()
+    return oid
+
+
+def without_ours(shape: TableShape) -> TableShape:
+    """The shape of the plain table without the index and the CHECK that adopting it has added."""
+    spec = shape.spec
+    return replace(
+        shape,
+        indexes=tuple(i for i in shape.indexes if i.name != key_name(spec)),
+        checks=tuple(c for c in shape.checks if c.name != check_name(spec)),
+    )
+
+
+def _require_alike(migration: Migration) -> None:
+    """Raise ShapeError unless the partitioned table is what the plain one is now, as far as announced."""
+    plan, conn = migration.plan, migration.conn
+    was = without_ours(read_shape(conn, migration.table, migration.table.name))
+    built = read_shape(conn, migration.table, migration.table.new)
+    names = [(temporary, original) for _, original, _, temporary in plan.renames]
+    # Its foreign keys come after the swap.
+    like = replace(built, rules=was.rules, foreign_keys=was.foreign_keys)
+    found = differences(was, like, names, announced=True)
+    found += partition_differences(conn, was, built.oid)
+    if found:
+        raise ShapeError(f"the new table is not what {plan.table} is now: {'; '.join(found)}")
+    migration.shape = was
+
+
+def _kept(plan: Plan, shape_key: Index) -> list[tuple[str, str, str, str]]:
+    """The names that the old table's own objects give up and get back: those of objects that it keeps."""
+    gone = shape_key.name if shape_key.primary and not has_its_key(plan) else None
+    return [r for r in plan.renames if r[0] != "SEQUENCE" and r[1] != gone]
+
+
+def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
+    """What happens under the lock when the partitioned table takes the name."""
+    table, heap = plan.table, plan.heap
+    assert heap is not None
+    home = table.home
+    old, new = name(home, table.history), name(home, table.name)
+    statements = [
+        rename(home, "TABLE", table.name, table.history),
+        *(rename(home, kind, original, aside) for kind, original, aside, _ in _kept(plan, heap.key)),
+    ]
+    if not has_its_key(plan):
+        if heap.key.primary:
+            statements.append(
+                statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=old, key=name(heap.key.name))
+            )
+        statements.append(_key_using_index(old, key_name(table), key_name(table), heap.key))
+    for identity in heap.identities:
+        statements += [
+            identity_goes_on(home, table.history, table.new, identity.column),
+            statement("ALTER TABLE {t} ALTER COLUMN {c} DROP IDENTITY", t=old, c=name(identity.column)),
+        ]
+    # The partitioned table's own come to the partition as well, and not beside one of the same name.
+    statements += [statement("DROP TRIGGER {n} ON {t}", n=name(t.name), t=old) for t in heap.triggers]
+    return [
+        *statements,
+        rename(home, "TABLE", table.new, table.name),
+        *(rename(home, kind, built, original) for kind, original, _, built in plan.renames),
+        statement(
+            "ALTER TABLE {new} ATTACH PARTITION {old} FOR VALUES FROM (MINVALUE) TO ({bound})",
+            new=new,
+            old=old,
+            bound=shape.instant(plan.first),
+        ),
+        statement("ALTER TABLE {old} DROP CONSTRAINT {check}", old=old, check=name(check_name(table))),
+        *enable_statements(shape, new),
+        *sequences_back_statements(table, [s for s in plan.sequences if not s.identity]),
+        *rule_statements(shape, new),
+        fence_statement(table),
+        phase_statement(table, Phase.MIGRATED),
+    ]
+
+
+def _key_using_index(table: Statement, constraint: str, index: str, like: Index) -> Statement:
+    """A primary key out of a unique index; ``like`` tells whether it is deferrable."""
+    definition = like.constraint or ""
+    deferrable = " DEFERRABLE" if like.deferrable else ""
+    if definition.endswith("INITIALLY DEFERRED"):
+        deferrable += " INITIALLY DEFERRED"
+    return statement(
+        "ALTER TABLE {t} ADD CONSTRAINT {c} PRIMARY KEY USING INDEX {i}" + deferrable,
+        t=table,
+        c=name(constraint),
+        i=name(index),
+    )
+
+
+def adopt_foreign_keys(migration: Migration) -> None:
+    """Step 6, after the swap: the keys of the whole, which adopt those of all partitions. Safe to call again.
+
+    SHARE ROW EXCLUSIVE on the table in use, ACCESS EXCLUSIVE on the tables referred to, in short attempts.
+    The migration is complete then. Raises LockUnavailableError.
+    """
+    adopt_keys(migration, migration.table.name)
+    with transaction(migration.conn) as conn:
+        migration.claim(conn)
+        execute(conn, verified_statement(migration.table))
+    migration.refresh()
+
+
+# --- The way back ---
+
+
+def go_back(migration: Migration, check_stop: CheckStop, *, by_hand: bool = False) -> int:
+    """Let the old table take its name back; returns how many rows beyond the bound were carried into it.
+
+    ``by_hand`` tells that somebody has detached it and renamed it already. Everything but the last step
+    happens while everybody reads and writes on. ACCESS EXCLUSIVE on the table in use and its partitions,
+    SHARE ROW EXCLUSIVE on the tables that foreign keys refer to, in short attempts. Raises
+    LockUnavailableError, ShapeError.
+    """
+    table, conn, plan = migration.table, migration.conn, migration.plan
+    heap = plan.heap
+    assert heap is not None
+    if heap.key.primary and not has_its_key(plan):
+        _build_old_key(migration, heap.key, table.name if by_hand else table.history, check_stop)
+    carried = 0
+    locks = migration.locks()
+    tables = [(table.home, table.name), (table.home, table.history), *migration.referred()]
+    for attempt in locks.attempts(conn, tables):
+        with attempt:
+            migration.claim(conn)
+            attempt.asks_now()
+            execute(conn, lock_table(table.home, table.name, "ACCESS EXCLUSIVE", partitions=True))
+            if by_hand:
+                execute(conn, joined(_own_again(migration, [], by_hand=True), ";\n"))
+                continue
+            for schema, referred in migration.referred():
+                execute(conn, lock_table(schema, referred, "SHARE ROW EXCLUSIVE"))
+            following = dependents(conn, _oid(conn, table, table.name))
+            carried = rows_beyond(conn, migration)
+            filled = _filled(conn, migration) if carried else []
+            redirects = redirect_statements(
+                following, name(table.home, table.name), name(table.home, table.new)
+            )
+            execute(conn, joined([*back_statements(migration, filled), *redirects], ";\n"))
+            require_dependents(conn, following, _oid(conn, table, table.name))
+    migration.note(locks)
+    migration.refresh()
+    return carried
+
+
+def _old_key(plan: Plan) -> str:
+    """The index that becomes the old primary key again."""
+    assert plan.heap is not None
+    return derived_name(plan.heap.key.name, "_old")
+
+
+def _build_old_key(migration: Migration, key: Index, on_table: str, check_stop: CheckStop) -> None:
+    table, index = migration.table, _old_key(migration.plan)
+    valid = _index_is_valid(migration, index)
+    if valid:
+        return
+    if valid is not None:
+        _drop_index(migration, index, check_stop)
+    query = statement(
+        "CREATE UNIQUE INDEX CONCURRENTLY {i} ON {t} " + key.body.replace("{", "{{").replace("}", "}}"),
+        i=name(index),
+        t=migration.relation(on_table),
+    )
+    try:
+        _in_the_background(migration, query, "building index", check_stop)
+    except DBAPIError as error:
+        if sqlstate(error) != errorcodes.UNIQUE_VIOLATION:
+            raise
+        _drop_index(migration, index, check_stop)
+        raise ChronosError(
+            f"{table} has rows with the same ({', '.join(migration.plan.old_key)}) at different times, and"
+            f" the plain table takes only one of each; delete one, or give it another key ({_detail(error)})"
+        ) from error
+
+
+def _detail(error: DBAPIError) -> str:
+    diagnostics = getattr(error.orig, "diag", None)
+    return str(getattr(diagnostics, "message_detail", "") or "")
+
+
+def rows_beyond(conn: Connection, migration: Migration) -> int:
+    """How many rows lie at or beyond the bound, in other partitions than the old table."""
+    found: int = execute(
+        conn,
+        statement(
+            "SELECT count(*) FROM {t} WHERE {c} >= {bound}",
+            t=migration.relation(migration.table.name),
+            c=migration.shape.time_column,
+            bound=migration.shape.instant(migration.plan.first),
+        ),
+    ).scalar_one()
+    return found
+
+
+def _filled(conn: Connection, migration: Migration) -> list[Statement]:
+    """The partitions beyond the bound that hold rows."""
+    leaves = [name(p.schema, p.name) for p in attached(conn, migration.table) if p.lower is not None]
+    return [
+        leaf
+        for leaf in leaves
+        if execute(conn, statement("SELECT EXISTS (SELECT FROM {leaf})", leaf=leaf)).scalar_one()
+    ]
+
+
+def back_statements(migration: Migration, filled: list[Statement]) -> list[Statement]:
+    """What happens under the locks when the old table takes its name back; ``filled`` are not empty."""
+    plan, table = migration.plan, migration.table
+    home = table.home
+    return [
+        statement(
+            "ALTER TABLE {t} DETACH PARTITION {old}", t=name(home, table.name), old=name(home, table.history)
+        ),
+        rename(home, "TABLE", table.name, table.new),
+        *(rename(home, kind, original, built) for kind, original, _, built in plan.renames),
+        rename(home, "TABLE", table.history, table.name),
+        *_own_again(migration, filled),
+    ]
+
+
+def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool = False) -> list[Statement]:
+    """The plain table, under its name, gets back what was its own, and the rows of the partitions ``filled``.
+
+    ``by_hand`` tells that the partitioned table is gone: nobody knows where its identity stood.
+    """
+    plan, shape, table = migration.plan, migration.shape, migration.table
+    heap, home = plan.heap, plan.table.home
+    assert heap is not None
+    new, plain = name(home, table.new), name(home, table.name)
+    columns = joined(shape.copied_columns())
+    statements = [rename(home, kind, aside, original) for kind, original, aside, _ in _kept(plan, heap.key)]
+    if not has_its_key(plan):
+        statements.append(
+            statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=plain, key=name(key_name(table)))
+        )
+        if heap.key.primary:
+            statements += [
+                _key_using_index(plain, heap.key.name, _old_key(plan), heap.key),
+                *_remarks(plan, heap.key),
+            ]
+    if heap.nullable:
+        statements.append(
+            statement("ALTER TABLE {t} ALTER COLUMN {c} DROP NOT NULL", t=plain, c=shape.time_column)
+        )
+    identities = replace(shape, identities=heap.identities)
+    statements += identity_statements(identities, plain, {i.name: i.name for i in heap.identities})
+    # Its triggers come afterwards: rows that only come back are no news to them.
+    if filled:
+        statements.append(
+            statement(
+                "INSERT INTO {plain} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM {new}",
+                plain=plain,
+                columns=columns,
+                new=new,
+            )
+        )
+        statements += [statement("TRUNCATE {leaf}", leaf=leaf) for leaf in filled]
+    for trigger in heap.triggers:
+        statements += [
+            *trigger_statements(trigger, plain),
+            trigger_state(trigger.name, plain, trigger.enabled),
+        ]
+    return [
+        *statements,
+        *sequences_back_statements(table, [s for s in plan.sequences if not s.identity or not by_hand]),
+        phase_statement(table, Phase.UNDONE),
+    ]
+
+
+def _remarks(plan: Plan, key: Index) -> list[Statement]:
+    """What else the old primary key had: comments, the mark of CLUSTER."""
+    home, plain = plan.table.home, name(plan.table.home, plan.table.name)
+    statements: list[Statement] = []
+    if key.comment:
+        statements.append(
+            statement("COMMENT ON INDEX {i} IS {text}", i=name(home, key.name), text=key.comment)
+        )
+    if key.constraint_comment:
+        statements.append(
+            statement(
+                "COMMENT ON CONSTRAINT {c} ON {t} IS {text}",
+                c=name(key.name),
+                t=plain,
+                text=key.constraint_comment,
+            )
+        )
+    if key.clustered:
+        statements.append(statement("ALTER TABLE {t} CLUSTER ON {i}", t=plain, i=name(key.name)))
+    return statements
+
+
+def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None:
+    """When the old table has its name, or never gave it up: drop what was added to it, all but the state.
+
+    ACCESS EXCLUSIVE on it for a moment, for the CHECK.
+    """
+    table, conn = migration.table, migration.conn
+    with transaction(conn):
+        checked = _check_is_valid(conn, table, table.name) is not None
+    locks = migration.locks()
+    for attempt in locks.attempts(conn, [(table.home, table.name)]) if checked else ():
+        with attempt:
+            migration.claim(conn)
+            attempt.asks_now()
+            execute(
+                conn,
+                statement(
+                    "ALTER TABLE {t} DROP CONSTRAINT {check}",
+                    t=migration.relation(table.name),
+                    check=name(check_name(table)),
+                ),
+            )
+    migration.note(locks)
+    drop_leftover(migration, check_stop)
+
+
+def drop_leftover(migration: Migration, check_stop: CheckStop = lambda: None) -> None:
+    """Drop the indexes that were built for a way there or back, and not used. Nobody waits."""
+    for index in (key_name(migration.table), _old_key(migration.plan)):
+        if _index_is_valid(migration, index) is not None and _is_ours(migration, index):
+            _drop_index(migration, index, check_stop)
+
+
+def _is_ours(migration: Migration, index: str) -> bool:
+    """Whether an index is on the plain table, and backs no constraint."""
+    with transaction(migration.conn) as conn:
+        found: bool = execute(
+            conn,
+            statement(
+                "SELECT EXISTS (SELECT FROM pg_index i"
+                " WHERE i.indexrelid = to_regclass(format('%I.%I', {s}, {i}))"
+                " AND i.indrelid IN (to_regclass(format('%I.%I', {s}, {t})),"
+                "                    to_regclass(format('%I.%I', {s}, {h})))"
+                " AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid))",
+                s=migration.table.home,
+                i=index,
+                t=migration.table.name,
+                h=migration.table.history,
+            ),
+        ).scalar_one()
+    return found
+
+
+def history_is_there(conn: Connection, table: TableSpec) -> bool:
+    """Whether the old table is still a partition of the one in use."""
+    return relkind(conn, table.home, table.history) == "r" and any(
+        p.name == table.history for p in attached(conn, table)
+    )
