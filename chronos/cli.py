@@ -185,6 +185,8 @@ def _at_last(table: TableSpec, hold: bool) -> str:
 def _what_is_left(found: State, *, hold: bool) -> str:
     """What ``migrate --resume`` will do."""
     table = found.table
+    if found.phase is Phase.RETURNING:
+        return f"The rollback is called off: {table} stays partitioned, with all that was written."
     if found.plan.attaches:
         if found.phase.swapped:
             return "The foreign keys of the whole adopt those of the partitions."

@@ -105,9 +105,15 @@ class Status:
 
     @property
     def state(self) -> str:
-        """`plain`, `migrating`, `ready`, `migrated` or `finalized`."""
+        """`plain`, `migrating`, `ready`, `migrated`, `rolling back`, `finalizing` or `finalized`."""
         if self.migration is not None and self.migration.phase is not Phase.MIGRATED:
-            return "ready" if self.migration.phase is Phase.READY else "migrating"
+            phases = {
+                Phase.READY: "ready",
+                Phase.RETURNING: "rolling back",
+                Phase.UNDONE: "rolling back",
+                Phase.FINALIZING: "finalizing",
+            }
+            return phases.get(self.migration.phase, "migrating")
         if not self.partitioned:
             return "plain"
         return "finalized" if self.migration is None and self.old_table is None else "migrated"
@@ -522,12 +528,13 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
         carry_on = {
             Phase.BUILT: f"Carry on with: {resume}; or undo it with: {undo}",
             Phase.COPYING: f"Carry on with: {resume}; or undo it with: {undo}",
-            Phase.RETURNING: f"Finish with: {undo}",
+            Phase.RETURNING: f"Finish with: {undo}; or call it off, and stay partitioned: {resume}",
             Phase.UNDONE: f"Finish with: {undo}",
             Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
         }
+        what = {Phase.RETURNING: "the rollback of ", Phase.UNDONE: "the rollback of "}.get(phase, "")
         yield (
-            f"a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
+            f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
             f" is at it. {describe(migration)} {carry_on[phase]}"
         )
 

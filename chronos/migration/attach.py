@@ -58,6 +58,7 @@ from chronos.migration.state import (
     relkind,
     verified_statement,
 )
+from chronos.migration.swap import changed_meanwhile
 from chronos.migration.workers import CheckStop
 from chronos.table import TableSpec, derived_name, midnight
 
@@ -411,7 +412,7 @@ def _require_alike(migration: Migration) -> None:
     found = differences(was, like, names, announced=True)
     found += partition_differences(conn, was, built.oid)
     if found:
-        raise ShapeError(f"the new table is not what {plan.table} is now: {'; '.join(found)}")
+        raise ShapeError(changed_meanwhile(plan, found))
     migration.shape = was
 
 

@@ -73,7 +73,7 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
             Obstacle(
                 "changed-since-the-swap",
                 f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
-                f" make the same changes to {table.old} first",
+                f" make the same changes to {table.old} first, or take them back",
                 forcible=True,
             )
         )
@@ -196,6 +196,14 @@ def _changed_since(conn: Connection, found: State) -> list[str]:
     was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
     given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
     names_now = [(original, aside) for _, original, aside, _ in plan.renames]
+    # An index that was made on both since has another name on each.
+    known = {name for pair in names_now for name in pair}
+    since = {(i.body, i.unique): i.name for i in was.indexes if i.name not in known}
+    names_now += [
+        (i.name, since[i.body, i.unique])
+        for i in now.indexes
+        if i.name not in known and (i.body, i.unique) in since
+    ]
     return differences(given_up, now, names_now, announced=True)
 
 
