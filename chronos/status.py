@@ -323,7 +323,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
     before = clock()
     now: datetime = execute(conn, statement("SELECT clock_timestamp()")).scalar_one().astimezone(UTC)
     ours = before + (clock() - before) / 2
-    migration = migration_state.read(conn, table)
+    migration = migration_state.read(conn, table, only_to_show=True)
     partitions = tuple(attached(conn, table))
     return Status(
         server=f"{settings.database.database} on {settings.database.host or 'a local socket'}",
@@ -534,8 +534,8 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
         }
         what = {Phase.RETURNING: "the rollback of ", Phase.UNDONE: "the rollback of "}.get(phase, "")
         yield (
-            f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
-            f" is at it. {describe(migration)} {carry_on[phase]}"
+            f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
+            f" nobody is at it. {describe(migration)} {carry_on[phase]}"
         )
 
 

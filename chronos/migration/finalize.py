@@ -161,7 +161,7 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
             f"{table.old} is still needed by {', '.join(dependents)}; nothing was changed."
             " Drop or redefine that first"
         )
-    if late := written_by_hand(conn, table):
+    if late := written_by_hand(conn, found.plan):
         raise RefusedError(f"{_late(table, late)}; nothing was changed")
     lost = missing_rows(conn, old, found, retention_days)
     if lost:
@@ -270,7 +270,7 @@ def finalize(
                 execute(conn, lock_table(home, table.old, "ACCESS EXCLUSIVE"))
                 if not _is_ours(conn, table):
                     raise ChronosError(f"{table.old} is not the table that was migrated: rename it")
-                if late := written_by_hand(conn, table):
+                if late := written_by_hand(conn, state.plan):
                     raise ChronosError(_late(table, late))
                 if needed_by := what_depends_on(conn, old):
                     raise ChronosError(

@@ -318,6 +318,7 @@ def stay(migration: Migration) -> None:
                 *note_trigger_statements(shape, table.old, Direction.FORWARD),
                 *loud_statements(shape, migration.relation(table.old)),
                 quieted_statement(table, {}),
+                statement("DELETE FROM {replayed}", replayed=migration.relation(table.replayed)),
                 phase_statement(table, Phase.MIGRATED),
             ]
             execute(conn, joined(statements, ";\n"))

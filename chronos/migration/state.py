@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.shape import ForeignKey, Grant, Identity, Index, OwnedSequence, Trigger
 from chronos.db import Statement, execute, name, opened, statement, transaction
-from chronos.errors import SupersededError
+from chronos.errors import RefusedError, SupersededError
 from chronos.locks import lock_table
 from chronos.table import Period, TableSpec
 
@@ -249,14 +249,32 @@ def create_statement(state: State) -> Statement:
     )
 
 
-def read(conn: Connection, table: TableSpec) -> State | None:
-    """The state of the migration of ``table``, None when there is none."""
-    exists = execute(
-        conn,
-        statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=table.home, t=table.state),
-    ).scalar_one()
-    if exists is None:
+# What is kept in the state is run by whoever carries the migration on, so it must be their own, or that of a
+# superuser. That the owner of the table to be migrated, or of its schema, made it is not enough.
+_OWNER = """
+SELECT pg_get_userbyid(c.relowner), c.relkind = 'r',
+       o.rolsuper OR o.rolname = current_user
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles o ON o.oid = c.relowner
+WHERE n.nspname = {schema} AND c.relname = {state}
+"""
+
+
+def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> State | None:
+    """The state of the migration of ``table``, None when there is none.
+
+    Raises RefusedError when what is there is no table, or belongs to somebody whom the current user must not
+    trust; a table may be read ``only_to_show`` it, whoever made it.
+    """
+    found = execute(conn, statement(_OWNER, schema=table.home, state=table.state)).one_or_none()
+    if found is None:
         return None
+    owner, is_table, trusted = found
+    if not is_table or not (trusted or only_to_show):
+        raise RefusedError(
+            f"{table.state}, where a migration of {table} keeps its state, belongs to {owner}, who may not"
+            f" tell the current user what to do; nothing was changed. Connect as {owner}, or find out what it"
+            " is"
+        )
     row = execute(
         conn,
         statement(

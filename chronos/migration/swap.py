@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.catalog.ddl import (
     enable_statements,
+    force_statements,
     foreign_key_statements,
     loud_statements,
     partition_differences,
@@ -37,11 +38,11 @@ from chronos.locks import Attempt, BlockedError, lock_table
 from chronos.migration.changes import (
     FEW,
     note_everything_statement,
-    note_function_statement,
     notes_are_taken,
     replay,
     replay_most,
     triggers_after_the_way_back,
+    unlink_function_statement,
     waiting_notes,
 )
 from chronos.migration.context import Direction, Migration, states_of
@@ -276,8 +277,9 @@ def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]
         return []
     table = linked.target(plan.table)
     return [
-        note_function_statement(shape, plan, linked=linked),
+        unlink_function_statement(shape, plan, linked=linked),
         *quiet_statements(shape, name(plan.table.home, table)),
+        *force_statements(shape, name(plan.table.home, table), off=True),
     ]
 
 
