@@ -15,6 +15,7 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from chronos.commands import SCRIPT
 from chronos.db import connect_engine, execute, transaction
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
@@ -150,19 +151,21 @@ def test_after_finalize(migrated: str, look: Look) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "command"),
+    ("phase", "state", "command"),
     [
-        ("built", "--resume; or undo it with: python -m chronos rollback"),
-        ("copying", "--resume; or undo it with: python -m chronos rollback"),
-        ("returning", "Finish with: python -m chronos rollback"),
-        ("undone", "Finish with: python -m chronos rollback"),
-        ("finalizing", "Finish with: python -m chronos finalize"),
+        ("built", "migrating", "--resume; or undo it with: python -m chronos rollback"),
+        ("copying", "migrating", "--resume; or undo it with: python -m chronos rollback"),
+        ("returning", "rolling back", "or call it off, and stay partitioned: " + SCRIPT + " --resume"),
+        ("undone", "rolling back", "Finish with: python -m chronos rollback"),
+        ("finalizing", "finalizing", "Finish with: python -m chronos finalize"),
     ],
 )
-def test_a_migration_that_nobody_is_at(migrated: str, look: Look, phase: str, command: str) -> None:
+def test_a_migration_that_nobody_is_at(
+    migrated: str, look: Look, phase: str, state: str, command: str
+) -> None:
     query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase}'")
     status = look(migrated)
-    assert status.state == "migrating"
+    assert status.state == state
     assert the_problem(status, "is half done, and nobody is at it").endswith(command)
     with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy

@@ -173,6 +173,7 @@ class RowCount:
     ) -> None:
         self._output = output
         self._did = did
+        self._said = ""
         self._total = total
         self.rows = done
         self._at_start = done
@@ -225,4 +226,7 @@ class RowCount:
 
     def _print(self) -> None:
         percent = 100.0 * self.rows / self._total if self._total else 100.0
-        self._output.line(f"{self._did} {self.rows:,} / {self._total:,} rows ({percent:.1f}%)")
+        text = f"{self._did} {self.rows:,} / {self._total:,} rows ({percent:.1f}%)"
+        if text != self._said:
+            self._said = text
+            self._output.line(text)
