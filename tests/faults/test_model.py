@@ -20,14 +20,13 @@ from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import pytest
 
 from tests.command import Run
 from tests.conftest import MakeDatabase
 from tests.faults.proxy import Proxy, Trace
-from tests.live import Application, KeyType, Readers, TimestampType, load, phase
+from tests.live import Application, KeyType, Readers, TimestampType, load, oldest, phase
 from tests.tables import query, relations, value
 from tests.waiting import wait_until
 
@@ -54,8 +53,6 @@ ROLLBACK = ("rollback", "--yes")
 SESSIONS = """
 SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%' AND datname = current_database()
 """
-
-SWAPPED = ("migrated", "returning", "finalizing")
 
 Command = tuple[str, ...]
 
@@ -162,15 +159,6 @@ def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
     return Outcome(command, before, phase(url), done.returncode, sent)
 
 
-def cutoff(url: str) -> datetime | None:
-    """From when on rows are in the table; None: all of them are."""
-    if phase(url) not in SWAPPED:
-        return None
-    found = value(url, "SELECT (plan ->> 'cutoff')::timestamptz FROM webhook_log_migration")
-    assert isinstance(found, datetime)
-    return found
-
-
 def check(url: str, application: Application, readers: Readers) -> None:
     """All go on, and each row is what the model says."""
     application.go_on(3)
@@ -178,7 +166,7 @@ def check(url: str, application: Application, readers: Readers) -> None:
     assert not application.errors, application.errors[:3]
     assert not readers.short, readers.short[:3]
     assert not readers.errors, readers.errors[:3]
-    difference = application.compare(since=cutoff(url))
+    difference = application.compare(since=oldest(url))
     assert not difference, difference
 
 
