@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import Phase, State, Strategy, describe
+from chronos.migration.state import Phase, State, Strategy, describe, not_to_be_dropped, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings, get_settings
 from chronos.table import Interval, TableSpec
 from chronos.which_table import Description, which_table
@@ -211,6 +210,8 @@ def _next(context: _Context, strategy: Strategy) -> str:
     }
     width = max(map(len, steps))
     lines = "\n".join(f"  {command:<{width}}   {what}" for command, what in steps.items())
+    if attaches:
+        lines += f"\n{table.history} is a partition now. {not_to_be_dropped(table)}"
     if context.listed:
         return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
     listed_by = context.settings.listed_in
@@ -433,14 +434,6 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         undo(context.engine, context.table, operator, confirm, force=force)
 
 
-def _goes(found: State) -> str:
-    """When retention drops the table that has become a partition."""
-    if found.table.retention_days is None:
-        return "never: every row is kept"
-    last = found.plan.first + timedelta(days=found.table.retention_days)
-    return f"when its last row has expired, on {last:%Y-%m-%d}"
-
-
 @cli.command()
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
@@ -459,10 +452,10 @@ def finalize(table: str | None, yes: bool) -> None:
         context = _context("finalize", table)
 
         def confirm(found: State, old_is_there: bool) -> None:
-            if found.plan.attaches:
+            if found.plan.attaches and old_is_there:
                 click.echo(
                     f"{context.head(found.table)}\n{describe(found)}\nNothing is dropped, and there is no way"
-                    f" back afterwards: {found.table.history} goes\n{_goes(found)}."
+                    f" back afterwards.\n{what_becomes_of(found.plan)}."
                 )
                 if not yes:
                     _ask("FINALIZE")
@@ -475,7 +468,7 @@ def finalize(table: str | None, yes: bool) -> None:
                 f"{describe(found)}\n{found.table.old} will be dropped for good"
                 f"{f',{with_it}' if with_it else ''}."
                 if old_is_there
-                else f"{found.table.old} was dropped by hand; what is left of the migration will be removed."
+                else f"{found.plan.former} was dropped before; what is left of the migration will be removed."
             )
             click.echo(f"{context.head(found.table)}\n{what}")
             if not yes:

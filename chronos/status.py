@@ -26,7 +26,7 @@ from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
 from chronos.migration.console import for_reading, in_bytes
-from chronos.migration.state import Phase, State, describe
+from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings
 from chronos.table import Interval, Period, TableSpec, midnight, quoted
 
@@ -39,6 +39,8 @@ _CLOCK_TOLERANCE_S = 60
 _BAR_WIDTH = 30
 # A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
 _READY_LONG = timedelta(days=7)
+# So long before inserts begin to fail it is time to swap, or to undo.
+_NEAR_THE_BOUND = timedelta(days=2)
 _MANY_NOTES = 1_000_000
 
 
@@ -413,12 +415,13 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
     table = migration.table
     if migration_state.undone_by_hand(conn, migration):
         return (
-            f"{table.old} was renamed back to {table} by hand; remove what is left of the migration with:"
-            f" {commands.rollback(table)}"
+            f"{migration.plan.former} was renamed back to {table} by hand; remove what is left of the"
+            f" migration with: {commands.rollback(table)}"
         )
     if migration_state.finalized_by_hand(conn, migration):
+        who = "by retention, or by hand" if migration.plan.attaches else "by hand"
         return (
-            f"{table.old} was dropped by hand; remove what is left of the migration with:"
+            f"{migration.plan.former} was dropped {who}; remove what is left of the migration with:"
             f" {commands.finalize(table)}"
         )
     return None
@@ -513,13 +516,20 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
     table, phase = migration.table, migration.phase
     resume, undo = f"{commands.migrate(table)} --resume", commands.rollback(table)
     if phase is Phase.READY:
-        since = migration.changed_at
-        if (since and status.now - since > _READY_LONG) or (status.notes_waiting or 0) >= _MANY_NOTES:
+        since, bound = migration.changed_at, migration.plan.first
+        if migration.plan.attaches and bound - status.now < _NEAR_THE_BOUND:
+            yield f"{_ready(status)}; swap with: {resume}; or undo it with: {undo}"
+        elif (since and status.now - since > _READY_LONG) or (status.notes_waiting or 0) >= _MANY_NOTES:
             yield f"{_ready(status)}, and more every hour; swap with: {resume}; or undo it with: {undo}"
     elif status.migration_runs:
         return
     elif phase is Phase.MIGRATED:
-        if not migration.verified:
+        if not migration.verified and migration.plan.attaches:
+            yield (
+                f"{describe(migration)} Its foreign keys are not yet those of the whole; add them with:"
+                f" {resume}"
+            )
+        elif not migration.verified:
             yield (
                 f"{describe(migration)} The rows written shortly before the swap were not compared"
                 f" again; compare them with: {resume}"
@@ -544,6 +554,10 @@ def _ready(status: Status) -> str:
     assert status.migration is not None
     since = status.migration.changed_at
     when = f" since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else ""
+    if status.migration.plan.attaches:
+        bound = status.migration.plan.first
+        fails = "fail" if status.now < bound else "are failing"
+        return f"ready{when}, and until the swap inserts of {bound:%Y-%m-%d} and later {fails}"
     count = status.notes_waiting or 0
     notes = f"{count:,}{' or more' if count >= _MANY_NOTES else ''}"
     return f"ready{when}, {notes} {'note waits' if count == 1 else 'notes wait'}"
@@ -552,6 +566,10 @@ def _ready(status: Status) -> str:
 def _notices(status: Status) -> Iterator[str]:
     """What may be typed next, though nothing is wrong."""
     migration = status.migration
+    if migration is not None and migration.plan.attaches and migration.phase is Phase.MIGRATED:
+        if not status.by_hand:
+            yield f"{what_becomes_of(migration.plan)}. {not_to_be_dropped(migration.table)}"
+        return
     if migration is None or migration.phase is not Phase.READY or status.migration_runs:
         return
     if any(_half_done(status, migration)):

@@ -40,7 +40,9 @@ TABLES: list[tuple[KeyType, TimestampType]] = [
 
 def building(url: str) -> int | None:
     """The pid of the session that builds an index and waits for writers; None when there is none."""
-    rows = query(url, "SELECT pid FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for writers%%'")
+    rows = query(
+        url, "SELECT pid FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for writers%%'"
+    )
     return int(rows[0][0]) if rows else None
 
 
@@ -129,7 +131,7 @@ def test_a_failing_swap_is_put_back(
 
 def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: str, pg_bin: Path) -> None:
     with live(database) as table:
-        refuse = REFUSE.format(pattern="'%ALTER TABLE \"public\".\"webhook_log\" ADD CONSTRAINT%FOREIGN KEY%'")
+        refuse = REFUSE.format(pattern='\'%ALTER TABLE "public"."webhook_log" ADD CONSTRAINT%FOREIGN KEY%\'')
         before = dump(database, pg_bin)
         query(database, refuse)
         output = table.run(*MIGRATE, code=3, swaps=1)
@@ -149,7 +151,9 @@ def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: s
 @pytest.mark.parametrize(
     "identity", ["bigserial", "bigint GENERATED ALWAYS AS IDENTITY (START WITH 7 CACHE 2)"]
 )
-def test_everything_comes_along_and_goes_back(make_database: MakeDatabase, pg_bin: Path, identity: str) -> None:
+def test_everything_comes_along_and_goes_back(
+    make_database: MakeDatabase, pg_bin: Path, identity: str
+) -> None:
     url = make_database()
     kitchen_sink(url, identity=identity)
     try:

@@ -1,4 +1,4 @@
-"""After strategy attach: what is known of the table that has become a partition, and the ways back from it."""
+"""After strategy attach: what is known of the table that has become a partition, and the ways back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sqlalchemy.engine import make_url
 from chronos.db import connect_engine
 from chronos.migration import run as migration_run
 from chronos.migration.checks import Survey, survey
-from chronos.migration.finalize import finish
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options, migrate
 from chronos.migration.state import Strategy
@@ -34,7 +33,9 @@ from tests.waiting import wait_until
 
 ROWS = 1_000
 FINALIZE = ("finalize", "--yes")
-INSERT = "INSERT INTO webhook_log (status, timestamp) SELECT 'new', now() + %s * interval '1 day' RETURNING id"
+INSERT = (
+    "INSERT INTO webhook_log (status, timestamp) SELECT 'new', now() + %s * interval '1 day' RETURNING id"
+)
 
 
 def attach(url: str, *, key_type: KeyType = "serial", rows: int = ROWS) -> None:
@@ -87,7 +88,7 @@ def test_rows_that_an_application_nine_days_ahead_writes_come_back(database: str
     beyond = "SELECT count(*) FROM webhook_log WHERE tableoid <> 'webhook_log_history'::regclass"
     with (
         Application(database, ahead) as application,
-        Readers(database, ahead, application) as readers,
+        Readers(database, ahead, application, kinds=("count", "key", "newest")) as readers,
     ):
         wait_until(lambda: value(database, beyond) > 5, 60, "rows beyond the bound")
         assert not application.compare()
@@ -103,6 +104,17 @@ def test_rows_that_an_application_nine_days_ahead_writes_come_back(database: str
     assert dump(database, pg_bin) == before
 
 
+@pytest.mark.xfail(strict=True, reason="rows are carried in the transaction that changes the names")
+def test_a_snapshot_from_before_the_way_back_sees_the_rows_beyond_the_bound(database: str) -> None:
+    attach(database)
+    query(database, INSERT, 9)
+    with connected(database, autocommit=False) as conn, conn.cursor() as cursor:
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        assert chronos(database, *ROLLBACK).returncode == 0
+        cursor.execute("SELECT count(*) FROM webhook_log")
+        assert cursor.fetchone() == (ROWS + 1,)
+
+
 def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
     database: str, redis_url: str
 ) -> None:
@@ -114,7 +126,7 @@ def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
         query(database, INSERT, 9)
     found = status(database, redis_url)
     [told] = [*found.notices, *found.problems]
-    assert f"inserts of {bound} and later fail" in told
+    assert f"until the swap inserts of {bound} and later fail" in told
     assert "--resume" in told
     assert chronos(database, *ROLLBACK).returncode == 0
     query(database, INSERT, 9)
@@ -196,7 +208,7 @@ def test_status_shows_it_with_its_size_and_when_it_goes(database: str, redis_url
     assert (history.lower, history.upper) == (None, planned(database, "first"))
     goes = planned(database, "first") + timedelta(days=15)
     [told] = found.notices
-    assert f"goes on {goes:%Y-%m-%d}" in told
+    assert f"when its last row has expired, on {goes:%Y-%m-%d}" in told
     assert "DROP TABLE webhook_log" in told
     shown = chronos(database, "status", env={"REDIS_URL": redis_url})
     assert shown.returncode == 0, shown.stdout + shown.stderr
@@ -286,11 +298,15 @@ def test_finalize_drops_nothing_and_says_so(database: str, redis_url: str, key_t
     assert digest(database) == before
     assert exists(database, "webhook_log_history")
     assert not [name for _, name in relations(database) if "migration" in name]
-    assert value(database, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
+    assert (
+        value(database, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
+    )
     highest = value(database, "SELECT max(id) FROM webhook_log")
     assert value(database, INSERT, 0) > highest
     found = status(database, redis_url)
-    assert (found.state, found.problems) == ("finalized", ())
+    assert found.state == "finalized"
+    # The jobs have not run yet, and nothing tells any more that they had no night to do it.
+    assert all("has not succeeded yet" in problem for problem in found.problems)
     assert chronos(database, *ROLLBACK).returncode == 2
     # What the partition has as its own goes with it.
     assert drop(database, goes) == ["webhook_log_history"]
@@ -416,5 +432,8 @@ def test_the_manual_rollback_of_a_copy_is_refused_by_the_server(database: str) -
     """DROP TABLE would take the rows along: without CASCADE it must not."""
     attach(database)
     with pytest.raises(errors.UndefinedTable):
-        query(database, "BEGIN; DROP TABLE webhook_log CASCADE; ALTER TABLE webhook_log_old RENAME TO webhook_log")
+        query(
+            database,
+            "BEGIN; DROP TABLE webhook_log CASCADE; ALTER TABLE webhook_log_old RENAME TO webhook_log",
+        )
     assert value(database, "SELECT count(*) FROM webhook_log") == ROWS

@@ -131,7 +131,9 @@ def test_midnight_passes_and_no_row_is_missing(
     engine = connect_engine(make_url(database))
     with Application(database, loaded, threads=2, rate=100) as application:
         application.go_on(20)
-        migrate(engine, WEBHOOK_LOG, Options(strategy=strategy, hold=hold), Operator(Output()), lambda found: None)
+        migrate(
+            engine, WEBHOOK_LOG, Options(strategy=strategy, hold=hold), Operator(Output()), lambda found: None
+        )
         application.go_on(20)
         if hold:
             result = chronos(database, "migrate", "--yes", "--resume")

@@ -98,7 +98,8 @@ class Survey:
     def end(self) -> datetime:
         """Where the last partition ends."""
         end = self.spec.wanted(self.now, back=False)[-1].end
-        return max(end, self.first) if self.attaches else end
+        # Beyond the bound of an attached table there is always a partition, however long its periods.
+        return max(end, self.spec.period(self.first).end) if self.attaches else end
 
     @property
     def partitions(self) -> int:

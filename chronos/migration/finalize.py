@@ -73,10 +73,10 @@ def finish(
                     f"{table} was put back by hand; nothing was changed."
                     f" Tidy up with: {rollback_command(table)}"
                 )
-            there = not found.plan.attaches and not finalized_by_hand(conn, found)
+            there = not finalized_by_hand(conn, found)
             if not there and not found.plan.attaches:
                 _require_gone(conn, found)
-            shape = read_plain(conn, found) if there else None
+            shape = read_plain(conn, found) if there and not found.plan.attaches else None
             if found.plan.attaches:
                 _require_verified(found)
             if shape is not None and found.phase is Phase.MIGRATED:
@@ -89,7 +89,8 @@ def finish(
                 _require_dispensable(conn, shape, found, retention_days)
         with going_on_with(finalize_command(table), "clean-up", engine, table):
             finalize(engine, conn, operator, found, shape)
-        done = f"{table.history} stays a partition" if found.plan.attaches else f"{table.old} is dropped"
+        stays = found.plan.attaches and there
+        done = f"{table.history} stays a partition" if stays else f"{found.plan.former} is dropped"
         operator.output.ok(f"{done}; {table} stands on its own")
 
 
@@ -238,6 +239,10 @@ def finalize(
         with transaction(conn):
             shape = read_shape(conn, table, table.name)
         attach.drop_leftover(Migration(engine, conn, operator, state, shape))
+        with transaction(conn):
+            states.claim(conn, table, state.run_id)
+            for query in attach.owner_statements(state.plan):
+                execute(conn, query)
     elif state.phase is not Phase.FINALIZING:
         for attempt in locks.attempts(conn, [(home, table.name)]):
             with attempt:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.shape import ForeignKey, Grant, Identity, Index, OwnedSequence, Trigger
+from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, name, opened, statement, transaction
 from chronos.errors import RefusedError, SupersededError
 from chronos.locks import lock_table
@@ -59,7 +60,8 @@ def describe(state: State) -> str:
     table, phase = state.table, state.phase
     t, old, new = table.name, table.old, table.new
     if state.plan.attaches and phase in _ATTACHING:
-        return _ATTACHING[phase].format(t=t, new=new, history=table.history)
+        bound = f"{state.plan.first:%Y-%m-%d}"
+        return _ATTACHING[phase].format(t=t, new=new, history=table.history, bound=bound)
     return {
         Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
@@ -71,9 +73,27 @@ def describe(state: State) -> str:
     }[phase]
 
 
+def what_becomes_of(plan: Plan) -> str:
+    """When the table goes that has become a partition."""
+    history = f"{plan.former}, all before {plan.first:%Y-%m-%d %H:%M} UTC,"
+    if plan.table.retention_days is None:
+        return f"{history} never goes: every row is kept"
+    last = plan.first + timedelta(days=plan.table.retention_days)
+    return f"{history} goes when its last row has expired, on {last:%Y-%m-%d}"
+
+
+def not_to_be_dropped(table: TableSpec) -> str:
+    """What nobody may type who has gone back from a copy by hand before."""
+    return (
+        f"DROP TABLE {table} would take it along, with every row; to go back, type: {rollback_command(table)}"
+    )
+
+
 _ATTACHING = {
-    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition.",
-    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}.",
+    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition."
+    " Until it is one, inserts of {bound} and later fail.",
+    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}."
+    " Until it is one, inserts of {bound} and later fail.",
     Phase.MIGRATED: "{t} is partitioned and complete; {history}, the table that was, is a partition of it.",
     Phase.FINALIZING: "{t} is partitioned and complete; what is left of the migration is being dropped.",
 }
