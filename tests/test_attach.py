@@ -18,7 +18,7 @@ from tests.command import Run, chronos, started
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import forget, kitchen_sink
 from tests.live import Application, KeyType, Readers, TimestampType, fill, load, phase
-from tests.real_schemas import ALL, Real
+from tests.real_schemas import ALL, OBAN, Real
 from tests.tables import dump, holding, query, value
 from tests.test_complete_at_every_instant import RESUME, ROLLBACK, is_plain, live
 from tests.test_migration import REFUSE
@@ -193,6 +193,8 @@ def test_everything_comes_along_and_goes_back(
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
 def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, table: Real) -> None:
     schema, spec = create(database, table), table.spec
+    if table is OBAN:  # as the refusal says: see the kitchen sink
+        query(database, "ALTER TABLE oban_jobs VALIDATE CONSTRAINT non_negative_priority")
     loaded = fill(database, schema, 1_000)
     before, rows = dump(database, pg_bin), untouched(database, schema)
     engine = connect_engine(make_url(database))
