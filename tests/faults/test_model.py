@@ -104,7 +104,7 @@ def traces_of(make_database: MakeDatabase) -> TracesOf:
 
 def arguments(command: Command, strategy: Strategy) -> Command:
     """What is typed: a migration that is begun is told its strategy, and keeps it."""
-    return (*command, "--strategy", strategy) if command in (MIGRATE, HOLD) else command
+    return (*command, "--strategy", strategy.value) if command in (MIGRATE, HOLD) else command
 
 
 def moment(traces: Traces, command: Command, now: str | None, chance: random.Random) -> int:
