@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos import commands, telemetry
+from chronos.catalog.partitions import expires_on
 from chronos.db import connect_engine, one_line
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import upgrade
@@ -211,7 +212,10 @@ def _next(context: _Context, strategy: Strategy) -> str:
     width = max(map(len, steps))
     lines = "\n".join(f"  {command:<{width}}   {what}" for command, what in steps.items())
     if attaches:
-        lines += f"\n{table.history} is a partition now. {not_to_be_dropped(table)}"
+        lines += (
+            f"\n\n{table.history} is a partition of {table} now, and DROP TABLE {table} would drop all rows:"
+            f" to go back by hand, DETACH {table.history} first; better: {commands.rollback(table)}"
+        )
     if context.listed:
         return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
     listed_by = context.settings.listed_in
@@ -353,7 +357,9 @@ def migrate(
 
     The rows within retention are copied into partitions beside the table and compared, while the
     table stays in use; then the names change, in milliseconds, and the table that was is kept as
-    TABLE_old. Asks for the word MIGRATE first. On failure all is put back as it was.
+    TABLE_old. With --strategy attach nothing is copied: the table itself becomes the partition of all
+    its rows, TABLE_history. --dry-run compares the two. Asks for the word MIGRATE first. On failure all
+    is put back as it was.
 
     \b
     Examples:
@@ -361,6 +367,7 @@ def migrate(
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
       python -m chronos migrate --yes --report report.json
       python -m chronos migrate --hold
+      python -m chronos migrate --strategy attach
       python -m chronos migrate --resume
       python -m chronos migrate sales.events --column created_at --every week
     """
@@ -434,14 +441,23 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         undo(context.engine, context.table, operator, confirm, force=force)
 
 
+def _goes(found: State) -> str:
+    """When retention drops the table that has become a partition."""
+    goes = expires_on(found.plan.first, found.table.retention_days)
+    if goes is None:
+        return "never: every row is kept"
+    return f"when its last row has expired, on {goes}"
+
+
 @cli.command()
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
 def finalize(table: str | None, yes: bool) -> None:
-    """Drop TABLE_old, once the migrated table has proven itself.
+    """Drop TABLE_old, once the migrated table has proven itself; end the way back.
 
     Checks first that the migration is complete, that no row within retention is in the old table
-    alone, and that nothing depends on it. Asks for the word FINALIZE. There is no way back from here.
+    alone, and that nothing depends on it. After --strategy attach it drops nothing of the table. Asks for
+    the word FINALIZE. There is no way back from here.
 
     \b
     Examples:
