@@ -598,7 +598,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
             Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
         }[phase]
         if refused_from is not None:
-            carry_on = f"Until then {_refusal(status)}. {carry_on}"
+            carry_on = f"While it is, {_refusal(status)}. {carry_on}"
         what = {Phase.RETURNING: "the rollback of ", Phase.UNDONE: "the rollback of "}.get(phase, "")
         yield (
             f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
@@ -620,7 +620,7 @@ def _ready(status: Status) -> str:
     since = status.migration.changed_at
     when = f" since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else ""
     if status.migration.plan.attaches:
-        return f"ready{when}, {_refusal(status) if status.refused_from else 'no CHECK is there'}"
+        return f"ready{when}, {_refusal(status)}" if status.refused_from else f"ready{when}"
     count = status.notes_waiting or 0
     notes = f"{count:,}{' or more' if count >= _MANY_NOTES else ''}"
     return f"ready{when}, {notes} {'note waits' if count == 1 else 'notes wait'}"

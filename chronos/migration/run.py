@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
+from psycopg2 import errorcodes
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -28,6 +29,7 @@ from chronos.db import (
     may_pass,
     one_line,
     opened,
+    sqlstate,
     statement,
     transaction,
 )
@@ -535,9 +537,14 @@ class _Run:
                 f"{why}. {states.where(migration.engine, table)} No row is lost."
                 f" Remove the cause, then type: {rollback_command(table)}"
             ) from error
+        cure = "Remove the cause and start again"
+        if sqlstate(error) == errorcodes.DISK_FULL and not migration.plan.attaches:
+            cure = (
+                "Make room and start again; or, where one more index is all that there is room for:"
+                f" {start_command(table)} --strategy attach"
+            )
         raise ChronosError(
-            f"{what}; rolled back: {table} is the plain table it was, with every row. Remove the"
-            " cause and start again"
+            f"{what}; rolled back: {table} is the plain table it was, with every row. {cure}"
         ) from error
 
     def _reconnect(self) -> Connection:
