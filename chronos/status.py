@@ -768,8 +768,8 @@ class _Page:
         if status.history and status.history.upper:
             goes = expires_on(status.history.upper, status.table.retention_days)
             self.line(
-                f"history     {status.history.name}: all before {status.history.upper:%Y-%m-%d},"
-                f" {in_bytes(status.history.bytes)}, goes {f'on {goes}' if goes else 'never'}"
+                f"history     {status.history.name}: before {status.history.upper:%Y-%m-%d},"
+                f" {in_bytes(status.history.bytes)}, {f'goes on {goes}' if goes else 'never goes'}"
             )
         if status.partitions:
             self.partitions()
