@@ -163,11 +163,15 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     """What is known of a table that is to be migrated, and what will be done to it."""
     table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
     if found.attaches:
-        swap = "no name changes yet" if hold else f"then it is renamed to {table.history} and becomes one"
+        swap = (
+            "no name changes yet."
+            if hold
+            else f"then it is renamed to {table.history},\nand is the partition of all rows before that."
+        )
         return (
             f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
-            f"Nothing is copied: partitions are built from {since} on;\n{table} gets an index and a check, "
-            f"{swap}\n(the partition of all rows before that).",
+            f"Nothing is copied: partitions are built from {since} on;\n"
+            f"{table} gets an index and a check; {swap}",
         )
     rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
     return (
@@ -191,7 +195,7 @@ def _what_is_left(found: State, *, hold: bool) -> str:
         if found.phase.swapped:
             return "The foreign keys of the whole adopt those of the partitions."
         left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
-        return left if hold else f"{left}; then it becomes the partition {table.history}."
+        return f"{left}." if hold else f"{left}; then it becomes the partition {table.history}."
     if found.phase.swapped:
         return "The rows written during the migration are compared once more."
     ready = found.phase is Phase.READY
