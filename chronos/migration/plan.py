@@ -800,7 +800,7 @@ def _attaching(conn: Connection, found: Survey, counted: int, rate: float | None
     assert shape.key_index is not None
     before = after = 0.0
     until = "nothing is added"
-    if not (shape.key_index.primary and table.column in shape.key_index.columns):
+    if not attach.has_its_key(first_plan(found)):
         old, fill_factor = _size_of_index(conn, shape)
         before = after = old + rows * _TIME_BYTES * 100 / fill_factor
         until = f"{table.history} goes"
@@ -845,10 +845,10 @@ def _recommended(copying: _Way, attaching: _Way) -> str:
         return f"attach; a copy would be refused: {copying.blockers[0]}"
     if attaching.blockers:
         return f"copy; to attach it would be refused: {attaching.blockers[0]}"
-    room, time_ = in_bytes(copying.bytes), _duration(copying.seconds)
+    room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
     if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
         return (
-            f"attach, for a copy takes {room} of disk and about {time_}; where there is room and time, a copy"
+            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
             " has every period in a partition of its own at once: --strategy copy"
         )
     return (
