@@ -277,7 +277,8 @@ def _beside_each_other(results: Results) -> list[str]:
         "",
         "## Copy and attach",
         "",
-        "Rows of about 200 bytes (240 with their headers), all within retention, and all six steps of each migration; medians of 3.",
+        "Rows of about 200 bytes (240 with their headers), all within retention, and all six steps of each"
+        " migration; medians of 3.",
         "",
         "| way | rows | seconds | WAL | WAL a row | writer waited, ms | reader waited, ms |",
         "|---|--:|--:|--:|--:|--:|--:|",
