@@ -32,7 +32,7 @@ from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import Phase, State, Strategy, describe, not_to_be_dropped, what_becomes_of
+from chronos.migration.state import Phase, State, Strategy, describe, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings, get_settings
 from chronos.table import Interval, TableSpec
 from chronos.which_table import Description, which_table

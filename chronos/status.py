@@ -48,8 +48,6 @@ _CLOCK_TOLERANCE_S = 60
 _BAR_WIDTH = 30
 # A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
 _READY_LONG = timedelta(days=7)
-# So long before inserts begin to fail it is time to swap, or to undo.
-_NEAR_THE_BOUND = timedelta(days=2)
 _MANY_NOTES = 1_000_000
 # A table that is to become a partition takes no row from its bound on. Less than a day before, it is too
 # late to resume.

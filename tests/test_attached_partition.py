@@ -126,7 +126,7 @@ def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
         query(database, INSERT, 9)
     found = status(database, redis_url)
     [told] = [*found.notices, *found.problems]
-    assert f"until the swap inserts of {bound} and later fail" in told
+    assert f"inserts into webhook_log fail from {bound} 00:00 UTC on" in told
     assert "--resume" in told
     assert chronos(database, *ROLLBACK).returncode == 0
     query(database, INSERT, 9)
@@ -149,7 +149,7 @@ def test_a_row_that_was_beyond_the_bound_before_the_check_stops_it_and_is_told(
     assert f"not before {bound} 00:00 UTC" in error
     assert "--resume" in error
     [told] = status(database, redis_url).problems
-    assert f"inserts of {bound} and later fail" in told
+    assert f"inserts into webhook_log fail from {bound} 00:00 UTC on" in told
     query(database, "DELETE FROM webhook_log WHERE id = %s", far)
     resumed = chronos(database, *RESUME)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -180,7 +180,7 @@ def test_a_migration_held_until_its_bound_is_near_is_undone_and_not_resumed(
         assert result.returncode == 0, result.stdout + result.stderr
     else:
         [problem] = status(database, redis_url).problems
-        assert "inserts of" in problem
+        assert "inserts into webhook_log fail" in problem
         assert result.returncode == 2, result.stdout + result.stderr
         assert "the bound of this migration" in result.stderr
         assert "rollback" in result.stderr

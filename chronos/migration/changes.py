@@ -643,29 +643,28 @@ def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
 def forget_cascades_statement(migration: Migration) -> Statement:
     """When the keys are given up: what they did to the plain table meanwhile is no writing by hand.
 
-    The partitioned table has done the same, and has noted it; or the row is gone.
+    The partitioned table has done the same, and has noted it; or the row is gone, or from before the window.
     """
     table, key = migration.table, migration.plan.new_key
     return statement(
         "DELETE FROM {changes} AS o WHERE o.chronos_origin = 'o' AND (CASE WHEN o.chronos_truncated"
         " THEN EXISTS (SELECT FROM {changes} AS n WHERE n.chronos_origin = 'n' AND n.chronos_truncated)"
-        " ELSE EXISTS (SELECT FROM {changes} AS n WHERE n.chronos_origin = 'n' AND {noted})"
+        " ELSE o.{c} < {cutoff}"
+        " OR EXISTS (SELECT FROM {changes} AS n WHERE n.chronos_origin = 'n' AND {noted})"
         " OR NOT EXISTS (SELECT FROM {old} AS t WHERE {there}) END)",
         changes=migration.relation(table.changes),
         old=migration.relation(table.old),
+        c=migration.shape.time_column,
+        cutoff=migration.shape.instant(migration.plan.cutoff),
         noted=match(key, "n", "o"),
         there=match(key, "t", "o"),
     )
 
 
 def written_by_hand(conn: Connection, plan: Plan) -> int:
-    """How many rows of the frozen table's window were written by hand since the swap."""
+    """How many rows of the frozen table were written by hand since the swap."""
     spec = plan.table
     query = statement(
-        "SELECT count(*) FROM {changes}"
-        " WHERE chronos_origin = 'o' AND (chronos_truncated OR {c} >= {cutoff})",
-        changes=name(spec.home, spec.changes),
-        c=name(spec.column),
-        cutoff=plan.cutoff,
+        "SELECT count(*) FROM {changes} WHERE chronos_origin = 'o'", changes=name(spec.home, spec.changes)
     )
     return int(execute(conn, query).scalar_one())

@@ -60,8 +60,7 @@ def describe(state: State) -> str:
     table, phase = state.table, state.phase
     t, old, new = table.name, table.old, table.new
     if state.plan.attaches and phase in _ATTACHING:
-        bound = f"{state.plan.first:%Y-%m-%d}"
-        return _ATTACHING[phase].format(t=t, new=new, history=table.history, bound=bound)
+        return _ATTACHING[phase].format(t=t, new=new, history=table.history)
     return {
         Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
@@ -90,10 +89,8 @@ def not_to_be_dropped(table: TableSpec) -> str:
 
 
 _ATTACHING = {
-    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition."
-    " Until it is one, inserts of {bound} and later fail.",
-    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}."
-    " Until it is one, inserts of {bound} and later fail.",
+    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition.",
+    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}.",
     Phase.MIGRATED: "{t} is partitioned and complete; {history}, the table that was, is a partition of it.",
     Phase.FINALIZING: "{t} is partitioned and complete; what is left of the migration is being dropped.",
 }
