@@ -593,7 +593,7 @@ class _Report:
             self.raw(f"-- {line}".rstrip())
 
     def say_with_commands(self, text: str) -> None:
-        """Some sentences, each command in them on a line of its own, to be copied."""
+        """Some sentences; each command and each statement in them is on a line of its own, to be copied."""
         for line in for_reading(text, _WIDTH - 3).splitlines():
             self.raw(f"-- {line}".rstrip())
 
@@ -609,12 +609,12 @@ class _Report:
 
     def finding(self, what: str, found: Finding) -> None:
         """A blocker or a warning, and the id under which the guide has it."""
-        self.item(what, str(found))
+        self.say_with_commands(f"{what}: {found}")
 
     def head(self, found: Survey) -> None:
         """Which table, and how large."""
         self.title("Plan of a migration; nothing was changed")
-        self.item("table", f"{found.spec.home}.{found.spec}")
+        self.item("table", found.spec.typed)
         self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
 
