@@ -134,14 +134,15 @@ def _context(
 
 
 def _other_options() -> str:
-    """The options that were typed, but for those that describe the table."""
+    """The options that were typed, for a migration to begin with, but for those that describe the table."""
+    apart = {"resume", *(field.name for field in fields(Description))}
     context = click.get_current_context()
     words: list[str] = []
     for option in context.command.params:
         if (
             not isinstance(option, click.Option)
             or option.name is None
-            or option.name in {field.name for field in fields(Description)}
+            or option.name in apart
             or context.get_parameter_source(option.name) is not ParameterSource.COMMANDLINE
         ):
             continue

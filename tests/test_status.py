@@ -22,7 +22,7 @@ from chronos.errors import ChronosError
 from chronos.functions import upgrade
 from chronos.job_lock import connect, keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
-from chronos.migration.state import Phase, Plan, State, create_statement
+from chronos.migration.state import Phase, Plan, State, Strategy, create_statement
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
 from chronos.table import WEBHOOK_LOG, Period, midnight
@@ -185,7 +185,7 @@ def begin(url: str, phase: Phase) -> Plan:
     wanted = table.wanted(now)
     plan = Plan(
         table,
-        "copy",
+        Strategy.COPY,
         now,
         now - timedelta(days=15),
         wanted[0].start,
