@@ -109,10 +109,9 @@ def upgrade(engine: Engine, *tables: TableSpec, listed_in: Path | None = None) -
                     raise RefusedError(f"{reason}; nothing was changed")
                 before = definitions(conn, table)
                 execute(conn, joined(function_statements(shape), ";\n"))
-                functions = " and ".join(map(quoted, table.functions))
+                functions = " and ".join(f"{quoted(table.home)}.{quoted(f)}" for f in table.functions)
                 changed = definitions(conn, table) != before
-                what = f"Installed {functions}" if changed else f"{functions} are current already"
-                done.append(f"{table.typed}: {what}")
+                done.append(f"Installed {functions}" if changed else f"{functions} are current already")
     return [*done, *without]
 
 

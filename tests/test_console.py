@@ -29,12 +29,15 @@ def test_a_terminal_gets_whole_words_and_commands_to_copy() -> None:
     ]
 
 
-ORDER = """CREATE UNIQUE INDEX CONCURRENTLY "a;b" ON shop."Order's Events" ("Order No", lower('x; y'), "placed at");"""
+ORDER = (
+    'CREATE UNIQUE INDEX CONCURRENTLY "a;b" ON shop."Order\'s Events"'
+    """ ("Order No", lower('x; y'), "placed at");"""
+)
 CREATE = (
     "CREATE TABLE public.events_y2025m10 PARTITION OF public.events"
     " FOR VALUES FROM ('2025-10-01 00:00:00+00') TO ('2025-11-01 00:00:00+00');"
 )
-BLOCK = '[[tables]]\nname = "shop.\\"Order Events\\""\ncolumn = "placed at"\nevery = "month"\nahead_days = 30'
+BLOCK = TableSpec("Order Events", "placed at", Interval.MONTH, schema="shop").as_toml()
 
 
 def test_a_statement_and_a_block_stand_on_lines_of_their_own_however_long() -> None:
