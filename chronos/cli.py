@@ -31,7 +31,7 @@ from chronos.locks import Patience
 from chronos.migration.checks import Survey
 from chronos.migration.console import Output, ago, counted, for_reading, in_bytes
 from chronos.migration.finalize import finish
-from chronos.migration.old_and_new import old_table_elsewhere, weigh
+from chronos.migration.old_and_new import renamed_by_hand, weigh
 from chronos.migration.operator import Operator
 from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
@@ -477,12 +477,9 @@ def _old_and_new(engine: Engine, found: State, *, old_is_there: bool) -> str:
     with opened(engine) as conn:
         if not old_is_there:
             with transaction(conn):
-                renamed = old_table_elsewhere(conn, table)
+                renamed = renamed_by_hand(conn, table)
             if renamed is not None:
-                raise RefusedError(
-                    f"{quoted(table.old)} was renamed to {renamed.typed}; nothing was changed. Rename it"
-                    f" back: ALTER TABLE {renamed.typed} RENAME TO {quoted(table.old)};"
-                )
+                raise RefusedError(f"nothing was changed, for {renamed}")
             return ""
         try:
             with transaction(conn, lock_timeout_ms=1_000):

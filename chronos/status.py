@@ -27,7 +27,7 @@ from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
 from chronos.migration.console import counted, for_reading, in_bytes
-from chronos.migration.old_and_new import old_table_elsewhere
+from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.state import Phase, State, describe
 from chronos.settings import CONFIGURATION, Settings
 from chronos.table import Interval, Period, TableSpec, midnight, quoted
@@ -473,12 +473,7 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
             f" the migration with: {commands.rollback(table)}"
         )
     if migration_state.finalized_by_hand(conn, migration):
-        if (renamed := old_table_elsewhere(conn, table)) is not None:
-            return (
-                f"{quoted(table.old)} was renamed to {renamed.typed} by hand; rename it back:"
-                f" ALTER TABLE {renamed.typed} RENAME TO {quoted(table.old)};"
-            )
-        return (
+        return renamed_by_hand(conn, table) or (
             f"{quoted(table.old)} was dropped by hand; remove what is left of the migration with:"
             f" {commands.finalize(table)}"
         )

@@ -59,7 +59,7 @@ def test_a_statement_and_a_block_stand_on_lines_of_their_own_however_long() -> N
     "text",
     [
         "to go back by hand with DROP TABLE events CASCADE would drop all else that refers to it; beware",
-        "Detach them first (ALTER TABLE events DETACH PARTITION ...), and move what belongs there; then go on",
+        "Detach them first (ALTER TABLE events DETACH PARTITION ...), and move what is left; then go on",
         "a SELECT of an old snapshot, or a DELETE FROM it, waits; so",
     ],
 )

@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
-from chronos.table import TableSpec
+from chronos.table import TableSpec, quoted
 
 _WEIGHT = """
 SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint,
@@ -39,8 +39,10 @@ WHERE t.tgname = {trigger} AND t.tgparentid = 0 AND pn.nspname = {schema} AND p.
 """
 
 
-def old_table_elsewhere(conn: Connection, table: TableSpec) -> TableSpec | None:
-    """The old table under another name, known by the note triggers that the migration has put on it."""
+def renamed_by_hand(conn: Connection, table: TableSpec) -> str | None:
+    """What to do when the old table, known by the note triggers that the migration has put on it, has another
+    name; None: there is no such table. To be called inside ``db.transaction``.
+    """
     row = execute(
         conn,
         statement(
@@ -52,4 +54,13 @@ def old_table_elsewhere(conn: Connection, table: TableSpec) -> TableSpec | None:
             old=table.old,
         ),
     ).first()
-    return TableSpec(row[1], schema=row[0]) if row else None
+    if row is None:
+        return None
+    back = [
+        f" ALTER TABLE {TableSpec(row[1], schema=row[0]).typed} RENAME TO {quoted(table.old)};",
+        f" ALTER TABLE {TableSpec(table.old, schema=row[0]).typed} SET SCHEMA {quoted(table.home)};",
+    ]
+    return (
+        f"{quoted(table.old)} was renamed to {TableSpec(row[1], schema=row[0]).typed}. Rename it back:"
+        f"{back[0] if row[1] != table.old else ''}{back[1] if row[0] != table.home else ''}"
+    )
