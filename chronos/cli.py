@@ -202,7 +202,8 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
         return (
             f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{table.typed} gets an index and a check, {swap}\n(the partition of all rows before that).",
+            f"{quoted(table.name)} gets an index and a check, {swap}\n"
+            "(the partition of all rows before that).",
         )
     rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
     return (
@@ -214,7 +215,10 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
 def _at_last(table: TableSpec, hold: bool) -> str:
     if hold:
         return "no name changes yet."
-    return f"then {table.typed} is renamed to {quoted(table.old)},\nand the partitioned table takes its name."
+    return (
+        f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"
+        "and the partitioned table takes its name."
+    )
 
 
 def _what_is_left(found: State, *, hold: bool) -> str:
@@ -459,7 +463,7 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
             click.echo(
                 f"{context.head(found.table)}\n"
                 f"{describe(found)}\n"
-                f"{found.table.typed} will be the plain table again"
+                f"{quoted(found.table.name)} will be the plain table again"
                 f"{', with every row written since the swap' if found.phase.swapped else ''}."
             )
             if not yes:

@@ -65,18 +65,26 @@ _TOML = r"\[\[tables\]\](?:\n\w+ = .*)*"
 _TO_COPY = re.compile(f"({_COMMAND}|{_SQL}|{_TOML})")
 
 
-def for_reading(text: str, width: int) -> str:
+def for_reading(text: str, width: int, indent: str = "") -> str:
     """``text`` in lines of ``width``, broken between words; what is to be copied on lines of its own.
 
     That is each command, each statement of SQL, and each block for chronos.toml, however long they are.
+    ``indent`` stands before each line but the first.
     """
     lines: list[str] = []
     for number, piece in enumerate(_TO_COPY.split(text)):
         if number % 2:
-            lines.append(textwrap.indent(piece, "  "))
+            lines.append(textwrap.indent(piece, f"{indent}  "))
         else:
             prose = piece.lstrip(";,. \n") if number else piece
-            lines += textwrap.wrap(prose, width, break_long_words=False, break_on_hyphens=False)
+            lines += textwrap.wrap(
+                prose,
+                width,
+                initial_indent=indent if number else "",
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines)
 
 

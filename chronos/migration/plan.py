@@ -592,9 +592,9 @@ class _Report:
         for line in textwrap.wrap(text, _WIDTH - 3, subsequent_indent=indent, break_on_hyphens=False) or [""]:
             self.raw(f"-- {line}".rstrip())
 
-    def say_with_commands(self, text: str) -> None:
+    def say_with_commands(self, text: str, indent: str = "") -> None:
         """Some sentences; each command and each statement in them is on a line of its own, to be copied."""
-        for line in for_reading(text, _WIDTH - 3).splitlines():
+        for line in for_reading(text, _WIDTH - 3, indent).splitlines():
             self.raw(f"-- {line}".rstrip())
 
     def title(self, text: str) -> None:
@@ -609,7 +609,7 @@ class _Report:
 
     def finding(self, what: str, found: Finding) -> None:
         """A blocker or a warning, and the id under which the guide has it."""
-        self.say_with_commands(f"{what}: {found}")
+        self.say_with_commands(f"{what}: {found}", indent="    ")
 
     def head(self, found: Survey) -> None:
         """Which table, and how large."""
