@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.partitions import scheme
-from chronos.db import transaction
+from chronos.db import execute, statement, transaction
 from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.settings import CONFIGURATION
@@ -16,17 +16,26 @@ from chronos.table import TableSpec, quoted
 
 
 def as_it_is(conn: Connection, table: TableSpec) -> TableSpec:
-    """``table`` with the column and the interval of its migration or, without one, of its partitions.
+    """``table`` with the column and the interval of its partitions or, while it is plain, of its migration.
 
     What neither tells is as ``table`` says. An interval counts as long as any of the newest few partitions
-    has it. To be called inside ``db.transaction``; ACCESS SHARE on the state of the migration.
+    has it. To be called inside ``db.transaction``; ACCESS SHARE on the state of the migration, unless the
+    role may not read it.
     """
-    found = states.read(conn, table)
-    if found is not None and not states.undone_by_hand(conn, found):
-        return replace(table, column=found.table.column, every=found.table.every)
     column, widths = scheme(conn, table)
-    every = table.every if table.every in widths or not widths else widths[0]
-    return replace(table, column=column or table.column, every=every)
+    if column is not None:
+        every = table.every if table.every in widths or not widths else widths[0]
+        return replace(table, column=column, every=every)
+    readable = statement(
+        "SELECT has_table_privilege(to_regclass(format('%I.%I', {s}, {t})), 'SELECT')"
+        " AND has_schema_privilege({s}, 'USAGE')",
+        s=table.home,
+        t=table.state,
+    )
+    found = states.read(conn, table) if execute(conn, readable).scalar_one() else None
+    if found is None or states.undone_by_hand(conn, found):
+        return table
+    return replace(table, column=found.table.column, every=found.table.every)
 
 
 def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) -> list[str]:

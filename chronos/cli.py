@@ -671,7 +671,10 @@ def status(table: str | None, as_json: bool) -> None:
 
 def _say_others(others: Sequence[Other]) -> None:
     for other in others:
-        click.echo(f"\n{other}")
+        text = str(other)
+        if sys.stdout.isatty():
+            text = for_reading(text, max(20, shutil.get_terminal_size().columns - 1))
+        click.echo(f"\n{text}")
 
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:

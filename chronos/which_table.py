@@ -66,7 +66,7 @@ class Description:
 
 
 def _write_it_there(what: str, value: object) -> str:
-    return f"""put {what} = {value if isinstance(value, int) else f'"{value}"'} there"""
+    return f"""write {what} = {value if isinstance(value, int) else f'"{value}"'} there"""
 
 
 def _set_the_variable(what: str, value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ import redis
 from pydantic import SecretStr
 
 from chronos import commands
+from chronos.agreement import as_it_is
+from chronos.db import connect_engine, execute, statement, transaction
 from chronos.errors import RefusedError
 from chronos.job_lock import connect
 from chronos.jobs import CREATE, DROP, JOBS, Job, JobFailedError, Message, Report, TryAgainError, attempt
 from chronos.migration.console import for_reading
-from chronos.settings import Settings, get_settings
+from chronos.settings import Settings, get_settings, postgres_url
 from chronos.table import Interval, TableSpec
 from tests.command import Run, chronos
 from tests.partitioned import install_functions
@@ -242,7 +245,9 @@ def test_options_that_contradict_the_file_are_refused(
     env = configure(listed(TableSpec("events", column="at")))
     expected = complaint.format(file=env["CHRONOS_CONFIG"])
     for named in ((), ("events",), ("public.events",)):
-        assert expected.split(" for ")[0] in refused(database, "migrate", *named, "--yes", *options, env=env)
+        line = refused(database, "migrate", *named, "--yes", *options, env=env)
+        assert expected.split(" for ")[0] in line
+        assert re.search(r"Leave the option out, or write \w+ = (3|\"\w+\") there$", line)
 
 
 def test_a_table_that_nobody_describes_is_refused(database: str) -> None:
@@ -379,6 +384,20 @@ def test_an_interval_or_a_column_that_is_not_so_is_refused_wherever_it_counts(
             JobFailedError, match=r"says week for public\.events, but its partitions are months"
         ):
             attempt(job, settings, Message("by hand"), None)
+
+
+def test_a_role_that_may_not_read_the_state_goes_by_the_partitions(
+    database: str, configure: Configure
+) -> None:
+    create(database, "events")
+    env = configure(listed(TableSpec("events", column="at", every=Interval.WEEK)))
+    events = TableSpec("events", column="at", every=Interval.MONTH, schema="public")
+    for option, found in (("--hold", Interval.MONTH), ("--resume", Interval.WEEK)):
+        assert chronos(database, "migrate", option, "--yes", env=env).returncode == 0
+        with connect_engine(postgres_url(database)).connect() as conn, transaction(conn):
+            assert as_it_is(conn, events).every is Interval.WEEK
+            execute(conn, statement("SET LOCAL ROLE pg_monitor"))
+            assert as_it_is(conn, events).every is found
 
 
 def test_partitions_of_other_widths_by_hand_do_not_judge(database: str, configure: Configure) -> None:

@@ -63,7 +63,7 @@ from chronos.migration.compare import (
     side_by_side_statement,
     within,
 )
-from chronos.migration.console import Output, for_reading, in_bytes
+from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
 from chronos.migration.foreign_keys import (
@@ -615,7 +615,9 @@ class _Report:
         """Which table, and how large."""
         self.title("Plan of a migration; nothing was changed")
         self.item("table", found.spec.typed)
-        self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
+        self.item(
+            "size", f"about {counted(found.rows_estimate, 'row')}, {in_bytes(found.bytes)} with indexes"
+        )
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
 
     def history(self, plan: Plan) -> None:
