@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from bench.stage import Work
 from chronos.migration.console import Output
 from chronos.migration.operator import Operator
 from chronos.migration.run import Options, migrate
+from chronos.migration.state import Strategy
 from chronos.table import WEBHOOK_LOG
 
 DELETE_BATCH = 10_000
@@ -120,21 +122,48 @@ def our_copy(workers: int = 2, *, content: bool = True) -> Work:
     """The whole migration; what counts are its steps 3 and 5, from counting the rows to the comparison."""
 
     def way(engine: Engine) -> tuple[int, float]:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.json"
-            options = Options(workers=workers, content=content, report=report)
-            migrate(
-                engine,
-                WEBHOOK_LOG,
-                options,
-                Operator(Output(Console(file=io.StringIO()))),
-                lambda found: None,
-            )
-            found = json.loads(report.read_text("utf-8"))
-        steps = {step["step"]: step["seconds"] for step in found["steps"]}
-        return found["rows_copied"], steps[3] + steps[5]
+        rows, steps = _migrated(engine, Options(workers=workers, content=content))
+        return rows, steps[3] + steps[5]
 
     return way
+
+
+def whole_copy(engine: Engine) -> tuple[int, float]:
+    """The whole migration, all six steps."""
+    rows, steps = _migrated(engine, Options())
+    return rows, sum(steps.values())
+
+
+@dataclass
+class Adoption:
+    """The same where nothing is copied; afterwards ``steps`` has the seconds of each, ``index`` its bytes."""
+
+    steps: dict[int, float] = field(default_factory=dict)
+    index: int = 0
+
+    def __call__(self, engine: Engine) -> tuple[int, float]:
+        """A way like the others."""
+        _, self.steps = _migrated(engine, Options(strategy=Strategy.ATTACH))
+        with _autocommit(engine) as conn:
+            self.index = conn.exec_driver_sql(
+                "SELECT pg_relation_size('webhook_log_history_pkey')"
+            ).scalar_one()
+            return _count(conn, "webhook_log_history"), sum(self.steps.values())
+
+
+def _migrated(engine: Engine, options: Options) -> tuple[int, dict[int, float]]:
+    """How many rows were copied, and how many seconds each step took."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        migrate(
+            engine,
+            WEBHOOK_LOG,
+            replace(options, report=report),
+            Operator(Output(Console(file=io.StringIO()))),
+            lambda found: None,
+        )
+        found = json.loads(report.read_text("utf-8"))
+    return found["rows_copied"] or 0, {step["step"]: step["seconds"] for step in found["steps"]}
 
 
 def insert_seconds(engine: Engine, rows: int) -> float:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -37,7 +36,7 @@ from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import Phase, State, Strategy, describe
+from chronos.migration.state import Phase, State, Strategy, describe, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings, get_settings
 from chronos.table import Interval, TableSpec, quoted
 from chronos.which_table import Description, Verb, to_be_listed, which_table
@@ -195,15 +194,15 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
     if found.attaches:
         swap = (
-            "no name changes yet"
+            "no name changes yet."
             if hold
-            else f"then it is renamed to {quoted(table.history)} and becomes one"
+            else f"then it is renamed to {quoted(table.history)},\n"
+            "and is the partition of all rows before that."
         )
         return (
             f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{quoted(table.name)} gets an index and a check, {swap}\n"
-            "(the partition of all rows before that).",
+            f"{quoted(table.name)} gets an index and a check; {swap}",
         )
     rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
     return (
@@ -224,11 +223,13 @@ def _at_last(table: TableSpec, hold: bool) -> str:
 def _what_is_left(found: State, *, hold: bool) -> str:
     """What ``migrate --resume`` will do."""
     table = found.table
+    if found.phase is Phase.RETURNING:
+        return f"The rollback is called off: {table} stays partitioned, with all that was written."
     if found.plan.attaches:
         if found.phase.swapped:
             return "The foreign keys of the whole adopt those of the partitions."
         left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
-        return left if hold else f"{left}; then it becomes the partition {quoted(table.history)}."
+        return f"{left}." if hold else f"{left}; then it becomes the partition {quoted(table.history)}."
     if found.phase.swapped:
         return "The rows written during the migration are compared once more."
     ready = found.phase is Phase.READY
@@ -248,6 +249,11 @@ def _next(context: _Context, strategy: Strategy) -> str:
     }
     width = max(map(len, steps))
     lines = "\n".join(f"  {command:<{width}}   {what}" for command, what in steps.items())
+    if attaches:
+        lines += (
+            f"\n\n{table.history} is a partition of {table} now, and DROP TABLE {table} would drop all rows:"
+            f" to go back by hand, DETACH {table.history} first; better: {commands.rollback(table)}"
+        )
     if context.listed:
         return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
     listed_by = context.settings.listed_in
@@ -389,7 +395,9 @@ def migrate(
 
     The rows within retention are copied into partitions beside the table and compared, while the
     table stays in use; then the names change, in milliseconds, and the table that was is kept as
-    TABLE_old. Asks for the word MIGRATE first. On failure all is put back as it was.
+    TABLE_old. With --strategy attach nothing is copied: the table itself becomes the partition of all
+    its rows, TABLE_history. --dry-run compares the two. Asks for the word MIGRATE first. On failure all
+    is put back as it was.
 
     \b
     Examples:
@@ -397,6 +405,7 @@ def migrate(
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
       python -m chronos migrate --yes --report report.json
       python -m chronos migrate --hold
+      python -m chronos migrate --strategy attach
       python -m chronos migrate --resume
       python -m chronos migrate sales.events --column created_at --every week
     """
@@ -501,22 +510,15 @@ def _old_and_new(engine: Engine, found: State, *, old_is_there: bool) -> str:
     return "\n".join(lines)
 
 
-def _goes(found: State) -> str:
-    """When retention drops the table that has become a partition."""
-    if found.table.retention_days is None:
-        return "never: every row is kept"
-    last = found.plan.first + timedelta(days=found.table.retention_days)
-    return f"when its last row has expired, on {last:%Y-%m-%d}"
-
-
 @cli.command()
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
 def finalize(table: str | None, yes: bool) -> None:
-    """Drop TABLE_old, once the migrated table has proven itself.
+    """Drop TABLE_old, once the migrated table has proven itself; end the way back.
 
     Checks first that the migration is complete, that no row within retention is in the old table
-    alone, and that nothing depends on it. Asks for the word FINALIZE. There is no way back from here.
+    alone, and that nothing depends on it. After --strategy attach it drops nothing of the table. Asks for
+    the word FINALIZE. There is no way back from here.
 
     \b
     Examples:
@@ -527,10 +529,10 @@ def finalize(table: str | None, yes: bool) -> None:
         context = _context(Verb.FINALIZE, table)
 
         def confirm(found: State, old_is_there: bool) -> None:
-            if found.plan.attaches:
+            if found.plan.attaches and old_is_there:
                 click.echo(
                     f"{context.head(found.table)}\n{describe(found)}\nNothing is dropped, and there is no way"
-                    f" back afterwards: {quoted(found.table.history)} goes\n{_goes(found)}."
+                    f" back afterwards.\n{what_becomes_of(found.plan)}."
                 )
                 if not yes:
                     _ask("FINALIZE")
@@ -544,7 +546,7 @@ def finalize(table: str | None, yes: bool) -> None:
                 f"{describe(found)}\n{seen}\n{quoted(found.table.old)} will be dropped for good"
                 f"{f',{with_it}' if with_it else ''}."
                 if old_is_there
-                else f"{quoted(found.table.old)} was dropped by hand;"
+                else f"{quoted(found.plan.former)} was dropped before;"
                 " what is left of the migration will be removed."
             )
             click.echo(f"{context.head(found.table)}\n{what}")

@@ -58,5 +58,9 @@ class ShapeError(ChronosError):
     """A table that is to take another's place is not what that one was."""
 
 
+class NotesLostError(ChronosError):
+    """The note triggers were off for a time, so what was written then is not known."""
+
+
 class StrayRowError(ChronosError):
     """A row was written during the migration for a time that no partition takes."""

@@ -216,6 +216,15 @@ def _taken_care_of(last: Report, night: date, message: Message) -> str | None:
     return None
 
 
+# It runs with the rights of whoever calls it.
+_FUNCTION = """
+SELECT pg_get_userbyid(p.proowner), pg_has_role(p.proowner, c.relowner, 'MEMBER')
+FROM pg_proc p, pg_class c
+WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
+  AND c.oid = to_regclass(format('%I.%I', {schema}, {table}))
+"""
+
+
 class _Attempt:
     """One attempt under the lease: the work, then the report."""
 
@@ -328,17 +337,17 @@ class _Attempt:
         """The names that each call of the function returned; one transaction a call."""
         function = self.job.function(table)
         with transaction(conn):
-            installed = execute(
-                conn,
-                statement(
-                    "SELECT to_regprocedure(format('%I.%I(integer)', {schema}, {function}))",
-                    schema=table.home,
-                    function=function,
-                ),
-            ).scalar_one()
-        if installed is None:
+            owner, trusted = execute(
+                conn, statement(_FUNCTION, schema=table.home, function=function, table=table.name)
+            ).one_or_none() or (None, False)
+        if owner is None:
             raise _NotReadyError(
                 f"the function {function} is not installed; migrate first: {commands.migrate(table)}"
+            )
+        if not trusted:
+            raise RefusedError(
+                f"the function {function} belongs to {owner}, not to the owner of {table.typed}; nothing was"
+                f" called. Look at it, drop it, then: {commands.upgrade_functions(table)}"
             )
         if self.job is CREATE:
             step = _STEP_DAYS[table.every]

@@ -19,16 +19,25 @@ from sqlalchemy.exc import DBAPIError
 from chronos import commands
 from chronos.agreement import as_it_is, contradictions
 from chronos.catalog.locate import locate, require_located
-from chronos.catalog.partitions import Partition, attached, droppable, expired, missing, runway
+from chronos.catalog.partitions import (
+    Partition,
+    attached,
+    droppable,
+    expired,
+    expires_on,
+    missing,
+    runway,
+)
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import VERSION
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
+from chronos.migration.attach import check_name
 from chronos.migration.console import counted, for_reading, in_bytes
 from chronos.migration.old_and_new import renamed_by_hand
-from chronos.migration.state import Phase, State, describe
+from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings
 from chronos.table import Interval, Period, TableSpec, midnight, quoted
 
@@ -41,9 +50,15 @@ _CLOCK_TOLERANCE_S = 60
 _BAR_WIDTH = 30
 # A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
 _READY_LONG = timedelta(days=7)
+# So long before inserts begin to fail it is time to swap, or to undo.
+_NEAR_THE_BOUND = timedelta(days=2)
 _MANY_NOTES = 1_000_000
 # Phases in which a migration may stay, though nobody is at it.
 _AT_REST = (Phase.READY, Phase.MIGRATED)
+# A table that is to become a partition takes no row from its bound on. Less than a day before, it is too
+# late to resume.
+_BOUND_SOON = timedelta(days=3)
+_TOO_LATE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Status:
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
     ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it;
     ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
     ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
@@ -93,6 +109,7 @@ class Status:
     stray: tuple[str, ...]
     next_drop: datetime
     notes_waiting: int | None = None
+    refused_from: datetime | None = None
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
     contradictions: tuple[str, ...] = ()
@@ -111,9 +128,15 @@ class Status:
 
     @property
     def state(self) -> str:
-        """`plain`, `migrating`, `ready`, `migrated` or `finalized`."""
+        """`plain`, `migrating`, `ready`, `migrated`, `rolling back`, `finalizing` or `finalized`."""
         if self.migration is not None and self.migration.phase is not Phase.MIGRATED:
-            return "ready" if self.migration.phase is Phase.READY else "migrating"
+            phases = {
+                Phase.READY: "ready",
+                Phase.RETURNING: "rolling back",
+                Phase.UNDONE: "rolling back",
+                Phase.FINALIZING: "finalizing",
+            }
+            return phases.get(self.migration.phase, "migrating")
         if not self.partitioned:
             return "plain"
         return "finalized" if self.migration is None and self.old_table is None else "migrated"
@@ -128,6 +151,11 @@ class Status:
         """The last day that has a partition."""
         last = max((p.upper for p in self.partitions if p.upper), default=None)
         return (last - timedelta(microseconds=1)).date() if last else None
+
+    @property
+    def history(self) -> Partition | None:
+        """The partition that the table itself has become."""
+        return next((p for p in self.partitions if p.name == self.table.history and p.lower is None), None)
 
     @property
     def missing(self) -> list[Period]:
@@ -174,6 +202,7 @@ class Status:
             "runway_days": self.runway_days,
             "functions_installed": set(self.functions) == set(self.table.functions),
             "old_table": vars(self.old_table) if self.old_table else None,
+            "history": self._history_as_json(),
             "next_drop": {"at": self.next_drop.isoformat(), "partitions": self.next_drops()},
             "jobs": None
             if self.jobs is None
@@ -211,7 +240,20 @@ class Status:
             "periods_copied": self.copied and self.copied[0],
             "periods": self.copied and self.copied[1],
             "notes_waiting": self.notes_waiting,
+            "inserts_fail_from": self.refused_from and self.refused_from.isoformat(timespec="seconds"),
             "verified": self.migration.verified,
+        }
+
+    def _history_as_json(self) -> dict[str, Any] | None:
+        if self.history is None or self.history.upper is None:
+            return None
+        goes = expires_on(self.history.upper, self.table.retention_days)
+        return {
+            "name": self.history.name,
+            "until": self.history.upper.isoformat(),
+            "rows_estimate": self.history.rows_estimate,
+            "bytes": self.history.bytes,
+            "goes_on": goes and goes.isoformat(),
         }
 
 
@@ -378,7 +420,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
     before = clock()
     now: datetime = execute(conn, statement("SELECT clock_timestamp()")).scalar_one().astimezone(UTC)
     ours = before + (clock() - before) / 2
-    migration = migration_state.read(conn, table)
+    migration = migration_state.read(conn, table, only_to_show=True)
     partitions = tuple(attached(conn, table))
     return Status(
         server=f"{settings.database.database} on {settings.database.host or 'a local socket'}",
@@ -396,6 +438,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         next_drop=next_due(DROP, settings, now),
         notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
         contradictions=tuple(contradictions(said, table, settings.listed_in)),
+        refused_from=_refused_from(conn, migration) if migration else None,
     )
 
 
@@ -469,12 +512,13 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
     table = migration.table
     if migration_state.undone_by_hand(conn, migration):
         return (
-            f"{quoted(table.old)} was renamed back to {quoted(table.name)} by hand; remove what is left of"
-            f" the migration with: {commands.rollback(table)}"
+            f"{quoted(migration.plan.former)} was renamed back to {quoted(table.name)} by hand; remove what"
+            f" is left of the migration with: {commands.rollback(table)}"
         )
     if migration_state.finalized_by_hand(conn, migration):
+        who = "by retention, or by hand" if migration.plan.attaches else "by hand"
         return renamed_by_hand(conn, table) or (
-            f"{quoted(table.old)} was dropped by hand; remove what is left of the migration with:"
+            f"{quoted(migration.plan.former)} was dropped {who}; remove what is left of the migration with:"
             f" {commands.finalize(table)}"
         )
     return None
@@ -491,6 +535,22 @@ def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int 
     )
     found: int = execute(conn, query).scalar_one()
     return found
+
+
+def _refused_from(conn: Connection, migration: State) -> datetime | None:
+    """From when on a table that is to become a partition takes no row, for its CHECK; None without one."""
+    table = migration.table
+    there: bool = execute(
+        conn,
+        statement(
+            "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = {check} AND contype = 'c'"
+            " AND conrelid = to_regclass(format('%I.%I', {schema}, {table})))",
+            check=check_name(table),
+            schema=table.home,
+            table=table.name,
+        ),
+    ).scalar_one()
+    return migration.plan.first if there and migration.plan.attaches else None
 
 
 def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
@@ -569,32 +629,54 @@ def _migration_problems(status: Status) -> Iterator[str]:
 
 
 def _half_done(status: Status, migration: State) -> Iterator[str]:
-    table, phase = migration.table, migration.phase
+    table, phase, attaches = migration.table, migration.phase, migration.plan.attaches
     resume, undo = f"{commands.migrate(table)} --resume", commands.rollback(table)
-    if phase is Phase.READY:
+    refused_from = status.refused_from
+    if refused_from is not None and refused_from - status.now < _BOUND_SOON:
+        late = phase is Phase.UNDONE or refused_from - status.now < _TOO_LATE
+        yield f"{_refusal(status)}, for its migration is half done; " + (
+            f"undo it with: {undo}; then start again"
+            if late
+            else f"finish it with: {resume}; or undo it with: {undo}"
+        )
+    elif phase is Phase.READY:
         since = migration.changed_at
         if (since and status.now - since > _READY_LONG) or (status.notes_waiting or 0) >= _MANY_NOTES:
-            yield f"{_ready(status)}, and more every hour; swap with: {resume}; or undo it with: {undo}"
+            more = "" if attaches else ", and more every hour"
+            yield f"{_ready(status)}{more}; swap with: {resume}; or undo it with: {undo}"
     elif status.migration_runs:
         return
     elif phase is Phase.MIGRATED:
         if not migration.verified:
-            yield (
-                f"{describe(migration)} The rows written shortly before the swap were not compared"
-                f" again; compare them with: {resume}"
+            yield f"{describe(migration)} " + (
+                f"Its foreign keys are not yet those of the whole; carry on with: {resume}"
+                if attaches
+                else "The rows written shortly before the swap were not compared again; compare them with:"
+                f" {resume}"
             )
     else:
         carry_on = {
             Phase.BUILT: f"Carry on with: {resume}; or undo it with: {undo}",
             Phase.COPYING: f"Carry on with: {resume}; or undo it with: {undo}",
-            Phase.RETURNING: f"Finish with: {undo}",
+            Phase.RETURNING: f"Finish with: {undo}; or call it off, and stay partitioned: {resume}",
             Phase.UNDONE: f"Finish with: {undo}",
             Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
-        }
+        }[phase]
+        if refused_from is not None:
+            carry_on = f"While it is, {_refusal(status)}. {carry_on}"
+        what = {Phase.RETURNING: "the rollback of ", Phase.UNDONE: "the rollback of "}.get(phase, "")
         yield (
-            f"a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and nobody"
-            f" is at it. {describe(migration)} {carry_on[phase]}"
+            f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
+            f" nobody is at it. {describe(migration)} {carry_on}"
         )
+
+
+def _refusal(status: Status) -> str:
+    """From when on inserts fail into a table that is to become a partition."""
+    assert status.refused_from is not None
+    when = f"{status.refused_from:%Y-%m-%d %H:%M} UTC"
+    since = f"since {when}" if status.refused_from <= status.now else f"from {when} on"
+    return f"inserts into {status.table} fail {since}"
 
 
 def _ready(status: Status) -> str:
@@ -602,6 +684,8 @@ def _ready(status: Status) -> str:
     assert status.migration is not None
     since = status.migration.changed_at
     when = f" since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else ""
+    if status.migration.plan.attaches:
+        return f"ready{when}, {_refusal(status)}" if status.refused_from else f"ready{when}"
     count = status.notes_waiting or 0
     notes = f"{count:,}{' or more' if count >= _MANY_NOTES else ''}"
     return f"ready{when}, {notes} {'note waits' if count == 1 else 'notes wait'}"
@@ -610,6 +694,10 @@ def _ready(status: Status) -> str:
 def _notices(status: Status) -> Iterator[str]:
     """What may be typed next, though nothing is wrong."""
     migration = status.migration
+    if migration is not None and migration.plan.attaches and migration.phase is Phase.MIGRATED:
+        if not status.by_hand:
+            yield f"{what_becomes_of(migration.plan)}. {not_to_be_dropped(migration.table)}"
+        return
     if migration is None or migration.phase is not Phase.READY or status.migration_runs:
         return
     if any(_half_done(status, migration)):
@@ -743,6 +831,12 @@ class _Page:
             rows, size = status.old_table.rows_estimate, status.old_table.bytes
             old = quoted(status.table.old)
             self.line(f"old table   {old}: {counted(rows, 'row')} (estimate), {in_bytes(size)}")
+        if status.history and status.history.upper:
+            goes = expires_on(status.history.upper, status.table.retention_days)
+            self.line(
+                f"history     {status.history.name}: before {status.history.upper:%Y-%m-%d},"
+                f" {in_bytes(status.history.bytes)}, {f'goes on {goes}' if goes else 'never goes'}"
+            )
         if status.partitions:
             self.partitions()
         if status.jobs is not None and status.partitioned:

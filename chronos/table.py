@@ -184,6 +184,11 @@ class TableSpec:
         return f"{self.name}_is_noted"
 
     @property
+    def unlink_function(self) -> str:
+        """The trigger function that takes a deleted row out of the table that is not in use."""
+        return f"{self.name}_unlink_copy"
+
+    @property
     def snapshot_function(self) -> str:
         """The trigger function that lets no UPDATE run under a snapshot from before the swap."""
         return f"{self.name}_note_snapshot"
@@ -191,9 +196,9 @@ class TableSpec:
     @property
     def note_triggers(self) -> tuple[str, ...]:
         """The triggers that belong to chronos, and to no shape of the table."""
-        return tuple(
-            f"{self.name}_note_{what}" for what in ("insert", "update", "delete", "truncate", "snapshot")
-        )
+        noting = (f"{self.name}_note_{w}" for w in ("insert", "update", "delete", "truncate", "snapshot"))
+        # Triggers fire in the order of their names: this one after whatever else fires before a change.
+        return *noting, f"~{self.name}_unlink"
 
     @property
     def create_function(self) -> str:

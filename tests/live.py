@@ -1112,3 +1112,14 @@ def phase(url: str) -> str | None:
         return None
     rows = query(url, "SELECT phase FROM webhook_log_migration")
     return str(rows[0][0]) if rows else None
+
+
+def oldest(url: str) -> datetime | None:
+    """From when on rows are in the webhook_log in use; None: all of them are."""
+    if phase(url) not in ("migrated", "returning", "finalizing"):
+        return None
+    [[strategy, cutoff]] = query(
+        url, "SELECT plan ->> 'strategy', (plan ->> 'cutoff')::timestamptz FROM webhook_log_migration"
+    )
+    assert isinstance(cutoff, datetime)
+    return cutoff if strategy == "copy" else None

@@ -13,12 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import pytest
 
 from tests.command import Run, chronos
-from tests.live import Application, KeyType, Readers, TimestampType, load, phase
+from tests.live import Application, KeyType, Readers, TimestampType, load, oldest, phase
 from tests.tables import connected, query, relations, value
 from tests.waiting import wait_until
 
@@ -59,15 +58,6 @@ class Live:
         assert self.readers.replanned <= self.swaps
         difference = self.application.compare(since=oldest(self.url))
         assert not difference, difference
-
-
-def oldest(url: str) -> datetime | None:
-    """From when on rows are in the table; None: all of them are."""
-    if phase(url) not in ("migrated", "returning", "finalizing"):
-        return None
-    cutoff = value(url, "SELECT (plan ->> 'cutoff')::timestamptz FROM webhook_log_migration")
-    assert isinstance(cutoff, datetime)
-    return cutoff
 
 
 @contextmanager

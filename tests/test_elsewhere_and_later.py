@@ -20,6 +20,7 @@ from chronos.migration.checks import Survey, survey
 from chronos.migration.console import Output
 from chronos.migration.operator import Operator
 from chronos.migration.run import Options, migrate
+from chronos.migration.state import Strategy
 from chronos.table import WEBHOOK_LOG, TableSpec
 from tests.command import Run, chronos
 from tests.conftest import MakeDatabase
@@ -113,15 +114,16 @@ def test_a_restored_dump_goes_on_and_back_in_each_phase(
     assert {name for _, name in relations(again) if "migration" in name} == set()
 
 
-def begun_yesterday(conn: Connection, table: TableSpec) -> Survey:
+def begun_yesterday(conn: Connection, table: TableSpec, strategy: Strategy) -> Survey:
     """What the checks would have found a day ago."""
-    found = survey(conn, table)
+    found = survey(conn, table, strategy)
     return replace(found, now=found.now - timedelta(days=1))
 
 
-@pytest.mark.parametrize("hold", [False, True], ids=["during the copy", "while held"])
+@pytest.mark.parametrize("strategy", Strategy)
+@pytest.mark.parametrize("hold", [False, True], ids=["during the work", "while held"])
 def test_midnight_passes_and_no_row_is_missing(
-    database: str, monkeypatch: pytest.MonkeyPatch, hold: bool
+    database: str, monkeypatch: pytest.MonkeyPatch, hold: bool, strategy: Strategy
 ) -> None:
     """The day that was ahead when the partitions were planned is today by now, and rows are written to it."""
     loaded = load(database, ROWS, days=13)
@@ -129,7 +131,9 @@ def test_midnight_passes_and_no_row_is_missing(
     engine = connect_engine(make_url(database))
     with Application(database, loaded, threads=2, rate=100) as application:
         application.go_on(20)
-        migrate(engine, WEBHOOK_LOG, Options(hold=hold), Operator(Output()), lambda found: None)
+        migrate(
+            engine, WEBHOOK_LOG, Options(strategy=strategy, hold=hold), Operator(Output()), lambda found: None
+        )
         application.go_on(20)
         if hold:
             result = chronos(database, "migrate", "--yes", "--resume")

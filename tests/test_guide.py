@@ -78,6 +78,7 @@ WALKS: list[tuple[str, list[str]]] = [
         ],
     ),
     ("plain", ["Copy by day, swap at night"]),
+    ("plain", ["Without copying: --strategy attach"]),
     (
         "plain",
         [
@@ -163,6 +164,12 @@ _CAME_ALONG_LATE = "SELECT count(*) = 1 FROM webhook_log WHERE status = 'late'"
 _GONE = "SELECT to_regclass('webhook_log_old') IS NULL"
 PROMISES = {
     "Copy by day, swap at night": (_CAME_ALONG,),
+    "Without copying: --strategy attach": (
+        _CAME_ALONG,
+        "SELECT relkind = 'r' AND to_regclass('webhook_log_history') IS NULL FROM pg_class"
+        " WHERE oid = 'webhook_log'::regclass",
+        "SELECT pg_get_serial_sequence('webhook_log', 'id') = 'public.webhook_log_id_seq'",
+    ),
     "Step 7: Cleanup (After 7+ Days of Stability)": (_CAME_ALONG, _GONE),
     "Cleanup by hand": (_CAME_ALONG, _GONE),
     "It was stopped or cut off": (_CAME_ALONG,),
@@ -543,9 +550,20 @@ A_FAILURE = (
     " INSERT INTO broken VALUES (1)"
 )
 
+# What a full disk makes the server say, in the midst of the copy.
+A_FULL_DISK = (
+    "CREATE FUNCTION fits(bigint) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN"
+    " IF $1 = (SELECT min(id) + 700 FROM public.disk) THEN RAISE disk_full USING MESSAGE ="
+    " 'could not extend file \"base/5/16399\": No space left on device'; END IF; RETURN true; END $$;"
+    " CREATE TABLE disk (id bigint);"
+    " ALTER TABLE webhook_log ADD CONSTRAINT fits CHECK (fits(id));"
+    " INSERT INTO disk VALUES (1)"
+)
+
 # Messages that are made to appear: the state, what is done to it, and the command or the SQL that complains.
 PROVOKED: dict[str, tuple[str, str, str]] = {
     "Error: step 3 (Migrating": ("plain", A_FAILURE, "chronos migrate --yes"),
+    "... failed: could not extend file": ("plain", A_FULL_DISK, "chronos migrate --yes"),
     "Error: MIGRATE was not typed": ("plain", "SELECT 1", "chronos migrate"),
     "Table webhook_log_old already exists": ("foreign old table", "SELECT 1", "chronos migrate --yes"),
     "a migration begun at": ("half done", "SELECT 1", "chronos migrate --yes"),
@@ -590,9 +608,8 @@ PROVOKED: dict[str, tuple[str, str, str]] = {
         "SELECT create_future_webhook_log_partitions(30)"),
 }  # fmt: skip
 
-# Said by others: when the disk is full, and in a test of its own.
+# Said by others, in a test of its own.
 NOT_OURS = {
-    "could not extend file ...: No space left on device": "PostgreSQL, src/backend/storage/smgr/md.c",
     "Incorrect number of values in identifier to formulate primary key for session.get()": "SQLAlchemy",
 }
 
@@ -793,6 +810,9 @@ def test_each_check_is_explained() -> None:
     text = text_of(GUIDE)
     for check in CHECKS:
         assert f"`{check.id}`" in text, check.id
-    printed = (ROOT / "chronos" / "migration" / "plan.py").read_text("utf-8")
-    for warning in re.findall(r'Finding\(\s*"([a-z-]+)"', printed):
-        assert f"`{warning}`" in text, warning
+    for module in ("plan", "obstacles"):
+        printed = (ROOT / "chronos" / "migration" / f"{module}.py").read_text("utf-8")
+        found = re.findall(r'(?:Finding|Obstacle)\(\s*"([a-z-]+)"', printed)
+        assert found
+        for one in found:
+            assert f"`{one}`" in text, one

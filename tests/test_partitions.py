@@ -9,7 +9,15 @@ import pytest
 from sqlalchemy.engine import Connection, make_url
 
 from chronos.catalog.locate import locate
-from chronos.catalog.partitions import Partition, attached, droppable, expired, missing, runway
+from chronos.catalog.partitions import (
+    Partition,
+    attached,
+    droppable,
+    expired,
+    expires_on,
+    missing,
+    runway,
+)
 from chronos.db import connect_engine, transaction
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec, midnight
 from tests.partitioned import add_partitions, create_tables, leaves
@@ -71,6 +79,17 @@ def test_what_ends_before_the_oldest_day_to_keep_has_expired() -> None:
     existing = [partition(None, -20), partition(-16, -15), partition(-15, -14), partition(None, None)]
     assert expired(existing, TODAY, 15) == existing[:2]
     assert expired(existing, TODAY, None) == []
+
+
+@pytest.mark.parametrize("hours", [0, 1, 23])
+def test_the_day_on_which_a_partition_expires_is_foretold(hours: int) -> None:
+    found = partition(None, hours / 24)
+    assert found.upper is not None
+    day = expires_on(found.upper, 15)
+    assert day is not None
+    assert expired([found], day, 15) == [found]
+    assert expired([found], day - timedelta(days=1), 15) == []
+    assert expires_on(found.upper, None) is None
 
 
 def test_the_newest_partition_is_not_droppable_nor_one_detached_half_way() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 
@@ -61,8 +62,8 @@ def dump_without_fence(url: str, pg_bin: Path) -> str:
     return re.sub(r"(RETURN \(written <= )'[^']*'", r"\1...", dump(url, pg_bin))
 
 
-def script_of_plan(url: str) -> str:
-    found = chronos(url, "migrate", "--dry-run")
+def script_of_plan(url: str, *options: str) -> str:
+    found = chronos(url, "migrate", "--dry-run", *options)
     assert (found.returncode, found.stderr) == (0, "")
     return found.stdout
 
@@ -102,6 +103,102 @@ def test_the_sql_gives_the_same_catalog_as_the_migration(make_database: MakeData
         assert dump(by_hand, pg_bin) == before
     finally:
         forget(by_program, by_hand)
+
+
+def test_the_sql_of_attach_gives_the_same_catalog_as_the_migration(
+    make_database: MakeDatabase, pg_bin: Path
+) -> None:
+    by_program, by_hand = make_database(), make_database()
+    for url in (by_program, by_hand):
+        kitchen_sink(url, identity="bigserial")
+        # Adopted as it is, so every row has to have been checked.
+        for [check] in query(
+            url,
+            "SELECT format('ALTER TABLE %s VALIDATE CONSTRAINT %I', conrelid::regclass, conname)"
+            " FROM pg_constraint WHERE NOT convalidated AND contype = 'c'",
+        ):
+            query(url, check)
+    try:
+        before = dump(by_hand, pg_bin)
+        script = script_of_plan(by_hand, "--strategy", "attach")
+        assert dump(by_hand, pg_bin) == before, "a dry run changes nothing"
+
+        done = psql(by_hand, pg_bin, script)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        migrated = chronos(by_program, "migrate", "--strategy", "attach", "--yes")
+        assert migrated.returncode == 0, migrated.stdout + migrated.stderr
+
+        assert dump_without_fence(by_hand, pg_bin) == dump_without_fence(by_program, pg_bin)
+        state = (
+            'SELECT phase, verified, fence IS NOT NULL, compared, (SELECT count(*) FROM "Hooks".webhook_log)'
+            ' FROM "Hooks".webhook_log_migration'
+        )
+        assert query(by_hand, state) == query(by_program, state)
+        # What was migrated by hand goes back by the program.
+        back = chronos(by_hand, "rollback", "--yes")
+        assert back.returncode == 0, back.stdout + back.stderr
+        assert dump(by_hand, pg_bin) == before
+    finally:
+        forget(by_program, by_hand)
+
+
+_ATTACH = ("--strategy", "attach")
+
+
+@pytest.mark.parametrize("command", ["migrate --resume", "rollback"])
+def test_a_script_of_attach_that_was_cut_off_anywhere_is_resumed_or_undone(
+    make_database: MakeDatabase, pg_bin: Path, command: str
+) -> None:
+    content = (
+        _PLAIN + "CREATE TABLE endpoint (id bigint PRIMARY KEY); INSERT INTO endpoint VALUES (1);"
+        " ALTER TABLE webhook_log ADD COLUMN endpoint bigint DEFAULT 1 REFERENCES endpoint"
+    )
+    plain = make_database()
+    query(plain, content)
+    before = dump(plain, pg_bin)
+    script = script_of_plan(plain, *_ATTACH)
+    parts = re.split(r"(?=\n-- (?:Step|It is complete|Statistics))", script)
+    assert len(parts) > 10, "one for each transaction, and what comes before"
+    for cut in (2, 3, 4, 5, 7, len(parts) - 3, len(parts) - 2):
+        url = make_database()
+        query(url, content)
+        done = psql(url, pg_bin, "".join(parts[:cut]))
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        query(url, "INSERT INTO webhook_log (timestamp, status) VALUES (now(), 'meanwhile')")
+        went_on = chronos(url, *command.split(), "--yes")
+        assert went_on.returncode == 0, f"{parts[cut]}{went_on.stdout}{went_on.stderr}"
+        assert value(url, "SELECT count(*) FROM webhook_log") == 101
+        assert exists(url, "webhook_log_history") == (command != "rollback")
+        if command == "rollback":
+            assert dump(url, pg_bin) == before
+
+
+@pytest.mark.parametrize("days", [7, 8])
+def test_the_script_of_attach_refuses_rows_beyond_its_bound(database: str, pg_bin: Path, days: int) -> None:
+    query(database, _PLAIN)
+    before = dump(database, pg_bin)
+    script = script_of_plan(database, *_ATTACH)
+    query(
+        database,
+        "INSERT INTO webhook_log (timestamp) SELECT date_trunc('day', now(), 'UTC') + %s * interval '1 day'",
+        days,
+    )
+    done = psql(database, pg_bin, script)
+    assert done.returncode != 0
+    assert "which this plan does not know; make a new one" in done.stderr
+    assert dump(database, pg_bin) == before
+
+
+def test_the_script_of_attach_refuses_to_begin_when_its_bound_is_near(database: str, pg_bin: Path) -> None:
+    query(database, _PLAIN)
+    before = dump(database, pg_bin)
+    script = script_of_plan(database, *_ATTACH)
+    later, guards = re.subn(r"now\(\) >= '[^']+'", "now() >= '-infinity'", script)
+    assert guards == 1
+    done = psql(database, pg_bin, later)
+    assert done.returncode != 0
+    assert "is less than a day away; make a new one" in done.stderr
+    assert dump(database, pg_bin) == before
 
 
 def test_finalize_works_after_the_sql(database: str, pg_bin: Path) -> None:
@@ -217,22 +314,85 @@ def test_the_plan_says_what_it_found(database: str) -> None:
     )
     report = script_of_plan(database).split("\\set")[0]
     assert all(line.startswith("--") and len(line) <= 80 for line in report.splitlines())
-    text = re.sub(r"\n--\s+", " ", report)
+    text = re.sub(r" +", " ", re.sub(r"\n--\s+", " ", report))
     for said in (
         "46 partitions, webhook_log_y",
-        "rows to copy: 100",
+        "rows copied 100 none",
         "primary key webhook_log_pkey: over (id, timestamp) from now on",
         "view public.latest: refers to the new table",
         "function public.tidy(): names the table in its text",
         "warning: publication everything publishes all tables",
         "[publication-of-all-tables]",
         "it has to be ON CONFLICT (id, timestamp) [on-conflict]",
-        "duration: about",
+        "duration: going by a sample",
         "webhook_log is complete and in use all the time",
         "An attempt at a lock waits 100 ms, and up to 1 s",
         "--max-lock-wait",
     ):
         assert said in text, said
+
+
+def test_the_plan_compares_both_strategies_in_the_same_words(database: str) -> None:
+    query(database, _PLAIN + "ANALYZE webhook_log")
+    of_copy, of_attach = (
+        script_of_plan(database, "--strategy", strategy).split("\\set")[0] for strategy in ("copy", "attach")
+    )
+    for report in (of_copy, of_attach):
+        assert all(line.startswith("--") and len(line) <= 80 for line in report.splitlines())
+        text = re.sub(r" +", " ", report)
+        bound = value(database, "SELECT (date_trunc('day', now(), 'UTC') AT TIME ZONE 'UTC')::date + 7")
+        for said in (
+            "-- copy attach\n",
+            "-- rows copied 100 none\n",
+            "-- duration about 1 s about 1 s\n",
+            "-- until finalize the swap\n",
+            f"-- by day at once from {bound} on\n",
+            f"-- one partition none all before, until {bound + timedelta(days=15)}\n",
+            "-- recommended: copy, for it has every period in a partition of its own at once;\n",
+            "--strategy attach\n",
+        ):
+            assert said in text, said
+    assert "webhook_log itself becomes the partition\n--     webhook_log_history" in of_attach
+
+
+def test_the_plan_recommends_attach_where_a_copy_takes_too_much(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query(database, _PLAIN)
+    monkeypatch.setattr(plan, "_LARGE_BYTES", 1_000)
+    printed = StringIO()
+    plan.dry_run(connect_engine(postgres_url(database)), WEBHOOK_LOG, Console(file=printed))
+    assert re.search(r"-- recommended: attach, for a copy takes \d+ kB of disk", printed.getvalue())
+
+
+def test_the_plan_recommends_what_would_not_be_refused(database: str) -> None:
+    query(
+        database,
+        _PLAIN + "ALTER TABLE webhook_log ADD CONSTRAINT usual CHECK (status IS NULL) NOT VALID",
+    )
+    text = re.sub(r"\n--\s+", " ", script_of_plan(database))
+    assert "recommended: copy; to attach it would be refused: the check constraint usual is not" in text
+    assert re.search(r"rows copied +100 +refused", text)
+    refused = chronos(database, "migrate", "--dry-run", "--strategy", "attach")
+    assert refused.returncode == 2
+    assert "[check-not-validated]" in refused.stderr
+
+
+@pytest.mark.parametrize("fill_factor", [90, 60])
+def test_the_size_of_the_new_index_is_told_before_it_is_built(database: str, fill_factor: int) -> None:
+    query(
+        database,
+        "CREATE TABLE webhook_log (id bigserial, timestamp timestamptz NOT NULL, status text);"
+        " INSERT INTO webhook_log (timestamp)"
+        " SELECT now() - n * interval '1 second' FROM generate_series(0, 99999) n;"
+        f" ALTER TABLE webhook_log ADD PRIMARY KEY (id) WITH (fillfactor = {fill_factor});"
+        " CREATE INDEX ON webhook_log (timestamp); ANALYZE webhook_log",
+    )
+    [told] = re.findall(r"-- disk now .* about (\d+) MB more", script_of_plan(database))
+    done = chronos(database, "migrate", "--strategy", "attach", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = value(database, "SELECT pg_relation_size('webhook_log_history_pkey') / 2.0 ^ 20")
+    assert abs(int(told) - found) < 1
 
 
 def test_a_large_table_is_not_counted(database: str, pg_bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -468,7 +468,10 @@ def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> 
     result = chronos(database, "finalize", "--yes")
 
     assert result.returncode == 2
-    assert "1 rows of webhook_log_old were written after the swap; nothing was changed" in result.stderr
+    assert (
+        "1 rows of webhook_log_old were written after the swap. See whether webhook_log has them"
+        in result.stderr
+    )
     assert relations(database) == before
     # What the message says.
     query(database, "INSERT INTO webhook_log SELECT * FROM webhook_log_old WHERE id = %s", late)

@@ -15,6 +15,8 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from chronos.catalog.partitions import droppable
+from chronos.commands import SCRIPT
 from chronos.db import connect_engine, execute, transaction
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
@@ -150,19 +152,21 @@ def test_after_finalize(migrated: str, look: Look) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "command"),
+    ("phase", "state", "command"),
     [
-        ("built", "--resume; or undo it with: python -m chronos rollback"),
-        ("copying", "--resume; or undo it with: python -m chronos rollback"),
-        ("returning", "Finish with: python -m chronos rollback"),
-        ("undone", "Finish with: python -m chronos rollback"),
-        ("finalizing", "Finish with: python -m chronos finalize"),
+        ("built", "migrating", "--resume; or undo it with: python -m chronos rollback"),
+        ("copying", "migrating", "--resume; or undo it with: python -m chronos rollback"),
+        ("returning", "rolling back", "or call it off, and stay partitioned: " + SCRIPT + " --resume"),
+        ("undone", "rolling back", "Finish with: python -m chronos rollback"),
+        ("finalizing", "finalizing", "Finish with: python -m chronos finalize"),
     ],
 )
-def test_a_migration_that_nobody_is_at(migrated: str, look: Look, phase: str, command: str) -> None:
+def test_a_migration_that_nobody_is_at(
+    migrated: str, look: Look, phase: str, state: str, command: str
+) -> None:
     query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase}'")
     status = look(migrated)
-    assert status.state == "migrating"
+    assert status.state == state
     assert the_problem(status, "is half done, and nobody is at it").endswith(command)
     with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy
@@ -201,6 +205,150 @@ def begin(url: str, phase: Phase) -> Plan:
         ' (id bigint, timestamp timestamptz, chronos_origin "char", chronos_truncated boolean)',
     )
     return plan
+
+
+# A table that becomes a partition
+
+
+@pytest.fixture
+def held(database: str) -> str:
+    """A database in which ``migrate --strategy attach`` has ended before the swap."""
+    create_webhook_log(connect_engine(make_url(database)), 200)
+    result = chronos(database, "migrate", "--strategy", "attach", "--hold", "--yes")
+    assert result.returncode == 0, result.stderr
+    return database
+
+
+def bound_in(url: str, away: timedelta) -> datetime:
+    """Let the bound of a migration that is half done be ``away`` from now; returns it."""
+    bound = value(url, "SELECT now()").astimezone(UTC) + away
+    query(
+        url,
+        "UPDATE webhook_log_migration SET plan = jsonb_set(plan, '{first}', to_jsonb(%s::text))",
+        bound.isoformat(),
+    )
+    assert isinstance(bound, datetime)
+    return bound
+
+
+def test_an_attached_table_says_what_it_holds_and_when_it_goes(database: str, look: Look) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 200)
+    result = chronos(database, "migrate", "--strategy", "attach", "--yes")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "DROP TABLE webhook_log would drop all rows: to go back by hand, DETACH webhook_log_history first;"
+        " better: python -m chronos rollback\n" in result.stdout
+    )
+    bound = today(database) + timedelta(days=7)
+    size = value(database, "SELECT pg_total_relation_size('webhook_log_history')")
+    expected = {
+        "name": "webhook_log_history",
+        "until": f"{bound}T00:00:00+00:00",
+        "rows_estimate": 200,
+        "bytes": size,
+        "goes_on": f"{bound + timedelta(days=15)}",
+    }
+    for state, command in (("migrated", None), ("finalized", "finalize")):
+        if command:
+            assert chronos(database, command, "--yes").returncode == 0
+        status = look(database)
+        assert status.state == state
+        assert status.as_json()["history"] == expected
+        assert all("has not succeeded yet" in problem for problem in status.problems)
+        shown = chronos(database, "status").stdout
+        [line] = [line for line in shown.splitlines() if line.startswith("history ")]
+        assert re.fullmatch(
+            rf"history     webhook_log_history: before {bound}, \d+ kB,"
+            rf" goes on {bound + timedelta(days=15)}",
+            line,
+        ), line
+        assert len(line) <= 80
+    # It goes on that day, and not the day before.
+    [history] = [p for p in status.partitions if p.name == "webhook_log_history"]
+    goes = bound + timedelta(days=15)
+    assert droppable(status.partitions, goes, 15) == [history]
+    assert droppable(status.partitions, goes - timedelta(days=1), 15) == []
+
+
+def test_a_table_without_retention_keeps_its_history(database: str, redis_url: str) -> None:
+    query(
+        database,
+        "CREATE TABLE event (id bigserial PRIMARY KEY, at timestamptz NOT NULL); CREATE INDEX ON event (at);"
+        " INSERT INTO event (at) VALUES (now())",
+    )
+    described = ("--column", "at", "--every", "day", "--ahead-days", "30")
+    result = chronos(database, "migrate", "event", *described, "--strategy", "attach", "--yes")
+    assert result.returncode == 0, result.stderr
+    shown = chronos(database, "status", "event").stdout
+    assert re.search(r"^history     event_history: before .*, never goes$", shown, re.MULTILINE)
+
+
+def test_a_held_attach_is_a_notice_that_names_its_bound(held: str, look: Look) -> None:
+    status = look(held)
+    assert (status.state, status.healthy) == ("ready", True)
+    bound = today(held) + timedelta(days=7)
+    [notice] = status.notices
+    assert (
+        f", inserts into webhook_log fail from {bound} 00:00 UTC on; swap with: {MIGRATE} --resume" in notice
+    )
+    assert status.as_json()["migration"]["inserts_fail_from"] == f"{bound}T00:00:00+00:00"
+    assert f"inserts into webhook_log fail from {bound}" in chronos(held, "status").stdout
+
+
+def test_a_half_done_attach_says_from_when_inserts_fail(held: str, look: Look) -> None:
+    query(held, "UPDATE webhook_log_migration SET phase = 'copying'")
+    problem = the_problem(look(held), "is half done, and nobody is at it")
+    bound = today(held) + timedelta(days=7)
+    assert f"While it is, inserts into webhook_log fail from {bound} 00:00 UTC on. Carry on with" in problem
+    with holding(held, OPERATORS_LOCK):
+        assert look(held).healthy
+    query(held, "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_history_bound")
+    status = look(held)
+    assert "inserts" not in the_problem(status, "is half done, and nobody is at it")
+    assert status.as_json()["migration"]["inserts_fail_from"] is None
+
+
+@pytest.mark.parametrize("phase", ["copying", "ready"])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_bound_that_comes_near_is_a_problem(held: str, look: Look, phase: str, running: bool) -> None:
+    query(held, f"UPDATE webhook_log_migration SET phase = '{phase}'")
+    with holding(held, OPERATORS_LOCK if running else "SELECT 1"):
+        bound = bound_in(held, timedelta(days=2, hours=23))
+        assert the_problem(look(held), "").endswith(
+            f"inserts into webhook_log fail from {bound:%Y-%m-%d %H:%M} UTC on, for its migration is half"
+            f" done; finish it with: {MIGRATE} --resume; or undo it with: python -m chronos rollback"
+        )
+        for away, when in ((timedelta(hours=23), "from {} UTC on"), (timedelta(hours=-1), "since {} UTC")):
+            bound = bound_in(held, away)
+            assert the_problem(look(held), "").endswith(
+                f"inserts into webhook_log fail {when.format(f'{bound:%Y-%m-%d %H:%M}')}, for its migration"
+                " is half done; undo it with: python -m chronos rollback; then start again"
+            )
+
+
+def test_what_is_said_of_a_bound_that_has_passed_helps(held: str, look: Look) -> None:
+    bound_in(held, timedelta(hours=-1))
+    refused = chronos(held, "migrate", "--resume", "--yes")
+    assert refused.returncode == 2, "so it is not named"
+    assert "--resume" not in the_problem(look(held), "undo it with")
+    undone = chronos(held, "rollback", "--yes")
+    assert undone.returncode == 0, undone.stderr
+    query(held, "INSERT INTO webhook_log (status, timestamp) VALUES ('later', now() + interval '8 days')")
+    the_problem(look(held), "is a plain table")
+
+
+def test_foreign_keys_that_the_whole_has_not_adopted(database: str, look: Look) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 200)
+    result = chronos(database, "migrate", "--strategy", "attach", "--yes")
+    assert result.returncode == 0, result.stderr
+    query(database, "UPDATE webhook_log_migration SET verified = false")
+    problems = look(database).problems
+    assert any(
+        problem.endswith(
+            f"Its foreign keys are not yet those of the whole; carry on with: {MIGRATE} --resume"
+        )
+        for problem in problems
+    ), problems
 
 
 def add_notes(url: str, number: int, origin: str) -> None:

@@ -132,7 +132,7 @@ def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
     stayed = chronos(database, "migrate", "--yes", "--resume")
 
     assert stayed.returncode == 0, stayed.stderr
-    assert "The way back is called off; webhook_log stays partitioned." in stayed.stdout
+    assert "The rollback is called off; webhook_log stays partitioned" in stayed.stdout
     assert phase(database) == "migrated"
     assert chronos(database, "status", env={"REDIS_URL": ""}).stdout.startswith(
         "public.webhook_log: migrated"

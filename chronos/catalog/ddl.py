@@ -42,6 +42,7 @@ def script(file: str, spec: TableSpec, **more: str) -> Statement:
                 "replayed",
                 "note_function",
                 "noted_function",
+                "unlink_function",
                 "snapshot_function",
                 "create_function",
                 "drop_function",
@@ -408,6 +409,14 @@ def enable_statements(shape: TableShape, table: Statement) -> list[Statement]:
     if shape.force_row_security:
         statements.append(statement("ALTER TABLE {table} FORCE ROW LEVEL SECURITY", table=table))
     return statements
+
+
+def force_statements(shape: TableShape, table: Statement, *, off: bool = False) -> list[Statement]:
+    """Row security binds the table's owner as before; ``off``: copies can be taken out in that name."""
+    if not shape.force_row_security:
+        return []
+    change = sql.SQL("NO FORCE" if off else "FORCE")
+    return [statement("ALTER TABLE {table} {change} ROW LEVEL SECURITY", table=table, change=change)]
 
 
 def quiet_statements(shape: TableShape, table: Statement) -> list[Statement]:

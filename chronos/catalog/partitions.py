@@ -136,6 +136,14 @@ def expired(existing: Iterable[Partition], today: date, retention_days: int | No
     return [p for p in existing if p.upper is not None and p.upper <= cutoff]
 
 
+def expires_on(upper: datetime, retention_days: int | None) -> date | None:
+    """The first day on which a partition that ends at ``upper`` has expired; None when it never does."""
+    if retention_days is None:
+        return None
+    last = (upper.astimezone(UTC) - timedelta(microseconds=1)).date()
+    return last + timedelta(days=retention_days + 1)
+
+
 def droppable(existing: Iterable[Partition], today: date, retention_days: int | None) -> list[Partition]:
     """The expired partitions that the drop function takes: not the newest, not one detached half-way."""
     bounded = [p for p in existing if not p.detach_pending and (p.lower or p.upper)]

@@ -58,6 +58,7 @@ from chronos.migration.state import (
     relkind,
     verified_statement,
 )
+from chronos.migration.swap import changed_meanwhile
 from chronos.migration.workers import CheckStop
 from chronos.table import TableSpec, derived_name, midnight
 
@@ -411,7 +412,7 @@ def _require_alike(migration: Migration) -> None:
     found = differences(was, like, names, announced=True)
     found += partition_differences(conn, was, built.oid)
     if found:
-        raise ShapeError(f"the new table is not what {plan.table} is now: {'; '.join(found)}")
+        raise ShapeError(changed_meanwhile(plan, found))
     migration.shape = was
 
 
@@ -456,7 +457,12 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         ),
         statement("ALTER TABLE {old} DROP CONSTRAINT {check}", old=old, check=name(check_name(table))),
         *enable_statements(shape, new),
-        *sequences_back_statements(table, [s for s in plan.sequences if not s.identity]),
+        # Both tables use it, and either can be dropped without the other.
+        *(
+            statement("ALTER SEQUENCE {sequence} OWNED BY NONE", sequence=name(s.schema, s.name))
+            for s in plan.sequences
+            if not s.identity
+        ),
         *rule_statements(shape, new),
         fence_statement(table),
         phase_statement(table, Phase.MIGRATED),
@@ -609,7 +615,8 @@ def back_statements(migration: Migration, filled: list[Statement]) -> list[State
 def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool = False) -> list[Statement]:
     """The plain table, under its name, gets back what was its own, and the rows of the partitions ``filled``.
 
-    ``by_hand`` tells that the partitioned table is gone: nobody knows where its identity stood.
+    ``by_hand`` tells that the partitioned table is gone, and its identity with it: it goes on after the
+    highest id that is there.
     """
     plan, shape, table = migration.plan, migration.shape, migration.table
     heap, home = plan.heap, plan.table.home
@@ -632,6 +639,18 @@ def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool =
         )
     identities = replace(shape, identities=heap.identities)
     statements += identity_statements(identities, plain, {i.name: i.name for i in heap.identities})
+    if by_hand:
+        statements += [
+            statement(
+                "SELECT setval(to_regclass(format('%I.%I', {schema}, {sequence})), max({column}))"
+                " FROM {plain} HAVING max({column}) > 0",
+                schema=home,
+                sequence=identity.name,
+                column=name(identity.column),
+                plain=plain,
+            )
+            for identity in heap.identities
+        ]
     # Its triggers come afterwards: rows that only come back are no news to them.
     if filled:
         statements.append(
@@ -675,6 +694,11 @@ def _remarks(plan: Plan, key: Index) -> list[Statement]:
     if key.clustered:
         statements.append(statement("ALTER TABLE {t} CLUSTER ON {i}", t=plain, i=name(key.name)))
     return statements
+
+
+def owner_statements(plan: Plan) -> list[Statement]:
+    """When there is no way back any more: the partitioned table owns its sequences."""
+    return sequences_back_statements(plan.table, [s for s in plan.sequences if not s.identity])
 
 
 def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None:

@@ -54,13 +54,21 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
     owner, home = name(shape.owner), table.home
     functions = (
         (table.note_function, ""),
+        (table.unlink_function, ""),
         (table.snapshot_function, ""),
         (table.noted_function, shape.time_type),
     )
     statements: list[Statement] = [
-        script("change_log.sql", table, columns=_text(key), time_type=shape.time_type),
-        note_function_statement(shape, plan, linked=None),
-        statement("REVOKE ALL ON FUNCTION {f}() FROM PUBLIC", f=name(home, table.note_function)),
+        script(
+            "change_log.sql",
+            table,
+            columns=_text(key),
+            old_values=_text(key, "OLD"),
+            new_values=_text(key, "NEW"),
+            time_type=shape.time_type,
+        ),
+        unlink_function_statement(shape, plan, linked=None),
+        statement("REVOKE ALL ON FUNCTION {f}() FROM PUBLIC", f=name(home, table.unlink_function)),
     ]
     for kept in (table.changes, table.replayed):
         statements += [
@@ -94,19 +102,18 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
 
 # Planned anew each time, for the partitions of the one row alone.
 _UNLINK = """
-    IF TG_ARGV[0] = '{origin}' AND TG_OP <> 'INSERT' THEN
-        IF TG_OP = 'DELETE' OR record_image_ne(ROW({old}), ROW({new})) THEN
-            EXECUTE {delete} USING OLD;
-        END IF;
+    IF TG_ARGV[0] = '{origin}' AND (TG_OP = 'DELETE' OR record_image_ne(ROW({old}), ROW({new})))
+       AND to_regclass({target_text}) IS NOT NULL THEN
+        INSERT INTO {changes} ({columns}, chronos_origin) VALUES ({old_key}, '{origin}');
+        EXECUTE {delete} USING OLD;
     END IF;
 """
 
 
-def note_function_statement(shape: TableShape, plan: Plan, linked: Direction | None) -> Statement:
-    """The function of the note triggers; nobody is waited for when it is replaced.
+def unlink_function_statement(shape: TableShape, plan: Plan, linked: Direction | None) -> Statement:
+    """The function of the unlink triggers; nobody is waited for when it is replaced.
 
-    ``linked`` is the direction whose target is not in use and has foreign keys: the function takes the copy
-    of a row that is deleted, or gets another key or another reference, out of it. None: there is none.
+    ``linked`` is the direction whose target is not in use and has foreign keys; None: there is none.
     """
     spec, key = shape.spec, plan.new_key
     unlink = ""
@@ -114,19 +121,26 @@ def note_function_statement(shape: TableShape, plan: Plan, linked: Direction | N
         ties = tuple(dict.fromkeys([*key, *(c for k in plan.foreign_keys for c in k.columns)]))
         target = f"{_quoted(spec.home)}.{_quoted(linked.target(spec))}"
         same = " AND ".join(f"t.{_quoted(c)} = ($1).{_quoted(c)}" for c in key)
-        delete = f"DELETE FROM {target} AS t WHERE {same}".replace("'", "''")
         unlink = _UNLINK.format(
-            origin=linked.origin, old=_text(ties, "OLD"), new=_text(ties, "NEW"), delete=f"'{delete}'"
+            old=_text(ties, "OLD"),
+            new=_text(ties, "NEW"),
+            target_text=_literal(target),
+            changes=f"{_quoted(spec.home)}.{_quoted(spec.changes)}",
+            columns=_text(key),
+            old_key=_text(key, "OLD"),
+            origin=linked.origin,
+            delete=_literal(f"DELETE FROM {target} AS t WHERE {same}"),
         )
     return script(
-        "note_change.sql",
+        "unlink_copy.sql",
         spec,
-        columns=_text(key),
-        old_values=_text(key, "OLD"),
-        new_values=_text(key, "NEW"),
         linked=linked.target(spec) if linked is not None else "now: none",
         unlink=unlink.strip(),
     )
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _quoted(column: str) -> str:
@@ -144,7 +158,7 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
     """
     spec = shape.spec
     table = name(spec.home, on_table)
-    insert, update, delete, truncate, _ = spec.note_triggers
+    insert, update, delete, truncate, _, unlink = spec.note_triggers
     function = name(spec.home, spec.note_function)
 
     def when(*rows: str) -> Statement:
@@ -170,6 +184,17 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
         trigger(update, "UPDATE", "FOR EACH ROW", when("OLD", "NEW")),
         trigger(delete, "DELETE", "FOR EACH ROW", when("OLD")),
         trigger(truncate, "TRUNCATE", "FOR EACH STATEMENT", sql.SQL("")),
+        _always(
+            table,
+            unlink,
+            statement(
+                "BEFORE UPDATE OR DELETE ON {t} FOR EACH ROW{w}",
+                t=table,
+                w=when("OLD"),
+            ),
+            name(spec.home, spec.unlink_function),
+            direction.origin,
+        ),
     ]
 
 
@@ -196,7 +221,8 @@ def _snapshot_trigger(shape: TableShape, on_table: str, direction: Direction) ->
     when: Statement = sql.SQL("")
     phases = [Phase.UNDONE]
     if direction is Direction.BACK:
-        phases = [Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING]
+        # Until it is dropped after a way back, copies are taken out of it.
+        phases = [Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING, Phase.UNDONE]
         when = statement(
             " WHEN ({f}('infinity'::{type}))",
             f=name(spec.home, spec.noted_function),
@@ -221,7 +247,7 @@ def notes_are_taken(conn: Connection, spec: TableSpec) -> bool:
 
     Somebody may have dropped or disabled them; ENABLE TRIGGER ALL does not make them what they were.
     """
-    insert, update, delete, truncate, _ = (sql.Literal(trigger) for trigger in spec.note_triggers)
+    insert, update, delete, truncate, *_ = (sql.Literal(trigger) for trigger in spec.note_triggers)
     found: bool = execute(
         conn,
         statement(
@@ -255,11 +281,12 @@ def drop_log_statement(plan: Plan) -> Statement:
     if plan.attaches:
         return statement("DROP TABLE {state}", state=name(home, spec.state))
     return statement(
-        "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {snapshot}(), {noted};\n"
+        "DROP TABLE {changes}, {replayed};\nDROP FUNCTION {note}(), {unlink}(), {snapshot}(), {noted};\n"
         "DROP TABLE {state}",
         changes=name(home, spec.changes),
         replayed=name(home, spec.replayed),
         note=name(home, spec.note_function),
+        unlink=name(home, spec.unlink_function),
         snapshot=name(home, spec.snapshot_function),
         noted=name(home, spec.noted_function),
         state=name(home, spec.state),
@@ -613,14 +640,32 @@ def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
     return found
 
 
-def written_by_hand(conn: Connection, migration_table: TableSpec) -> int:
-    """How many rows of the frozen table were written by hand since the swap."""
-    return int(
-        execute(
-            conn,
-            statement(
-                "SELECT count(*) FROM {changes} WHERE chronos_origin = 'o'",
-                changes=name(migration_table.home, migration_table.changes),
-            ),
-        ).scalar_one()
+def forget_cascades_statement(migration: Migration) -> Statement:
+    """When the keys are given up: what they did to the plain table meanwhile is no writing by hand.
+
+    The partitioned table has done the same, and has noted it; or the row is gone.
+    """
+    table, key = migration.table, migration.plan.new_key
+    return statement(
+        "DELETE FROM {changes} AS o WHERE o.chronos_origin = 'o' AND (CASE WHEN o.chronos_truncated"
+        " THEN EXISTS (SELECT FROM {changes} AS n WHERE n.chronos_origin = 'n' AND n.chronos_truncated)"
+        " ELSE EXISTS (SELECT FROM {changes} AS n WHERE n.chronos_origin = 'n' AND {noted})"
+        " OR NOT EXISTS (SELECT FROM {old} AS t WHERE {there}) END)",
+        changes=migration.relation(table.changes),
+        old=migration.relation(table.old),
+        noted=match(key, "n", "o"),
+        there=match(key, "t", "o"),
     )
+
+
+def written_by_hand(conn: Connection, plan: Plan) -> int:
+    """How many rows of the frozen table's window were written by hand since the swap."""
+    spec = plan.table
+    query = statement(
+        "SELECT count(*) FROM {changes}"
+        " WHERE chronos_origin = 'o' AND (chronos_truncated OR {c} >= {cutoff})",
+        changes=name(spec.home, spec.changes),
+        c=name(spec.column),
+        cutoff=plan.cutoff,
+    )
+    return int(execute(conn, query).scalar_one())

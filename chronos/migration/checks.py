@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from enum import Enum
 
-from psycopg2 import sql
+from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 
 from chronos import commands
 from chronos.catalog import ddl
 from chronos.catalog.dependents import dependents
 from chronos.catalog.shape import Index, TableShape
 from chronos.catalog.shape import read as read_shape
-from chronos.db import Statement, execute, joined, name, statement
+from chronos.db import Statement, execute, joined, name, sqlstate, statement
 from chronos.functions import distrusted
 from chronos.migration import state as states
 from chronos.migration.attach import bound_after, check_name, heap_of, key_name
@@ -97,7 +98,8 @@ class Survey:
     def end(self) -> datetime:
         """Where the last partition ends."""
         end = self.spec.wanted(self.now, back=False)[-1].end
-        return max(end, self.first) if self.attaches else end
+        # Beyond the bound of an attached table there is always a partition, however long its periods.
+        return max(end, self.spec.period(self.first).end) if self.attaches else end
 
     @property
     def partitions(self) -> int:
@@ -357,7 +359,7 @@ def _name_too_long(subject: Subject) -> Iterator[str]:
     spec = subject.spec
     names = [
         *(spec.old, spec.new, spec.state, spec.changes, spec.replayed),
-        *(spec.note_function, spec.noted_function, spec.snapshot_function),
+        *(spec.note_function, spec.noted_function, spec.unlink_function, spec.snapshot_function),
         *spec.note_triggers,
         *spec.functions,
         spec.partition(spec.period(subject.survey.now)),
@@ -370,6 +372,32 @@ def _name_too_long(subject: Subject) -> Iterator[str]:
             f"the name {longest}, which the migration needs, has {size} bytes, and PostgreSQL has room for"
             f" {NAME_BYTES}; rename the table: {room} bytes are the most that its own name may have"
         )
+
+
+def _name_with_dollars(subject: Subject) -> Iterator[str]:
+    names = [subject.spec.home, subject.spec.name, *subject.shape.new_key]
+    for found in filter(re.compile(r"\$\w*\$").search, names):
+        yield (
+            f"the name {found} has a dollar-quote in it, which would end the text of the functions that need"
+            " the name; rename it"
+        )
+
+
+def _key_type(subject: Subject) -> Iterator[str]:
+    """The keys are compared by an = of pg_catalog's."""
+    shape = subject.shape
+    for column in shape.key:
+        type_ = sql.SQL(shape.columns_by_name[column].type)
+        try:
+            with subject.conn.begin_nested():
+                execute(subject.conn, statement("SELECT NULL::{t} = NULL::{t}", t=type_))
+        except DBAPIError as error:
+            if sqlstate(error) != errorcodes.UNDEFINED_FUNCTION:
+                raise
+            yield (
+                f"the type {shape.columns_by_name[column].type} of the key column {column} has no = in"
+                " pg_catalog, by which rows could be found again; use a key of another type"
+            )
 
 
 def _names_taken(subject: Subject) -> Iterator[str]:
@@ -386,7 +414,12 @@ def _names_taken(subject: Subject) -> Iterator[str]:
             *(n for kind, _, *names in renames if kind != "STATISTICS" for n in names),
         ],
         statistics=[n for kind, _, *names in renames if kind == "STATISTICS" for n in names],
-        functions=[spec.note_function, spec.noted_function, spec.snapshot_function],
+        functions=[
+            spec.note_function,
+            spec.noted_function,
+            spec.unlink_function,
+            spec.snapshot_function,
+        ],
         triggers=list(spec.note_triggers),
     )
     if len(taken) == 1:
@@ -893,6 +926,8 @@ WHERE n.nspname = {schema} AND c.relname = {name} AND c.relkind <> 'p'
     # --- Names ---
     Check("name-too-long", Kind.STRUCTURE, _name_too_long),
     Check("names-taken", Kind.STRUCTURE, _names_taken),
+    Check("name-with-dollars", Kind.STRUCTURE, _name_with_dollars),
+    Check("key-type", Kind.STRUCTURE, _key_type),
     # --- Rights ---
     Check(
         "not-owner",
@@ -938,6 +973,17 @@ SELECT format('role %s may not refer to %s; GRANT REFERENCES ON %s TO %I', curre
               confrelid::regclass, confrelid::regclass, current_user)
 FROM (SELECT DISTINCT confrelid FROM pg_constraint WHERE conrelid = {oid} AND contype = 'f') AS k
 WHERE NOT has_any_column_privilege(confrelid, 'REFERENCES')""",
+    ),
+    Check(
+        "owner-without-delete",
+        Kind.STRUCTURE,
+        """
+SELECT format('%s, who owns %s, may not delete its rows, and copies of rows are taken out in that name;'
+              ' GRANT DELETE ON %s TO %I', pg_get_userbyid(relowner), {name}, {table},
+              pg_get_userbyid(relowner))
+FROM pg_class c
+WHERE oid = {oid} AND NOT has_table_privilege(relowner, oid, 'DELETE')
+  AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = c.oid AND contype = 'f')""",
     ),
     Check("other-roles", Kind.STRUCTURE, _other_roles),
     Check("shared-functions", Kind.STRUCTURE, _shared_functions),

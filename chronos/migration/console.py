@@ -178,9 +178,9 @@ class Output:
         self.line(f"{copied} copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")
 
     @contextmanager
-    def copying(self, total: int, done: int = 0) -> Iterator[RowCount]:
-        """Count rows while the block runs."""
-        count = RowCount(self, total, done, self._clock)
+    def copying(self, total: int, done: int = 0, did: str = "Migrated") -> Iterator[RowCount]:
+        """Count rows while the block runs; ``did`` is what is done to them."""
+        count = RowCount(self, total, done, self._clock, did)
         if not self.console.is_terminal or total == 0:
             yield count
             count.finish()
@@ -203,8 +203,12 @@ class Output:
 class RowCount:
     """Rows copied so far, added up over all workers."""
 
-    def __init__(self, output: Output, total: int, done: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, output: Output, total: int, done: int, clock: Callable[[], float], did: str = "Migrated"
+    ) -> None:
         self._output = output
+        self._did = did
+        self._said = ""
         self._total = total
         self.rows = done
         self._at_start = done
@@ -257,4 +261,7 @@ class RowCount:
 
     def _print(self) -> None:
         percent = 100.0 * self.rows / self._total if self._total else 100.0
-        self._output.line(f"Migrated {self.rows:,} / {self._total:,} rows ({percent:.1f}%)")
+        text = f"{self._did} {self.rows:,} / {self._total:,} rows ({percent:.1f}%)"
+        if text != self._said:
+            self._said = text
+            self._output.line(text)

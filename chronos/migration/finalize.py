@@ -28,7 +28,7 @@ from chronos.migration.state import (
     take_over,
     undone_by_hand,
 )
-from chronos.table import Period, TableSpec, midnight
+from chronos.table import Period, TableSpec, midnight, quoted
 
 _BLOCKING = """
 SELECT pg_describe_object(d.classid, d.objid, d.objsubid)
@@ -73,8 +73,10 @@ def finish(
                     f"{table} was put back by hand; nothing was changed."
                     f" Tidy up with: {rollback_command(table)}"
                 )
-            there = not found.plan.attaches and not finalized_by_hand(conn, found)
-            shape = read_plain(conn, found) if there else None
+            there = not finalized_by_hand(conn, found)
+            if not there and not found.plan.attaches:
+                _require_gone(conn, found)
+            shape = read_plain(conn, found) if there and not found.plan.attaches else None
             if found.plan.attaches:
                 _require_verified(found)
             if shape is not None and found.phase is Phase.MIGRATED:
@@ -87,7 +89,8 @@ def finish(
                 _require_dispensable(conn, shape, found, retention_days)
         with going_on_with(finalize_command(table), "clean-up", engine, table):
             finalize(engine, conn, operator, found, shape)
-        done = f"{table.history} stays a partition" if found.plan.attaches else f"{table.old} is dropped"
+        stays = found.plan.attaches and there
+        done = f"{table.history} stays a partition" if stays else f"{found.plan.former} is dropped"
         operator.output.ok(f"{done}; {table} stands on its own")
 
 
@@ -112,9 +115,37 @@ def _why_not(table: TableSpec, found: State | None) -> str:
     return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command(table)}"
 
 
+def _require_gone(conn: Connection, found: State) -> None:
+    """Raise RefusedError when the old table is there under another name."""
+    table = found.table
+    renamed = execute(
+        conn,
+        statement(
+            "SELECT t.tgrelid::regclass::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+            " WHERE t.tgname = {trigger} AND c.relkind = 'r' AND NOT c.relispartition"
+            " AND t.tgfoid = to_regprocedure(format('%I.%I()', {schema}, {function})) LIMIT 1",
+            trigger=table.note_triggers[0],
+            schema=table.home,
+            function=table.note_function,
+        ),
+    ).scalar()
+    if renamed:
+        raise RefusedError(
+            f"{table.old} was not dropped, it is called {renamed} now; nothing was changed. Rename it back:"
+            f" ALTER TABLE {renamed} RENAME TO {quoted(table.old)}"
+        )
+
+
+def _late(table: TableSpec, rows: int) -> str:
+    return (
+        f"{rows:,} rows of {table.old} were written after the swap. See whether {table} has them, and insert"
+        f" what it lacks; then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
+    )
+
+
 def _require_verified(found: State) -> None:
     if not found.verified:
-        what = "rows written during the migration were not compared"
+        what = "rows written during the migration were not compared yet"
         if found.plan.attaches:
             what = "foreign keys of the partitions are not yet those of the whole"
         raise RefusedError(
@@ -131,13 +162,8 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
             f"{table.old} is still needed by {', '.join(dependents)}; nothing was changed."
             " Drop or redefine that first"
         )
-    late = written_by_hand(conn, table)
-    if late:
-        raise RefusedError(
-            f"{late:,} rows of {table.old} were written after the swap; nothing was changed. See whether"
-            f" {table} has them, and insert what it lacks; then: DELETE FROM {table.changes}"
-            " WHERE chronos_origin = 'o'"
-        )
+    if late := written_by_hand(conn, found.plan):
+        raise RefusedError(f"{_late(table, late)}; nothing was changed")
     lost = missing_rows(conn, old, found, retention_days)
     if lost:
         some = ", ".join(f"{period} ({count:,})" for period, count in sorted(lost.items())[:3])
@@ -213,6 +239,10 @@ def finalize(
         with transaction(conn):
             shape = read_shape(conn, table, table.name)
         attach.drop_leftover(Migration(engine, conn, operator, state, shape))
+        with transaction(conn):
+            states.claim(conn, table, state.run_id)
+            for query in attach.owner_statements(state.plan):
+                execute(conn, query)
     elif state.phase is not Phase.FINALIZING:
         for attempt in locks.attempts(conn, [(home, table.name)]):
             with attempt:
@@ -245,8 +275,12 @@ def finalize(
                 execute(conn, lock_table(home, table.old, "ACCESS EXCLUSIVE"))
                 if not _is_ours(conn, table):
                     raise ChronosError(f"{table.old} is not the table that was migrated: rename it")
-                if late := written_by_hand(conn, table):
-                    raise ChronosError(f"{late:,} rows of {table.old} have just been written")
+                if late := written_by_hand(conn, state.plan):
+                    raise ChronosError(_late(table, late))
+                if needed_by := what_depends_on(conn, old):
+                    raise ChronosError(
+                        f"{table.old} is still needed by {', '.join(needed_by)}; drop that first"
+                    )
                 execute(conn, statement("DROP TABLE {old}", old=name(home, table.old)))
     for attempt in locks.attempts(conn, [(home, table.changes), (home, table.state)]):
         with attempt:

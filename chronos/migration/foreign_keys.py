@@ -2,8 +2,12 @@
 
 While the table that is not in use has them, a row that the application has deleted could still be in it,
 and keep the application from deleting what the row refers to. So from before the first key is there until
-the last is gone, the note trigger on the table in use takes the copy of a deleted row away in the same
-transaction (note_change.sql). The swap itself then needs no lock on what the keys refer to.
+the last is gone, a trigger on the table in use takes the copy of a deleted row away in the same transaction
+(unlink_copy.sql). The swap itself then needs no lock on what the keys refer to.
+
+What it cannot see to: rows of the plain table from before the window, and a TRUNCATE, between the swap and
+the moment when the keys are given up; and, under REPEATABLE READ, a copy that came after the snapshot. To
+delete what these refer to is refused then, with the foreign key's own error.
 """
 
 from __future__ import annotations
@@ -12,10 +16,15 @@ from psycopg2 import errorcodes
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.ddl import foreign_key_statements, loud_statements, validate_statement
+from chronos.catalog.ddl import (
+    force_statements,
+    foreign_key_statements,
+    loud_statements,
+    validate_statement,
+)
 from chronos.db import Statement, execute, joined, name, sqlstate, statement, transaction
 from chronos.locks import lock_table
-from chronos.migration.changes import note_function_statement, replay_most
+from chronos.migration.changes import forget_cascades_statement, replay_most, unlink_function_statement
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import need_not_wait_for_the_disk
 from chronos.migration.state import quieted_statement
@@ -67,11 +76,11 @@ def give_up_keys(migration: Migration, table: str) -> None:
         for attempt in locks.attempts(migration.conn, [(spec.home, relation), *referred]):
             with attempt as conn:
                 migration.claim(conn)
-                # What is ours first: should autovacuum be at it, nobody else need wait with us.
-                execute(conn, lock_table(spec.home, relation, "ACCESS EXCLUSIVE", partitions=True))
-                attempt.asks_now()
+                # In the order in which the application comes to them: it touches what the key refers to, and
+                # then, by way of the unlink trigger, the table that is not in use.
                 statements = [
                     *(lock_table(s, t, "ACCESS EXCLUSIVE") for s, t in referred),
+                    lock_table(spec.home, relation, "ACCESS EXCLUSIVE", partitions=True),
                     *_drop_statements(migration, relation, keys),
                     *(_unlinked_statements(migration, table) if relation == table else []),
                 ]
@@ -84,8 +93,8 @@ def given_up_statements(migration: Migration) -> list[Statement]:
     spec = migration.table
     keys = [key.name for key in migration.plan.foreign_keys]
     return [
-        lock_table(spec.home, spec.old, "ACCESS EXCLUSIVE"),
         *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
+        lock_table(spec.home, spec.old, "ACCESS EXCLUSIVE"),
         *_drop_statements(migration, spec.old, keys),
         *_unlinked_statements(migration, spec.old),
     ]
@@ -104,8 +113,16 @@ def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
     if migration.plan.attaches:
         return []
     return [
-        note_function_statement(shape, migration.plan, linked=None),
-        *(loud_statements(shape, migration.relation(table)) if table == spec.old else []),
+        unlink_function_statement(shape, migration.plan, linked=None),
+        *(
+            [
+                *loud_statements(shape, migration.relation(table)),
+                *force_statements(shape, migration.relation(table)),
+                forget_cascades_statement(migration),
+            ]
+            if table == spec.old
+            else []
+        ),
         quieted_statement(spec, {}),
     ]
 
@@ -140,7 +157,7 @@ def begin_unlinking_statements(migration: Migration) -> list[Statement]:
     table = migration.table
     return [
         lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE"),
-        note_function_statement(migration.shape, migration.plan, linked=Direction.FORWARD),
+        unlink_function_statement(migration.shape, migration.plan, linked=Direction.FORWARD),
     ]
 
 
@@ -219,8 +236,8 @@ def _validate(migration: Migration, leaves: list[str], check_stop: CheckStop, wo
 def adopt_keys(migration: Migration, parent: str) -> None:
     """The partitioned table's own keys, which adopt those of its partitions. Safe to call again.
 
-    SHARE ROW EXCLUSIVE on it, ACCESS EXCLUSIVE on the tables referred to, in the order in which an insert
-    takes its locks, in short attempts. Raises LockUnavailableError.
+    SHARE ROW EXCLUSIVE on it, ACCESS EXCLUSIVE on the tables referred to, in short attempts. Raises
+    LockUnavailableError.
     """
     if not migration.plan.foreign_keys or _keys(migration, parent):
         return
@@ -234,9 +251,14 @@ def adopt_keys(migration: Migration, parent: str) -> None:
 
 
 def adopt_statements(migration: Migration, parent: str) -> list[Statement]:
-    """The locks, then the keys of the table ``parent``, which adopt those of the partitions."""
+    """The locks, then the keys of the table ``parent``, which adopt those of the partitions.
+
+    An insert comes to a table in use first, and then to what its keys refer to; to a table that is not, the
+    application comes by way of the unlink trigger, last.
+    """
+    own = lock_table(migration.table.home, parent, "SHARE ROW EXCLUSIVE")
+    referred = [lock_table(schema, table, "ACCESS EXCLUSIVE") for schema, table in migration.referred()]
     return [
-        lock_table(migration.table.home, parent, "SHARE ROW EXCLUSIVE"),
-        *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
+        *([own, *referred] if parent == migration.table.name else [*referred, own]),
         *foreign_key_statements(migration.plan.foreign_keys, migration.relation(parent)),
     ]

@@ -16,12 +16,12 @@ from chronos.catalog.partitions import attached, missing
 from chronos.catalog.shape import differences
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
-from chronos.db import execute, name, statement
+from chronos.db import Statement, execute, name, statement
 from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.migration.changes import emptied_by_hand, notes_are_taken
 from chronos.migration.context import match, names
-from chronos.migration.state import Phase, State
+from chronos.migration.state import Phase, Plan, State
 from chronos.table import Period, TableSpec
 
 _SHOWN = 3
@@ -73,7 +73,7 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
             Obstacle(
                 "changed-since-the-swap",
                 f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
-                f" make the same changes to {table.old} first",
+                f" make the same changes to {table.old} first, or take them back",
                 forcible=True,
             )
         )
@@ -109,6 +109,7 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
 
 def _of_an_attached_table(conn: Connection, found: State) -> Iterator[Obstacle]:
     table, plan = found.table, found.plan
+    bound = read_shape(conn, table, table.name).instant(plan.first)
     if strangers := foreign_partitions(conn, found, table.name):
         yield Obstacle("foreign-partition", not_ours(table, strangers))
     if not any(p.name == table.history for p in attached(conn, table)):
@@ -123,9 +124,15 @@ def _of_an_attached_table(conn: Connection, found: State) -> Iterator[Obstacle]:
             "SELECT count(*) FROM {t} WHERE {c} >= {bound}",
             t=name(table.home, table.name),
             c=name(table.column),
-            bound=read_shape(conn, table, table.name).instant(plan.first),
+            bound=bound,
         ),
     ).scalar_one()
+    if beyond and table.column not in plan.old_key and (repeated := _repeated_beyond(conn, plan, bound)):
+        yield Obstacle(
+            "repeated-key",
+            f"{table} has rows with the same ({', '.join(plan.old_key)}) at different times, and the plain"
+            f" table takes only one of each: {', '.join(repeated)}; delete one, or give it another key",
+        )
     if beyond > FEW_BEYOND:
         yield Obstacle(
             "rows-beyond-the-bound",
@@ -133,6 +140,27 @@ def _of_an_attached_table(conn: Connection, found: State) -> Iterator[Obstacle]:
             f" carried back while readers and writers wait, about {beyond / FEW_BEYOND / 2:.0f} s",
             forcible=True,
         )
+
+
+def _repeated_beyond(conn: Connection, plan: Plan, bound: Statement) -> list[str]:
+    """Some of the keys of rows beyond the bound that another row has as well.
+
+    The other rows may be many; whether their keys repeat is found out when the old key is built again.
+    """
+    rows = execute(
+        conn,
+        statement(
+            "SELECT DISTINCT concat_ws(', ', {key}) FROM {t} AS b JOIN {t} AS o ON {same}"
+            " WHERE b.{c} >= {bound} AND o.{c} <> b.{c} LIMIT {shown}",
+            key=names(plan.old_key, "b"),
+            t=name(plan.table.home, plan.table.name),
+            same=match(plan.old_key, "o", "b"),
+            c=name(plan.table.column),
+            bound=bound,
+            shown=_SHOWN,
+        ),
+    ).all()
+    return [row[0] for row in rows]
 
 
 def old_table_emptied(table: TableSpec) -> str:
@@ -196,6 +224,14 @@ def _changed_since(conn: Connection, found: State) -> list[str]:
     was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
     given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
     names_now = [(original, aside) for _, original, aside, _ in plan.renames]
+    # An index that was made on both since has another name on each.
+    known = {name for pair in names_now for name in pair}
+    since = {(i.body, i.unique): i.name for i in was.indexes if i.name not in known}
+    names_now += [
+        (i.name, since[i.body, i.unique])
+        for i in now.indexes
+        if i.name not in known and (i.body, i.unique) in since
+    ]
     return differences(given_up, now, names_now, announced=True)
 
 

@@ -28,6 +28,7 @@ from chronos.catalog.ddl import (
 )
 from chronos.catalog.dependents import Dependent, dependents, redirect_statements
 from chronos.catalog.locate import require_located
+from chronos.catalog.partitions import expires_on
 from chronos.catalog.shape import TableShape
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
@@ -84,6 +85,13 @@ _SAMPLE = 20_000
 # How much longer it takes to write, index, check and compare a row than to read and hash it. A guess that
 # held on the machines it was tried on; the report says that it is one.
 _COPY_FACTOR = 2
+# The same for a row that only gets into one more index and is checked.
+_ATTACH_FACTOR = 0.3
+# An entry of the new index is that of the old key and the time, aligned.
+_TIME_BYTES = 8
+# From here on a copy is more than a disk or a night should be asked for without need.
+_LARGE_BYTES = 100 * 2**30
+_LONG_S = 3 * 3600
 # Up to here the rows of each period are counted, beyond it the planner is asked.
 _COUNTABLE = 5_000_000
 # More notes than a script can meet.
@@ -146,14 +154,21 @@ def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> N
     )
     following = dependents(conn, shape.oid)
     exact = found.rows_estimate <= _COUNTABLE
+    by_copy = found if not found.attaches else survey(conn, found.spec, Strategy.COPY)
+    by_attach = found if found.attaches else survey(conn, found.spec, Strategy.ATTACH)
+    rows: dict[Period, int] = {}
+    if not by_copy.blockers:
+        window = replace(migration, state=replace(migration.state, plan=first_plan(by_copy)))
+        rows = rows_per_period(window) if exact else _expected_rows(window)
     if plan.attaches:
-        rows: dict[Period, int] = {}
         report.history(plan)
     else:
-        rows = rows_per_period(migration) if exact else _expected_rows(migration)
         report.window(plan)
         report.periods(plan, rows, found, exact=exact)
-        report.effort(plan, sum(rows.values()), found, _reading_rate(migration))
+    rate = _reading_rate(migration)
+    copied = sum(rows.values())
+    report.ways(_copying(by_copy, copied, rate), _attaching(conn, by_attach, copied, rate))
+    report.effort(plan, rate)
     report.title("What comes along, and how")
     for what, how in carried(conn, shape, plan, following):
         report.item(what, how)
@@ -248,7 +263,11 @@ def _attach_sections(conn: Connection, migration: Migration, following: list[Dep
     shape, plan, table = migration.shape, migration.plan, migration.table
     yield Section(
         "Step 1: the partitioned table beside the one in use, and the state of the migration",
-        attach.build_statements(migration),
+        [
+            _require_far(plan),
+            _require_nothing_newer(migration, plan.first),
+            *attach.build_statements(migration),
+        ],
     )
     yield Section(
         "Step 2: the partitions from the bound on",
@@ -388,6 +407,14 @@ def _require_nothing_newer(migration: Migration, end: datetime) -> Statement:
             end=migration.shape.instant(end),
         ),
         f"there are rows from {end:%Y-%m-%d %H:%M} UTC on, which this plan does not know; make a new one",
+    )
+
+
+def _require_far(plan: Plan) -> Statement:
+    """A bound that comes too soon would make inserts fail before anybody has looked."""
+    return _refuse_if(
+        statement("now() >= {last}", last=plan.first - timedelta(days=1)),
+        f"the bound of this plan, {plan.first:%Y-%m-%d %H:%M} UTC, is less than a day away; make a new one",
     )
 
 
@@ -629,16 +656,10 @@ class _Report:
         self.item(
             "bound", f"all before {bound} is {table.history}; {table.every} by {table.every} from there on"
         )
-        goes = "never, for every row is kept"
-        if table.retention_days is not None:
-            last = plan.first + timedelta(days=table.retention_days)
-            goes = f"on {last:%Y-%m-%d}, when its last row has expired"
-        self.item(f"{table.history} goes", goes)
-        self.item("disk", "one more index over the key and the time column")
+        goes = expires_on(plan.first, table.retention_days)
         self.item(
-            "locks",
-            "everybody waits for milliseconds, twice: for the check, and when the names change"
-            + (", and writers once more for the foreign keys" if plan.foreign_keys else ""),
+            f"{table.history} goes",
+            f"on {goes}, when its last row has expired" if goes else "never, for every row is kept",
         )
 
     def window(self, plan: Plan) -> None:
@@ -663,34 +684,40 @@ class _Report:
             if period in rows or period.start <= plan.started_at:
                 count = rows.get(period, 0)
                 table.add_row(f"{period}", f"{count:,}", in_bytes(count * size))
+        self.table(table)
+
+    def table(self, table: Table) -> None:
+        """A table within the width."""
         lines = Console(width=_WIDTH - 3, color_system=None)
         with lines.capture() as text:
             lines.print(table)
         for line in text.get().splitlines():
             self.raw(f"-- {line}".rstrip())
 
-    def effort(self, plan: Plan, rows: int, found: Survey, rate: float | None) -> None:
-        """Space, time and waiting, as far as can be told."""
-        size, table = rows * _row_bytes(found, rows), plan.table
-        self.title("What it takes (estimates)")
-        self.item("rows to copy", f"{rows:,}")
-        self.item("disk", f"about {in_bytes(size)}, until finalize drops {table.old}")
-        self.item("WAL", f"about {in_bytes(size)}, and a note of each row written meanwhile")
-        if rate is None:
-            self.item("duration", "there are no rows")
-        else:
+    def ways(self, copying: _Way, attaching: _Way) -> None:
+        """Both strategies side by side, and which is the better one here."""
+        self.title("What it takes, one way and the other (estimates)")
+        table = Table("", "copy", "attach", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for what in copying.facts or attaching.facts:
+            table.add_row(what, copying.facts.get(what, "refused"), attaching.facts.get(what, "refused"))
+        self.table(table)
+        self.item("recommended", _recommended(copying, attaching))
+
+    def effort(self, plan: Plan, rate: float | None) -> None:
+        """Where the durations come from, and who has to wait."""
+        if rate is not None:
             self.item(
                 "duration",
-                f"about {_duration(rows / rate * _COPY_FACTOR)}, going by a sample read here at"
-                f" {rate:,.0f} rows/s; {table} is complete and in use all the time",
+                f"going by a sample read here at {rate:,.0f} rows/s, from memory; a copy takes about"
+                f" {_COPY_FACTOR} times as long a row, an index and a check {_ATTACH_FACTOR} times;"
+                f" {plan.table} is complete and in use all the time",
             )
-        patience = self.patience
+        locks = _locks_of_attach(plan) if plan.attaches else _locks_of_copy(plan)
         self.item(
             "locks",
-            f"writers wait for an instant when the notes begin{_more_locks(plan)}; everybody waits for"
-            " milliseconds when the names change, once. An attempt at a lock waits"
-            f" {patience.shortest_s * 1000:.0f} ms, and up to {patience.longest_s:g} s when attempts fail for"
-            " long (--max-lock-wait); then it lets go and tries again",
+            f"{locks}. An attempt at a lock waits {self.patience.shortest_s * 1000:.0f} ms, and up to"
+            f" {self.patience.longest_s:g} s when attempts"
+            " fail for long (--max-lock-wait); then it lets go and tries again",
         )
 
     def section(self, section: Section, conn: Connection) -> None:
@@ -707,14 +734,128 @@ class _Report:
             self.raw("COMMIT;")
 
 
-def _more_locks(plan: Plan) -> str:
-    if not plan.foreign_keys:
-        return ""
-    referred = " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
+def _locks_of_copy(plan: Plan) -> str:
+    more = ""
+    if plan.foreign_keys:
+        referred = _referred(plan)
+        more = (
+            f", once more before the foreign keys, and those of {referred} when each"
+            f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs; {referred} is locked for an"
+            f" instant when {plan.table.new} adopts them and when {plan.table.old} gives them up"
+        )
     return (
-        f", once more before the foreign keys, and those of {referred} when each"
-        f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs; {referred} is locked for an"
-        f" instant when {plan.table.new} adopts them and when {plan.table.old} gives them up"
+        f"writers wait for an instant when the notes begin{more}; everybody waits for milliseconds when the"
+        " names change, once"
+    )
+
+
+def _locks_of_attach(plan: Plan) -> str:
+    more = ""
+    if plan.foreign_keys:
+        more = (
+            f"; writers of {_referred(plan)} wait when each {len(at_once([''] * len(plan.periods))[0])}"
+            f" partitions get their foreign keys, everybody there when {plan.table} adopts them"
+        )
+    return f"everybody waits for milliseconds, twice: for the check, and when the names change{more}"
+
+
+def _referred(plan: Plan) -> str:
+    return " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What one strategy takes: ``seconds``, ``bytes`` of disk, and the ``facts`` that are shown of it."""
+
+    seconds: float
+    bytes: float
+    facts: dict[str, str]
+    blockers: tuple[Finding, ...] = ()
+
+
+def _copying(found: Survey, rows: int, rate: float | None) -> _Way:
+    if found.blockers:
+        return _Way(0, 0, {}, found.blockers)
+    table = found.spec
+    seconds = rows / rate * _COPY_FACTOR if rate else 0
+    size = rows * _row_bytes(found, rows)
+    facts = {
+        "rows copied": f"{rows:,}",
+        "duration": f"about {_duration(seconds)}",
+        "WAL": f"about {in_bytes(size)}, and notes",
+        "disk now": f"about {in_bytes(size)} more",
+        "until": "finalize",
+        "then": f"about {in_bytes(found.bytes - size)} less than today",
+        f"by {table.every}": "at once",
+        "one partition": "none",
+        "locks before": "writers: the notes begin",
+        "cut-over, ms": "last notes, names",
+    }
+    return _Way(seconds, size, facts)
+
+
+def _attaching(conn: Connection, found: Survey, counted: int, rate: float | None) -> _Way:
+    if found.blockers:
+        return _Way(0, 0, {}, found.blockers)
+    table, rows, shape = found.spec, max(found.rows_estimate, counted), found.shape
+    assert shape is not None
+    assert shape.key_index is not None
+    before = after = 0.0
+    until = "nothing is added"
+    if not attach.has_its_key(first_plan(found)):
+        old, fill_factor = _size_of_index(conn, shape)
+        before = after = old + rows * _TIME_BYTES * 100 / fill_factor
+        until = f"{table.history} goes"
+        if shape.key_index.primary:
+            after, until = before - old, "the swap"
+    seconds = rows / rate * _ATTACH_FACTOR if rate else 0
+    goes = expires_on(found.first, table.retention_days)
+    facts = {
+        "rows copied": "none",
+        "duration": f"about {_duration(seconds)}",
+        "WAL": f"about {in_bytes(before)}",
+        "disk now": f"about {in_bytes(before)} more",
+        "until": until,
+        "then": f"about {in_bytes(after)} more",
+        f"by {table.every}": f"from {found.first:%Y-%m-%d} on",
+        "one partition": f"all before, {f'until {goes}' if goes else 'for good'}",
+        "locks before": "everybody: the check",
+        "cut-over, ms": "names, primary key, ATTACH",
+    }
+    return _Way(seconds, before, facts)
+
+
+def _size_of_index(conn: Connection, shape: TableShape) -> tuple[int, int]:
+    """Bytes of the index of the key, and its fill factor in percent."""
+    assert shape.key_index is not None
+    size, fill_factor = execute(
+        conn,
+        statement(
+            "SELECT pg_relation_size(oid), coalesce((SELECT option_value::int"
+            " FROM pg_options_to_table(reloptions) WHERE option_name = 'fillfactor'), 90)"
+            " FROM pg_class WHERE oid = to_regclass(format('%I.%I', {schema}, {index}))",
+            schema=shape.schema,
+            index=shape.key_index.name,
+        ),
+    ).one()
+    return size, fill_factor
+
+
+def _recommended(copying: _Way, attaching: _Way) -> str:
+    """Which strategy, and why; how much room the disk has is known to the operator alone."""
+    if copying.blockers:
+        return f"attach; a copy would be refused: {copying.blockers[0]}"
+    if attaching.blockers:
+        return f"copy; to attach it would be refused: {attaching.blockers[0]}"
+    room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
+    if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
+        return (
+            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
+            " has every period in a partition of its own at once: --strategy copy"
+        )
+    return (
+        "copy, for it has every period in a partition of its own at once; if there is no room for"
+        f" {room}: --strategy attach"
     )
 
 

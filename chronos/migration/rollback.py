@@ -232,22 +232,31 @@ def _return(migration: Migration, check_stop: CheckStop) -> int:
         bounds = [p.lower for p in attached(conn, table) if p.lower]
     migration.oldest = min(bounds, default=migration.plan.first)
     carried = 0
-
-    def copied(period: Period, rows: int) -> None:
-        nonlocal carried
-        carried += rows
-
-    copying = Copying(Throttle(_BATCH), check_stop=check_stop, copied=copied)
     while migration.state.phase is Phase.RETURNING:
         empty_after_truncate(migration)
-        carry_newer_rows(migration, copying)
+        with migration.operator.output.copying(_newer_rows(migration), did="Carried") as count:
+            carry_newer_rows(migration, Copying(Throttle(_BATCH), check_stop=check_stop, copied=count.add))
         with suppress(TruncatedError):  # what was carried goes, too
             replay_most(migration, Direction.BACK, check_stop)
             _drop_what_is_gone(migration)
             with transaction(conn):
-                _compare(conn, migration)
+                carried = _compare(conn, migration)
             swap(migration, Direction.BACK, check_stop)
     return carried
+
+
+def _newer_rows(migration: Migration) -> int:
+    """How many rows the partitioned table has beyond the fence."""
+    fence = migration.state.fence
+    assert fence is not None
+    query = statement(
+        "SELECT count(*) FROM {t} WHERE {c} > {fence}",
+        t=migration.relation(migration.table.name),
+        c=migration.shape.time_column,
+        fence=migration.shape.instant(fence),
+    )
+    with transaction(migration.conn) as conn:
+        return int(execute(conn, query).scalar_one())
 
 
 def _drop_what_is_gone(migration: Migration) -> None:
@@ -276,12 +285,17 @@ def _drop_what_is_gone(migration: Migration) -> None:
         )
 
 
-def _compare(conn: Connection, migration: Migration) -> None:
-    """What the plain table got on the way back is what the partitioned one has, pending notes aside."""
+def _compare(conn: Connection, migration: Migration) -> int:
+    """What the plain table got on the way back is what the partitioned one has, pending notes aside.
+
+    Returns how many rows beyond the fence that were.
+    """
     table, fence = migration.table, migration.state.fence
     newer = Period(fence or migration.plan.first, migration.plan.end)
-    require_equal(migration, newer, compare_newer_rows(conn, migration))
+    result = compare_newer_rows(conn, migration)
+    require_equal(migration, newer, result)
     compare_replayed(conn, migration, table.name, table.old)
+    return result.new_rows
 
 
 def stay(migration: Migration) -> None:
@@ -304,6 +318,7 @@ def stay(migration: Migration) -> None:
                 *note_trigger_statements(shape, table.old, Direction.FORWARD),
                 *loud_statements(shape, migration.relation(table.old)),
                 quieted_statement(table, {}),
+                statement("DELETE FROM {replayed}", replayed=migration.relation(table.replayed)),
                 phase_statement(table, Phase.MIGRATED),
             ]
             execute(conn, joined(statements, ";\n"))

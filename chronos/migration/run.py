@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
+from psycopg2 import errorcodes
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -28,6 +29,7 @@ from chronos.db import (
     may_pass,
     one_line,
     opened,
+    sqlstate,
     statement,
     transaction,
 )
@@ -38,6 +40,7 @@ from chronos.errors import (
     LockUnavailableError,
     NeedsPersonError,
     RefusedError,
+    ShapeError,
     StrayRowError,
     SupersededError,
 )
@@ -53,7 +56,7 @@ from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
 from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
 from chronos.migration.obstacles import require_nothing_kept
-from chronos.migration.operator import Operator, StopRequestedError, sole_operator
+from chronos.migration.operator import Operator, StopRequestedError, going_on_with, sole_operator
 from chronos.migration.report import write_report
 from chronos.migration.rollback import definitions, roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, Strategy, phase_statement
@@ -134,6 +137,13 @@ def migrate(
             ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
         if options.resume:
             migration = _take_over(engine, conn, table, operator, confirm_resume)
+            if migration.state.phase is Phase.RETURNING:
+                with going_on_with(
+                    f"{migrate_command(table)} --resume", "end of the rollback", engine, table
+                ):
+                    stay(migration)
+                operator.output.ok(f"The rollback is called off; {table} stays partitioned")
+                return migration.plan.strategy
         else:
             found = _look(engine, conn, table, operator, options.strategy, confirm)
             migration = _begin(engine, conn, operator, found)
@@ -262,7 +272,7 @@ class _Run:
             discard(self.migration.conn)
             self._undo(error)
         except Exception as error:
-            if self.phase is Phase.READY and may_pass(error):
+            if self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError)):
                 # What is copied and compared is not thrown away for that.
                 raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
@@ -279,9 +289,6 @@ class _Run:
         self.output.banner("Starting PostgreSQL Partitioning Migration")
         if self.options.resume:
             self.output.line(f"Resuming: {states.describe(self.migration.state)}")
-        if self.phase is Phase.RETURNING:
-            stay(self.migration)
-            self.output.line(f"The way back is called off; {self.table} stays partitioned.")
         if not self.phase.swapped:
             self._build()
             self._copy()
@@ -530,9 +537,14 @@ class _Run:
                 f"{why}. {states.where(migration.engine, table)} No row is lost."
                 f" Remove the cause, then type: {rollback_command(table)}"
             ) from error
+        cure = "Remove the cause and start again"
+        if sqlstate(error) == errorcodes.DISK_FULL and not migration.plan.attaches:
+            cure = (
+                "Make room and start again; or, where one more index is all that there is room for:"
+                f" {start_command(table)} --strategy attach"
+            )
         raise ChronosError(
-            f"{what}; rolled back: {table} is the plain table it was, with every row. Remove the"
-            " cause and start again"
+            f"{what}; rolled back: {table} is the plain table it was, with every row. {cure}"
         ) from error
 
     def _reconnect(self) -> Connection:

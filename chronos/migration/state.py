@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -24,8 +24,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.shape import ForeignKey, Grant, Identity, Index, OwnedSequence, Trigger
+from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, name, opened, statement, transaction
-from chronos.errors import SupersededError
+from chronos.errors import RefusedError, SupersededError
 from chronos.locks import lock_table
 from chronos.table import Period, TableSpec, quoted
 
@@ -59,7 +60,8 @@ def describe(state: State) -> str:
     table, phase = state.table, state.phase
     t, old, new, history = map(quoted, (table.name, table.old, table.new, table.history))
     if state.plan.attaches and phase in _ATTACHING:
-        return _ATTACHING[phase].format(t=t, new=new, history=history)
+        bound = f"{state.plan.first:%Y-%m-%d}"
+        return _ATTACHING[phase].format(t=t, new=new, history=history, bound=bound)
     return {
         Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
@@ -71,9 +73,27 @@ def describe(state: State) -> str:
     }[phase]
 
 
+def what_becomes_of(plan: Plan) -> str:
+    """When the table goes that has become a partition."""
+    history = f"{plan.former}, all before {plan.first:%Y-%m-%d %H:%M} UTC,"
+    if plan.table.retention_days is None:
+        return f"{history} never goes: every row is kept"
+    last = plan.first + timedelta(days=plan.table.retention_days)
+    return f"{history} goes when its last row has expired, on {last:%Y-%m-%d}"
+
+
+def not_to_be_dropped(table: TableSpec) -> str:
+    """What nobody may type who has gone back from a copy by hand before."""
+    return (
+        f"DROP TABLE {table} would take it along, with every row; to go back, type: {rollback_command(table)}"
+    )
+
+
 _ATTACHING = {
-    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition.",
-    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}.",
+    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition."
+    " Until it is one, inserts of {bound} and later fail.",
+    Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}."
+    " Until it is one, inserts of {bound} and later fail.",
     Phase.MIGRATED: "{t} is partitioned and complete; {history}, the table that was, is a partition of it.",
     Phase.FINALIZING: "{t} is partitioned and complete; what is left of the migration is being dropped.",
 }
@@ -252,14 +272,32 @@ def create_statement(state: State) -> Statement:
     )
 
 
-def read(conn: Connection, table: TableSpec) -> State | None:
-    """The state of the migration of ``table``, None when there is none."""
-    exists = execute(
-        conn,
-        statement("SELECT to_regclass(format('%I.%I', {s}, {t}))", s=table.home, t=table.state),
-    ).scalar_one()
-    if exists is None:
+# What is kept in the state is run by whoever carries the migration on, so it must be their own, or that of a
+# superuser. That the owner of the table to be migrated, or of its schema, made it is not enough.
+_OWNER = """
+SELECT pg_get_userbyid(c.relowner), c.relkind = 'r',
+       o.rolsuper OR o.rolname = current_user
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles o ON o.oid = c.relowner
+WHERE n.nspname = {schema} AND c.relname = {state}
+"""
+
+
+def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> State | None:
+    """The state of the migration of ``table``, None when there is none.
+
+    Raises RefusedError when what is there is no table, or belongs to somebody whom the current user must not
+    trust; a table may be read ``only_to_show`` it, whoever made it.
+    """
+    found = execute(conn, statement(_OWNER, schema=table.home, state=table.state)).one_or_none()
+    if found is None:
         return None
+    owner, is_table, trusted = found
+    if not is_table or not (trusted or only_to_show):
+        raise RefusedError(
+            f"{table.state}, where a migration of {table} keeps its state, belongs to {owner}, who may not"
+            f" tell the current user what to do; nothing was changed. Connect as {owner}, or find out what it"
+            " is"
+        )
     row = execute(
         conn,
         statement(

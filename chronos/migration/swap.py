@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.catalog.ddl import (
     enable_statements,
+    force_statements,
     foreign_key_statements,
     loud_statements,
     partition_differences,
@@ -32,16 +33,16 @@ from chronos.catalog.dependents import dependents, redirect_statements, require_
 from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, opened, statement, transaction
-from chronos.errors import ShapeError
+from chronos.errors import NotesLostError, ShapeError
 from chronos.locks import Attempt, BlockedError, lock_table
 from chronos.migration.changes import (
     FEW,
     note_everything_statement,
-    note_function_statement,
     notes_are_taken,
     replay,
     replay_most,
     triggers_after_the_way_back,
+    unlink_function_statement,
     waiting_notes,
 )
 from chronos.migration.context import Direction, Migration, states_of
@@ -65,7 +66,7 @@ def swap(migration: Migration, direction: Direction, check_stop: CheckStop) -> N
     SHARE ROW EXCLUSIVE on the table in use while the last notes are replayed, then ACCESS EXCLUSIVE on it for
     the renames, and, on the way back, SHARE ROW EXCLUSIVE on the tables that its foreign keys refer to; all
     within the patience of the operator. The table that goes out of use keeps its keys: see ``give_up_keys``.
-    Raises LockUnavailableError, ShapeError, TruncatedError; nothing has happened then.
+    Raises LockUnavailableError, ShapeError, NotesLostError, TruncatedError; nothing has happened then.
     """
     table = migration.table
     with opened(migration.engine) as other:
@@ -128,7 +129,7 @@ class _Exchange:
         partitions = self.direction is Direction.BACK
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE ROW EXCLUSIVE", partitions=partitions))
         if migration.needs_notes and not notes_are_taken(conn, self.table):
-            raise ShapeError(
+            raise NotesLostError(
                 f"the note triggers on {self.table} were dropped or disabled meanwhile, so what was"
                 " written is not known"
             )
@@ -223,7 +224,7 @@ class _Exchange:
         found = differences(was, replace(built, rules=was.rules), names, announced=True)
         found += partition_differences(self.conn, was, built.oid)
         if found:
-            raise ShapeError(f"the new table is not what {plan.table} is now: {'; '.join(found)}")
+            raise ShapeError(changed_meanwhile(plan, found))
         self.migration.shape = was
 
     def _require_given_back(self) -> None:
@@ -259,6 +260,15 @@ FROM pg_class c WHERE c.oid = {oid}
 """
 
 
+def changed_meanwhile(plan: Plan, found: list[str]) -> str:
+    """What to do when the table in use was changed after the other one was built."""
+    return (
+        f"{plan.table} was changed since {plan.table.new} was built, from which it differs now:"
+        f" {'; '.join(found)}."
+        f" Undo that change and carry on; or roll back, and migrate the changed table"
+    )
+
+
 def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]:
     """The table that goes out of use, the target of ``linked``, keeps its foreign keys for a while: whoever
     writes the other one takes copies out of it, and its own triggers and rules take no notice.
@@ -267,8 +277,9 @@ def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]
         return []
     table = linked.target(plan.table)
     return [
-        note_function_statement(shape, plan, linked=linked),
+        unlink_function_statement(shape, plan, linked=linked),
         *quiet_statements(shape, name(plan.table.home, table)),
+        *force_statements(shape, name(plan.table.home, table), off=True),
     ]
 
 

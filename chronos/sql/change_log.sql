@@ -29,6 +29,35 @@ COMMENT ON TABLE @replayed@ IS
 
 ALTER TABLE @replayed@ REPLICA IDENTITY FULL;
 
+-- Writes down the key of each row that is written. SECURITY DEFINER: a role that may write the table need not be
+-- allowed to write its notes.
+CREATE FUNCTION @note_function@()
+RETURNS trigger
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        INSERT INTO @schema@.@changes@ (chronos_origin, chronos_truncated) VALUES (TG_ARGV[0]::"char", true);
+        RETURN NULL;
+    END IF;
+    -- Nobody has written what @unlink_function@ takes out of the table that has gone out of use.
+    IF TG_TABLE_NAME = @'old'@ AND pg_trigger_depth() > 1 THEN
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'DELETE' OR (TG_OP = 'UPDATE' AND record_image_ne(ROW(@#old_values@), ROW(@#new_values@))) THEN
+        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#old_values@, TG_ARGV[0]::"char");
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO @schema@.@changes@ (@#columns@, chronos_origin) VALUES (@#new_values@, TG_ARGV[0]::"char");
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+REVOKE ALL ON FUNCTION @note_function@() FROM PUBLIC;
+
 -- A REPEATABLE READ transaction that is older than the swap, and has waited for it, does not see the rows that
 -- were replayed last: its UPDATE or DELETE would pass them by without a word. It has to be repeated, as such
 -- transactions must be prepared for. The arguments are the phases that a later one sees.

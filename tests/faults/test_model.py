@@ -1,10 +1,10 @@
 """A migration that is killed again and again, under an application that knows what each of its rows must be.
 
-A round is a table of its own. In it the command is killed at random moments, then taken on or taken back at
-random, until it has been killed often enough; then it is brought to one of its two ends, and the table is
-compared row by row with the model. The moments are statements, counted by the proxy: half of them any, half
-of them drawn from the statements that differ, for those of a build, a replay, a comparison or a swap are few
-and those of the fill are many.
+A round is a table of its own, migrated by a strategy drawn at random. In it the command is killed at random
+moments, then taken on or taken back at random, until it has been killed often enough; then it is brought to
+one of its two ends, and the table is compared row by row with the model. The moments are statements, counted
+by the proxy: half of them any, half of them drawn from the statements that differ, for those of a build, a
+replay, a comparison or a swap are few and those of the fill are many.
 
 ``CHRONOS_MODEL_ROUNDS=100 pytest -m faults tests/faults/test_model.py -s`` runs more than the usual six
 rounds, and ``-s`` shows what was killed where.
@@ -17,17 +17,18 @@ import random
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import pytest
 
+from chronos.migration.state import Strategy
 from tests.command import Run
 from tests.conftest import MakeDatabase
 from tests.faults.proxy import Proxy, Trace
-from tests.live import Application, KeyType, Readers, TimestampType, load, phase
+from tests.live import Application, KeyType, Readers, TimestampType, load, oldest, phase
 from tests.tables import query, relations, value
 from tests.waiting import wait_until
 
@@ -55,8 +56,6 @@ SESSIONS = """
 SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%' AND datname = current_database()
 """
 
-SWAPPED = ("migrated", "returning", "finalizing")
-
 Command = tuple[str, ...]
 
 
@@ -76,24 +75,36 @@ class Outcome:
 
 
 Traces = dict[tuple[Command, str | None], Trace]
+TracesOf = Callable[[Strategy], Traces]
 
 
-_traces: Traces = {}
+_traces: dict[Strategy, Traces] = {}
 
 
 @pytest.fixture
-def traces(make_database: MakeDatabase) -> Traces:
+def traces_of(make_database: MakeDatabase) -> TracesOf:
     """The statements that undisturbed runs send, by command and phase before it; found out once."""
-    if not _traces:
-        url = make_database()
-        load(url, ROWS, days=DAYS)
-        for command in (MIGRATE, ROLLBACK, HOLD, RESUME):
-            before = phase(url)
-            with Proxy(url) as proxy:
-                done = Run(proxy.url, *command).finish()
-            assert done.returncode == 0, done.stdout + done.stderr
-            _traces[command, before] = proxy.trace
-    return _traces
+
+    def find(strategy: Strategy) -> Traces:
+        if strategy not in _traces:
+            url = make_database()
+            load(url, ROWS, days=DAYS)
+            found: Traces = {}
+            for command in (MIGRATE, ROLLBACK, HOLD, RESUME):
+                before = phase(url)
+                with Proxy(url) as proxy:
+                    done = Run(proxy.url, *arguments(command, strategy)).finish()
+                assert done.returncode == 0, done.stdout + done.stderr
+                found[command, before] = proxy.trace
+            _traces[strategy] = found
+        return _traces[strategy]
+
+    return find
+
+
+def arguments(command: Command, strategy: Strategy) -> Command:
+    """What is typed: a migration that is begun is told its strategy, and keeps it."""
+    return (*command, "--strategy", strategy.value) if command in (MIGRATE, HOLD) else command
 
 
 def moment(traces: Traces, command: Command, now: str | None, chance: random.Random) -> int:
@@ -127,7 +138,7 @@ def possible(now: str | None, chance: random.Random) -> Command:
     return chance.choice((RESUME, RESUME, ROLLBACK))
 
 
-def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
+def run(url: str, command: Command, strategy: Strategy, at: int, chance: random.Random) -> Outcome:
     """Run a command; unless ``at`` is 0 kill it before that statement, or when it has just been sent."""
     before = phase(url)
     delay = chance.choice((0.0, 0.0, chance.uniform(0, 0.01)))
@@ -147,7 +158,7 @@ def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
             kill()
 
     with Proxy(url, at, act) as proxy:
-        running = Run(proxy.url, *command)
+        running = Run(proxy.url, *arguments(command, strategy))
         begun.set_result(running.pid)
         done = running.finish()
         ended.set()
@@ -162,15 +173,6 @@ def run(url: str, command: Command, at: int, chance: random.Random) -> Outcome:
     return Outcome(command, before, phase(url), done.returncode, sent)
 
 
-def cutoff(url: str) -> datetime | None:
-    """From when on rows are in the table; None: all of them are."""
-    if phase(url) not in SWAPPED:
-        return None
-    found = value(url, "SELECT (plan ->> 'cutoff')::timestamptz FROM webhook_log_migration")
-    assert isinstance(found, datetime)
-    return found
-
-
 def check(url: str, application: Application, readers: Readers) -> None:
     """All go on, and each row is what the model says."""
     application.go_on(3)
@@ -178,13 +180,15 @@ def check(url: str, application: Application, readers: Readers) -> None:
     assert not application.errors, application.errors[:3]
     assert not readers.short, readers.short[:3]
     assert not readers.errors, readers.errors[:3]
-    difference = application.compare(since=cutoff(url))
+    difference = application.compare(since=oldest(url))
     assert not difference, difference
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_killed_again_and_again(make_database: MakeDatabase, traces: Traces, seed: int) -> None:
+def test_killed_again_and_again(make_database: MakeDatabase, traces_of: TracesOf, seed: int) -> None:
     chance = random.Random(seed)
+    strategy = chance.choice(list(Strategy))
+    traces = traces_of(strategy)
     url = make_database()
     key_type, timestamp_type = TABLES[seed % len(TABLES)]
     loaded = load(url, ROWS, key_type=key_type, timestamp_type=timestamp_type, days=DAYS)
@@ -199,22 +203,22 @@ def test_killed_again_and_again(make_database: MakeDatabase, traces: Traces, see
                 assert len(history) < COMMANDS
                 now = phase(url)
                 command = possible(now, chance)
-                history.append(run(url, command, moment(traces, command, now, chance), chance))
+                history.append(run(url, command, strategy, moment(traces, command, now, chance), chance))
                 check(url, application, readers)
             end = chance.choice(("migrated", None))
             while (now := phase(url)) != end:
                 assert len(history) < COMMANDS
-                history.append(run(url, to_the_end(now, end), 0, chance))
+                history.append(run(url, to_the_end(now, end), strategy, 0, chance))
                 check(url, application, readers)
     except BaseException as error:
-        error.add_note("\n".join([f"seed {seed}", *map(str, history)]))
+        error.add_note("\n".join([f"seed {seed}, {strategy}", *map(str, history)]))
         raise
     kind = "p" if end else "r"
     assert value(url, "SELECT relkind::text FROM pg_class WHERE oid = 'webhook_log'::regclass") == kind
     if end is None:
         assert relations(url) == plain
     places = Counter(str(outcome.before) for outcome in history if outcome.at)
-    print(f"\nseed {seed}, ends {end or 'plain'}, killed in {dict(places)}")
+    print(f"\nseed {seed}, {strategy}, ends {end or 'plain'}, killed in {dict(places)}")
     print("\n".join(f"  {outcome}" for outcome in history))
 
 
