@@ -6,27 +6,31 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos import commands, telemetry
-from chronos.catalog.partitions import expires_on
-from chronos.db import connect_engine, one_line
+from chronos.agreement import require_agreement
+from chronos.catalog.locate import require_located
+from chronos.db import connect_engine, is_lock_failure, one_line, opened, transaction
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import upgrade
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
-from chronos.migration.console import Output, for_reading, in_bytes
+from chronos.migration.console import Output, ago, counted, for_reading, in_bytes
 from chronos.migration.finalize import finish
+from chronos.migration.old_and_new import weigh
 from chronos.migration.operator import Operator
 from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
@@ -34,8 +38,11 @@ from chronos.migration.run import Options
 from chronos.migration.run import migrate as run_migration
 from chronos.migration.state import Phase, State, Strategy, describe, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings, get_settings
-from chronos.table import Interval, TableSpec
-from chronos.which_table import Description, which_table
+from chronos.table import Interval, TableSpec, quoted
+from chronos.which_table import Description, Verb, to_be_listed, which_table
+
+if TYPE_CHECKING:
+    from chronos.status import Other
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -117,10 +124,33 @@ def _settings_and_engine(verb: str) -> tuple[Settings, Engine]:
     return settings, connect_engine(settings.database, application_name=f"chronos {verb}")
 
 
-def _context(verb: str, table: str | None, described: Description | None = None) -> _Context:
+def _context(
+    verb: Verb, table: str | None, described: Description | None = None, options: str = ""
+) -> _Context:
     """What ``verb`` works with. Raises RefusedError, see ``which_table``."""
-    settings, engine = _settings_and_engine(verb)
-    return _Context(settings, engine, *which_table(engine, settings, table, described))
+    settings, engine = _settings_and_engine(verb.split()[0])
+    return _Context(settings, engine, *which_table(engine, settings, verb, table, described, options))
+
+
+def _other_options() -> str:
+    """The options that were typed, for a migration to begin with, but for those that describe the table."""
+    apart = {"resume", *(field.name for field in fields(Description))}
+    context = click.get_current_context()
+    words: list[str] = []
+    for option in context.command.params:
+        if (
+            not isinstance(option, click.Option)
+            or option.name is None
+            or option.name in apart
+            or context.get_parameter_source(option.name) is not ParameterSource.COMMANDLINE
+        ):
+            continue
+        words.append(
+            option.opts[0]
+            if option.is_flag
+            else f"{option.opts[0]} {quote(str(context.params[option.name]))}"
+        )
+    return " ".join(words)
 
 
 def _takes_a_table(command: _Command) -> _Command:
@@ -151,7 +181,7 @@ def _head(url: URL, table: TableSpec, facts: str = "", settings: Settings | None
     return (
         f"Host: {url.host or 'local socket'}   Port: {url.port or 5432}   Database: {url.database}\n"
         f"User: {url.username or 'of this system'}{testing}\n"
-        f"Table: {table.home}.{table}{f'   {facts}' if facts else ''}"
+        f"Table: {table.typed}{f'   {facts}' if facts else ''}"
     )
 
 
@@ -166,12 +196,13 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
         swap = (
             "no name changes yet."
             if hold
-            else f"then it is renamed to {table.history},\nand is the partition of all rows before that."
+            else f"then it is renamed to {quoted(table.history)},\n"
+            "and is the partition of all rows before that."
         )
         return (
             f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{table} gets an index and a check; {swap}",
+            f"{quoted(table.name)} gets an index and a check; {swap}",
         )
     rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
     return (
@@ -183,7 +214,10 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
 def _at_last(table: TableSpec, hold: bool) -> str:
     if hold:
         return "no name changes yet."
-    return f"then {table} is renamed to {table.old},\nand the partitioned table takes its name."
+    return (
+        f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"
+        "and the partitioned table takes its name."
+    )
 
 
 def _what_is_left(found: State, *, hold: bool) -> str:
@@ -195,7 +229,7 @@ def _what_is_left(found: State, *, hold: bool) -> str:
         if found.phase.swapped:
             return "The foreign keys of the whole adopt those of the partitions."
         left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
-        return f"{left}." if hold else f"{left}; then it becomes the partition {table.history}."
+        return f"{left}." if hold else f"{left}; then it becomes the partition {quoted(table.history)}."
     if found.phase.swapped:
         return "The rows written during the migration are compared once more."
     ready = found.phase is Phase.READY
@@ -207,7 +241,7 @@ def _next(context: _Context, strategy: Strategy) -> str:
     """What to type once the migration is done."""
     table = context.table
     attaches = strategy is Strategy.ATTACH
-    finalizing = "gives the way back up" if attaches else f"drops {table.old}"
+    finalizing = "gives the way back up" if attaches else f"drops {quoted(table.old)}"
     steps = {
         commands.status(table): "how it is, now and every day",
         commands.finalize(table): f"after some days: {finalizing}",
@@ -377,7 +411,9 @@ def migrate(
     """
     with _errors_as_lines(), _operator(max_lock_wait) as operator:
         described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
-        context = _context("migrate", table, described)
+        context = _context(Verb.RESUME if resume else Verb.MIGRATE, table, described, _other_options())
+        with opened(context.engine) as conn:
+            require_agreement(conn, require_located(conn, context.table), context.settings.listed_in)
         if dry_run:
             print_plan(context.engine, context.table, Console(), operator.patience, Strategy(strategy))
             return
@@ -430,13 +466,13 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
       python -m chronos rollback '"Sales"."Order Events"'
     """
     with _errors_as_lines(), _operator() as operator:
-        context = _context("rollback", table)
+        context = _context(Verb.ROLLBACK, table)
 
         def confirm(found: State) -> None:
             click.echo(
                 f"{context.head(found.table)}\n"
                 f"{describe(found)}\n"
-                f"{found.table} will be the plain table again"
+                f"{quoted(found.table.name)} will be the plain table again"
                 f"{', with every row written since the swap' if found.phase.swapped else ''}."
             )
             if not yes:
@@ -445,12 +481,26 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         undo(context.engine, context.table, operator, confirm, force=force)
 
 
-def _goes(found: State) -> str:
-    """When retention drops the table that has become a partition."""
-    goes = expires_on(found.plan.first, found.table.retention_days)
-    if goes is None:
-        return "never: every row is kept"
-    return f"when its last row has expired, on {goes}"
+def _old_and_new(engine: Engine, found: State, *, old_is_there: bool) -> str:
+    """How much both tables hold, and how long ago the names changed; ACCESS SHARE, waited for 1 s at most."""
+    table = found.table
+    if not old_is_there:
+        return ""
+    with opened(engine) as conn:
+        try:
+            with transaction(conn, lock_timeout_ms=1_000):
+                now, sizes = weigh(conn, table)
+        except DBAPIError as error:
+            if not is_lock_failure(error):
+                raise
+            return "How large they are is unknown: somebody has locked one of them."
+    lines = [
+        f"{quoted(relation)}: {counted(rows, 'row')} (estimate), {in_bytes(size)}"
+        for relation, (rows, size) in sizes.items()
+    ]
+    if found.fence is not None:
+        lines.append(f"swapped {ago(now - found.fence)}")
+    return "\n".join(lines)
 
 
 @cli.command()
@@ -469,7 +519,7 @@ def finalize(table: str | None, yes: bool) -> None:
       python -m chronos finalize --yes
     """
     with _errors_as_lines(), _operator() as operator:
-        context = _context("finalize", table)
+        context = _context(Verb.FINALIZE, table)
 
         def confirm(found: State, old_is_there: bool) -> None:
             if found.plan.attaches and old_is_there:
@@ -480,15 +530,17 @@ def finalize(table: str | None, yes: bool) -> None:
                 if not yes:
                     _ask("FINALIZE")
                 return
+            seen = _old_and_new(context.engine, found, old_is_there=old_is_there)
             before = f"{found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
             with_it = (
                 f" and with it all from\nbefore {before}" if found.table.retention_days is not None else ""
             )
             what = (
-                f"{describe(found)}\n{found.table.old} will be dropped for good"
+                f"{describe(found)}\n{seen}\n{quoted(found.table.old)} will be dropped for good"
                 f"{f',{with_it}' if with_it else ''}."
                 if old_is_there
-                else f"{found.plan.former} was dropped before; what is left of the migration will be removed."
+                else f"{quoted(found.plan.former)} was dropped before;"
+                " what is left of the migration will be removed."
             )
             click.echo(f"{context.head(found.table)}\n{what}")
             if not yes:
@@ -497,8 +549,8 @@ def finalize(table: str | None, yes: bool) -> None:
         finish(context.engine, context.table, operator, confirm)
         if not context.listed:
             operator.output.line(
-                f"No {CONFIGURATION} lists {context.table.typed}, so no job keeps it: put this there.\n\n"
-                f"{context.table.as_toml()}"
+                f"No {CONFIGURATION} lists {context.table.typed}, so no job keeps it:"
+                f" {to_be_listed(context.settings, context.table)}"
             )
 
 
@@ -511,10 +563,18 @@ def upgrade_functions(table: str | None) -> None:
     that is listed. Asks nothing.
     """
     with _errors_as_lines():
-        settings, engine = _settings_and_engine("upgrade-functions")
-        found = settings.tables if table is None else (which_table(engine, settings, table)[0],)
-        for line in upgrade(engine, *found):
+        settings, engine = _settings_and_engine(Verb.UPGRADE_FUNCTIONS)
+        found, listed = settings.tables, True
+        if table is not None:
+            one, listed = which_table(engine, settings, Verb.UPGRADE_FUNCTIONS, table)
+            found = (one,)
+        for line in upgrade(engine, *found, listed_in=settings.listed_in):
             click.echo(line)
+        if not listed:
+            click.echo(
+                f"\nNo {CONFIGURATION} lists {found[0].typed}, so no job keeps it:"
+                f" {to_be_listed(settings, found[0])}"
+            )
 
 
 @cli.command()
@@ -563,31 +623,53 @@ def status(table: str | None, as_json: bool) -> None:
       python -m chronos status
       python -m chronos status --json | jq -r '.problems[]'
     """
-    from chronos.status import collect, collect_all, show  # here, for no other verb needs what it imports
+    # Here, for no other verb needs what it imports.
+    from chronos.status import Unknown, collect, collect_all, collect_others, show
 
     with _errors_as_lines():
         try:
-            settings, engine = _settings_and_engine("status")
-            if table is None and len(settings.tables) > 1:
-                found = collect_all(settings)
+            settings, engine = _settings_and_engine(Verb.STATUS)
+            others: list[Other] = []
+            if table is None:
+                others = collect_others(settings)
+                try:
+                    found = collect_all(settings) if len(settings.tables) > 1 else [collect(settings)]
+                except ChronosError:
+                    if not as_json:
+                        _say_others(others)
+                    raise
             else:
-                spec, listed = which_table(engine, settings, table)
+                spec, listed = which_table(engine, settings, Verb.STATUS, table)
                 found = [collect(settings, spec, listed=listed)]
         except DBAPIError as error:
             raise RefusedError(
                 f"cannot tell: {one_line(error)}. Check the server and the database URL"
             ) from error
-        healthy = all(one.healthy for one in found)
+        healthy = all(one.healthy for one in (*found, *others))
         if as_json:
             shown = [one.as_json() for one in found]
-            whole = shown[0] if len(shown) == 1 else {"tables": shown, "healthy": healthy}
+            whole: dict[str, Any] = shown[0] if len(shown) == 1 else {"tables": shown}
+            whole["healthy"] = healthy
+            if table is None:
+                whole["also_under_way"] = [other.as_json() for other in others]
             click.echo(json.dumps(whole, indent=2))
         else:
             for place, one in enumerate(found):
                 click.echo("\n" * 2 if place else "", nl=False)
                 show(one)
+            _say_others(others)
         if not healthy:
-            sys.exit(ExitCode.FAILED)
+            sys.exit(
+                max((one.exit_code for one in found if isinstance(one, Unknown)), default=ExitCode.FAILED)
+            )
+
+
+def _say_others(others: Sequence[Other]) -> None:
+    for other in others:
+        text = str(other)
+        if sys.stdout.isatty():
+            text = for_reading(text, max(20, shutil.get_terminal_size().columns - 1))
+        click.echo(f"\n{text}")
 
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:

@@ -6,15 +6,20 @@ may be is said in sql/shared_functions_check.sql.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos import commands
+from chronos.agreement import require_agreement
 from chronos.catalog.ddl import nobody_calls, script
 from chronos.catalog.locate import require_located
 from chronos.catalog.shape import TableShape, read
 from chronos.db import Statement, execute, joined, name, one_line, opened, sqlstate, statement, transaction
 from chronos.errors import RefusedError
-from chronos.table import TableSpec
+from chronos.migration import state as states
+from chronos.table import TableSpec, quoted
 
 VERSION = 3
 
@@ -74,17 +79,29 @@ def distrusted(conn: Connection, shape: TableShape) -> str | None:
     return None
 
 
-def upgrade(engine: Engine, *tables: TableSpec) -> list[str]:
+def upgrade(engine: Engine, *tables: TableSpec, listed_in: Path | None = None) -> list[str]:
     """Install the functions of this version for each of ``tables``, or for none; safe to call again.
 
-    Returns what was done, a sentence for each. No lock on the tables. Raises RefusedError when there is no
-    such table, it lacks its time column, or the current user must not or cannot install them.
+    A plain table that is not being migrated gets none: nothing would take them away again. Returns what was
+    done, a sentence for each. No lock on the tables. Raises RefusedError when there is no such table, all
+    of them are plain, one lacks its time column or is not as ``listed_in`` says, or the current user must
+    not or cannot install them.
     """
     with opened(engine) as conn:
-        located = [require_located(conn, table) for table in tables]
+        located = [require_located(conn, table, listed_in) for table in tables]
+        for table in located:
+            require_agreement(conn, table, listed_in)
         done: list[str] = []
         with transaction(conn):
-            for table in located:
+            plain = [table for table in located if _is_plain(conn, table)]
+            without = [
+                f"{table.typed} is a plain table, and gets its functions when it is migrated:"
+                f" {commands.start(table)}"
+                for table in plain
+            ]
+            if plain and len(plain) == len(located):
+                raise RefusedError("; ".join((*without, "nothing was changed")))
+            for table in [table for table in located if table not in plain]:
                 shape = read(conn, table, table.name)
                 if table.column not in shape.columns_by_name:
                     raise RefusedError(f"{table.typed} has no column {table.column}; nothing was changed")
@@ -92,10 +109,14 @@ def upgrade(engine: Engine, *tables: TableSpec) -> list[str]:
                     raise RefusedError(f"{reason}; nothing was changed")
                 before = definitions(conn, table)
                 execute(conn, joined(function_statements(shape), ";\n"))
-                functions = " and ".join(table.functions)
+                functions = " and ".join(f"{quoted(table.home)}.{quoted(f)}" for f in table.functions)
                 changed = definitions(conn, table) != before
                 done.append(f"Installed {functions}" if changed else f"{functions} are current already")
-    return done
+    return [*done, *without]
+
+
+def _is_plain(conn: Connection, table: TableSpec) -> bool:
+    return states.relkind(conn, table.home, table.name) == "r" and states.read(conn, table) is None
 
 
 # pg_get_functiondef tells neither owner nor privileges nor comment.

@@ -26,6 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos import commands, telemetry
+from chronos.agreement import require_agreement
 from chronos.catalog.locate import locate
 from chronos.catalog.partitions import Partition, attached, droppable, missing, runway
 from chronos.db import (
@@ -308,6 +309,7 @@ class _Attempt:
             table = locate(conn, spec)
             if table is None:
                 raise _NotReadyError(f"there is no table {spec} in this database; see {commands.status()}")
+            require_agreement(conn, table, self.settings.listed_in)
             turn.names += self._known(self.earlier, turn.table).get(self.job.did) or []
             try:
                 for names in self._calls(conn, table):

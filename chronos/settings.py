@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -29,6 +29,8 @@ from chronos.errors import RefusedError
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 
 CONFIGURATION = "chronos.toml"
+# What the environment says of webhook_log, where no file lists tables.
+VARIABLES = {"retention_days": "WEBHOOK_LOG_RETENTION_DAYS", "ahead_days": "WEBHOOK_LOG_DAYS_AHEAD"}
 _POSTGRES_SCHEMES = {"postgres", "postgresql", "postgresql+psycopg2"}
 
 
@@ -93,24 +95,39 @@ class _Tables(BaseModel):
 
 def _read_tables(path: Path) -> tuple[TableSpec, ...]:
     try:
-        found = _Tables(**TomlConfigSettingsSource(Settings, toml_file=path).toml_data)
-    except ValidationError as error:
-        raise RefusedError(f"{path}: {_first_fault(error, path)}; nothing was changed") from None
+        read = TomlConfigSettingsSource(Settings, toml_file=path).toml_data
     except OSError as error:
         raise RefusedError(f"{path}: {error.strerror}; nothing was changed") from error
     except ValueError as error:  # what TOML or UTF-8 does not allow
         raise RefusedError(f"{path} cannot be read as TOML: {error}; nothing was changed") from error
-    return tuple(table.spec for table in found.tables)
+    try:
+        return tuple(table.spec for table in _Tables(**read).tables)
+    except ValidationError as error:
+        raise RefusedError(f"{path}: {_first_fault(error, read)}; nothing was changed") from None
 
 
-def _first_fault(error: ValidationError, path: Path) -> str:
-    """Which key of the file is at fault, and what it should be."""
+def _first_fault(error: ValidationError, read: dict[str, Any]) -> str:
+    """Which key of the file is at fault, and what it should be; ``read`` is what the file says."""
     first = error.errors(include_url=False)[0]
-    where = [str(part) if isinstance(part, str) else f"number {part + 1}" for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "there is no such key"
-    return f"{', '.join(where)}: {message}"
+    tables, message = read.get("tables"), first["msg"].removeprefix("Value error, ")
+    if isinstance(tables, dict):
+        return "write [[tables]], in double brackets, above each table"
+    if not tables:
+        others = "".join(f"{key} is no key of it; " for key in read if key != "tables")
+        return f"{others}it lists no table: write [[tables]] above each"
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        return "tables is to be one block for each table, with [[tables]] above it"
+    match first["loc"]:
+        case ("tables", int(place), str(key)):
+            where = str(tables[place].get("name", f"table number {place + 1}"))
+            if first["type"] == "missing":
+                return f"{where} lacks the key {key}"
+            if first["type"] == "extra_forbidden":
+                return f"{where}: there is no key {key}; the keys are {', '.join(_Table.model_fields)}"
+            return f"{where}, {key}: {message}"
+        case (str(key),) if first["type"] == "extra_forbidden":
+            return f"there is no key {key} beside the blocks [[tables]]"
+    return message
 
 
 class Settings(BaseSettings):
@@ -145,7 +162,8 @@ class Settings(BaseSettings):
         if path.is_file():
             return path
         if self.chronos_config is not None:
-            raise RefusedError(f"CHRONOS_CONFIG names {path}, and there is no such file; nothing was changed")
+            what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
+            raise RefusedError(f"CHRONOS_CONFIG names {path}, and {what}; nothing was changed")
         return None
 
     @cached_property
@@ -156,13 +174,12 @@ class Settings(BaseSettings):
         """
         if self.listed_in is not None:
             return _read_tables(self.listed_in)
-        return (
-            replace(
-                WEBHOOK_LOG,
-                retention_days=self.webhook_log_retention_days,
-                ahead_days=self.webhook_log_days_ahead,
-            ),
-        )
+        return (self.webhook_log,)
+
+    @property
+    def webhook_log(self) -> TableSpec:
+        """The table that is there without a file, as the environment has it."""
+        return replace(WEBHOOK_LOG, **{what: getattr(self, name.lower()) for what, name in VARIABLES.items()})
 
     @property
     def database(self) -> URL:
@@ -173,9 +190,12 @@ class Settings(BaseSettings):
         name = "TEST_DATABASE_URL" if self.testing else "DATABASE_URL"
         value = self.test_database_url if self.testing else self.database_url
         if value is None:
+            why, database = ("", "chronos")
+            if self.testing:
+                why, database = (", which counts because TESTING is true", "chronos_test")
             raise RefusedError(
-                f"{name} is not set; nothing was changed. Set it in the environment or in .env, "
-                f"for example {name}=postgresql://user:password@127.0.0.1:5432/chronos"
+                f"{name} is not set{why}; nothing was changed. Set it in the environment or in .env, "
+                f"for example {name}=postgresql://user:password@127.0.0.1:5432/{database}"
             )
         return postgres_url(value.get_secret_value(), name)
 

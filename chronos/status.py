@@ -17,7 +17,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos import commands
-from chronos.catalog.locate import locate
+from chronos.agreement import as_it_is, contradictions
+from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import (
     Partition,
     attached,
@@ -28,13 +29,14 @@ from chronos.catalog.partitions import (
     runway,
 )
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
-from chronos.errors import ChronosError, RefusedError
+from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import VERSION
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
 from chronos.migration.attach import check_name
-from chronos.migration.console import for_reading, in_bytes
+from chronos.migration.console import counted, for_reading, in_bytes
+from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
 from chronos.settings import CONFIGURATION, Settings
 from chronos.table import Interval, Period, TableSpec, midnight, quoted
@@ -49,6 +51,8 @@ _BAR_WIDTH = 30
 # A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
 _READY_LONG = timedelta(days=7)
 _MANY_NOTES = 1_000_000
+# Phases in which a migration may stay, though nobody is at it.
+_AT_REST = (Phase.READY, Phase.MIGRATED)
 # A table that is to become a partition takes no row from its bound on. Less than a day before, it is too
 # late to resume.
 _BOUND_SOON = timedelta(days=3)
@@ -84,7 +88,8 @@ class Status:
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
     ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
-    ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it.
+    ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it;
+    ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
     ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
     """
 
@@ -105,6 +110,7 @@ class Status:
     refused_from: datetime | None = None
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
+    contradictions: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
 
@@ -181,7 +187,7 @@ class Status:
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {
-            "table": f"{self.table.home}.{self.table}",
+            "table": self.table.typed,
             "state": self.state,
             "healthy": self.healthy,
             "problems": list(self.problems),
@@ -255,11 +261,34 @@ class Unknown:
 
     table: TableSpec
     problem: str
+    exit_code: ExitCode
     healthy: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {"table": self.table.typed, "state": None, "healthy": False, "problems": [self.problem]}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A table that no file lists, with a migration; ``phase`` None: nobody may look, ``healthy`` false: it is
+    half done, and nobody is at it.
+    """
+
+    table: TableSpec
+    phase: Phase | None
+    healthy: bool
+
+    def __str__(self) -> str:
+        phase = self.phase.value if self.phase else "unknown"
+        return (
+            f"also under way, in no {CONFIGURATION}: {self.table.typed} ({phase});"
+            f" {commands.status(self.table)}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``status --json`` prints."""
+        return {"table": self.table.typed, "phase": self.phase and self.phase.value, "healthy": self.healthy}
 
 
 @dataclass(frozen=True)
@@ -295,7 +324,7 @@ def collect(
 
     ``table`` is the first of the settings when it is not given; ``listed`` tells whether the jobs keep it.
     ACCESS SHARE on the tables and nothing more, waited for no longer than 1 s. Redis may be away. Raises
-    ChronosError when there is no such table or it is locked, RefusedError when it has no such column or no
+    ChronosError when the table is locked, RefusedError when there is none, it has no such column or no
     database is set, DBAPIError when the server cannot be reached.
     """
     return _collect(settings, table or settings.tables[0], listed, clock, _ask_redis(settings))
@@ -312,8 +341,40 @@ def collect_all(settings: Settings) -> list[Status | Unknown]:
         try:
             found.append(_collect(settings, table, True, lambda: datetime.now(UTC), jobs))
         except ChronosError as error:
-            found.append(Unknown(table, str(error)))
+            found.append(Unknown(table, str(error), error.exit_code))
     return found
+
+
+# The comment tells the table of a migration's state from one that only has such a name.
+_STATES = """
+SELECT n.nspname, c.relname, has_table_privilege(c.oid, 'SELECT') AND has_schema_privilege(n.oid, 'USAGE')
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind = 'r' AND right(c.relname, length({suffix})) = {suffix}
+  AND starts_with(obj_description(c.oid, 'pg_class'), {comment})
+ORDER BY 1, 2
+"""
+
+
+def collect_others(settings: Settings) -> list[Other]:
+    """The tables that the settings do not list and that have a migration.
+
+    ACCESS SHARE on the states of the migrations. Raises DBAPIError when the server cannot be reached.
+    """
+    with connect_engine(settings.database, application_name="chronos status").connect() as conn:
+        known = {(table.schema, table.name) for spec in settings.tables if (table := locate(conn, spec))}
+        suffix = TableSpec("").state
+        others = []
+        with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+            execute(conn, statement("SET TRANSACTION READ ONLY"))
+            query = statement(_STATES, suffix=suffix, comment=migration_state.COMMENT)
+            for schema, relation, readable in execute(conn, query).all():
+                table = TableSpec(relation.removesuffix(suffix), schema=schema)
+                if (table.schema, table.name) in known:
+                    continue
+                found = migration_state.read(conn, table) if readable else None
+                healthy = found is None or found.phase in _AT_REST or _migration_runs(conn, table)
+                others.append(Other(table, found.phase if found else None, healthy))
+    return others
 
 
 def _ask_redis(settings: Settings) -> _Jobs:
@@ -330,12 +391,7 @@ def _collect(
     settings: Settings, wanted: TableSpec, listed: bool, clock: Callable[[], datetime], jobs: _Jobs
 ) -> Status:
     with connect_engine(settings.database, application_name="chronos status").connect() as conn:
-        located = locate(conn, wanted)
-        if located is None:
-            raise ChronosError(
-                f"there is no table {wanted} in database {settings.database.database}, or one in several"
-                " schemas and none on the search path. Check the database URL and the search_path"
-            )
+        located = require_located(conn, wanted, settings.listed_in if wanted in settings.tables else None)
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 found = _look(conn, located, settings, clock)
@@ -343,16 +399,21 @@ def _collect(
             if not is_lock_failure(error):
                 raise
             raise ChronosError(
-                f"somebody has locked {wanted} or one of its partitions for more than"
+                f"somebody has locked {located.typed} or one of its partitions for more than"
                 f" {_LOCK_TIMEOUT_MS // 1000} s; look at pg_locks, or try again"
             ) from error
     found = replace(found, listed=listed, jobs=jobs.of(found.table, settings) if listed else None)
-    problems = [*judge(found, settings), *([jobs.unreachable] if jobs.unreachable and listed else [])]
+    problems = [
+        *found.contradictions,
+        *judge(found, settings),
+        *([jobs.unreachable] if jobs.unreachable and listed else []),
+    ]
     return replace(found, notices=tuple(_notices(found)), problems=tuple(problems))
 
 
 def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callable[[], datetime]) -> Status:
     execute(conn, statement("SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '10s'"))
+    said, table = table, as_it_is(conn, table)
     _require_time_column(conn, table)
     before = clock()
     now: datetime = execute(conn, statement("SELECT clock_timestamp()")).scalar_one().astimezone(UTC)
@@ -374,6 +435,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         stray=tuple(_stray(conn, table, partitions, now.date())),
         next_drop=next_due(DROP, settings, now),
         notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
+        contradictions=tuple(contradictions(said, table, settings.listed_in)),
         refused_from=_refused_from(conn, migration) if migration else None,
     )
 
@@ -392,7 +454,7 @@ def _require_time_column(conn: Connection, table: TableSpec) -> None:
     ).scalar_one()
     if lacking:
         raise RefusedError(
-            f"{table} has no column {table.column}; name the time column in the configuration"
+            f"{table.typed} has no column {table.column}; name the time column in the configuration"
             " [no-time-column]"
         )
 
@@ -448,13 +510,13 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
     table = migration.table
     if migration_state.undone_by_hand(conn, migration):
         return (
-            f"{migration.plan.former} was renamed back to {table} by hand; remove what is left of the"
-            f" migration with: {commands.rollback(table)}"
+            f"{quoted(migration.plan.former)} was renamed back to {quoted(table.name)} by hand; remove what"
+            f" is left of the migration with: {commands.rollback(table)}"
         )
     if migration_state.finalized_by_hand(conn, migration):
         who = "by retention, or by hand" if migration.plan.attaches else "by hand"
-        return (
-            f"{migration.plan.former} was dropped {who}; remove what is left of the migration with:"
+        return renamed_by_hand(conn, table) or (
+            f"{quoted(migration.plan.former)} was dropped {who}; remove what is left of the migration with:"
             f" {commands.finalize(table)}"
         )
     return None
@@ -553,11 +615,14 @@ def _migration_problems(status: Status) -> Iterator[str]:
     elif migration is not None:
         yield from _half_done(status, migration)
     elif not status.partitioned:
-        yield f"{table} is a plain table, nothing keeps it small; migrate it with: {commands.start(table)}"
+        yield (
+            f"{table.typed} is a plain table, nothing keeps it small; migrate it with:"
+            f" {commands.start(table)}"
+        )
     elif status.old_table is not None:
         yield (
-            f"{table.old} is there, but nothing tells of its migration; if it is not needed, drop it:"
-            f" DROP TABLE {_qualified(table, table.old)}"
+            f"{quoted(table.old)} is there, but nothing tells of its migration; if it is not needed, drop it:"
+            f" DROP TABLE {_qualified(table, table.old)};"
         )
 
 
@@ -649,7 +714,7 @@ def _function_problems(status: Status) -> Iterator[str]:
     for what, functions in (("missing", lacking), (f"older than version {VERSION}", older)):
         if functions:
             yield (
-                f"{' and '.join(functions)}: {what}; as the owner of {table}, run:"
+                f"{' and '.join(map(quoted, functions))}: {what}; as the owner of {table.typed}, run:"
                 f" {commands.upgrade_functions(table)}"
             )
 
@@ -676,7 +741,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
             f" PARTITION OF {_qualified(table, table.name)} FOR VALUES FROM ('{lower}') TO ('{upper}');"
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
-        yield f"the runway is {status.runway_days} days, less than {_SHORT_RUNWAY_DAYS}: {create}"
+        yield f"the runway is {counted(status.runway_days, 'day')}, less than {_SHORT_RUNWAY_DAYS}: {create}"
     last_drop = last_due(DROP, settings, status.now - _JOB_TAKES)
     overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
@@ -696,7 +761,7 @@ def _not_listed(status: Status) -> Iterator[str]:
     table = status.table
     yield (
         f"no {CONFIGURATION} lists {table.typed}, so the nightly jobs do not keep it; add to the file:"
-        f" {', '.join(table.as_toml().splitlines()[1:])}"
+        f"\n\n{table.as_toml()}"
     )
 
 
@@ -748,7 +813,7 @@ class _Page:
     def print(self) -> None:
         """The page from top to bottom."""
         status = self.status
-        self.line(f"{status.table.home}.{status.table}: {status.state}", "bold")
+        self.line(f"{status.table.typed}: {status.state}", "bold")
         self.line(f"database    {status.server}")
         if status.copied:
             self.line("copied      {} of {} periods".format(*status.copied))
@@ -757,12 +822,13 @@ class _Page:
         if status.partitioned:
             drops = _some(status.next_drops()) or "nothing"
             self.line(f"partitions  {len(status.partitions)}, {status.oldest} to {status.newest}")
-            self.line(f"runway      {status.runway_days} days")
+            self.line(f"runway      {counted(status.runway_days, 'day')}")
             self.line(f"missing     {_some(status.missing) or 'none'}")
             self.line(f"next drop   {status.next_drop:%Y-%m-%d %H:%M} UTC: {drops}")
         if status.old_table:
             rows, size = status.old_table.rows_estimate, status.old_table.bytes
-            self.line(f"old table   {status.table.old}: {rows:,} rows (estimate), {in_bytes(size)}")
+            old = quoted(status.table.old)
+            self.line(f"old table   {old}: {counted(rows, 'row')} (estimate), {in_bytes(size)}")
         if status.history and status.history.upper:
             goes = expires_on(status.history.upper, status.table.retention_days)
             self.line(
@@ -820,11 +886,11 @@ class _Page:
                     self.safe(self.label(p)),
                     f"{p.rows_estimate:,}",
                     in_bytes(p.bytes),
-                    Text(self.bar(p.bytes / largest), "cyan"),
+                    Text(self.bar(p.bytes / largest) if p.rows_estimate else "", "cyan"),
                 )
         if ahead:
             table.add_row(
-                f"{len(ahead)} {self.status.table.every}s ahead",
+                f"{counted(len(ahead), self.status.table.every)} ahead",
                 "0",
                 in_bytes(sum(p.bytes for p in ahead)),
                 "",

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from shlex import quote
 
 from sqlalchemy.engine import Connection, Engine
 
-from chronos import commands
 from chronos.catalog.locate import locate, require_located
-from chronos.db import opened, transaction
+from chronos.catalog.partitions import scheme
+from chronos.db import execute, opened, statement, transaction
 from chronos.errors import RefusedError
 from chronos.migration import state as states
-from chronos.settings import CONFIGURATION, Settings
-from chronos.table import Interval, TableSpec
+from chronos.settings import CONFIGURATION, VARIABLES, Settings
+from chronos.table import WEBHOOK_LOG, Interval, TableSpec
+
+
+class Verb(StrEnum):
+    """What is to be done with the table."""
+
+    MIGRATE = "migrate"
+    RESUME = "migrate --resume"
+    ROLLBACK = "rollback"
+    FINALIZE = "finalize"
+    STATUS = "status"
+    UPGRADE_FUNCTIONS = "upgrade-functions"
 
 
 @dataclass(frozen=True)
@@ -29,16 +43,21 @@ class Description:
         """What it says."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
-    def require_agreement(self, table: TableSpec, source: str) -> None:
-        """Raise RefusedError when it contradicts ``table``, which is as ``source`` says."""
+    def require_agreement(
+        self, table: TableSpec, source: str, remedy: Callable[[str, object], str] | None = None
+    ) -> None:
+        """Raise RefusedError when it contradicts ``table``, which is as ``source`` says.
+
+        ``remedy`` tells, for a key and what was typed for it, how to make ``source`` say the same.
+        """
         for what, value in self.given.items():
             known = getattr(table, what)
             if value != known:
-                option = f"--{what.replace('_', '-')}"
-                instead = "nothing" if known is None else str(known)
+                instead = f", or {remedy(what, value)}" if remedy else ""
                 raise RefusedError(
-                    f"{option} {value} contradicts {source}, which says {instead} for {table.typed};"
-                    " nothing was changed. Leave the option out"
+                    f"--{what.replace('_', '-')} {value} contradicts {source}, which says"
+                    f" {'nothing' if known is None else known} for {table.typed}; nothing was changed."
+                    f" Leave the option out{instead}"
                 )
 
     def applied(self, table: TableSpec) -> TableSpec:
@@ -46,51 +65,63 @@ class Description:
         return replace(table, **self.given)  # type: ignore[arg-type]
 
 
+def _write_it_there(what: str, value: object) -> str:
+    return f"""write {what} = {value if isinstance(value, int) else f'"{value}"'} there"""
+
+
+def _set_the_variable(what: str, value: object) -> str:
+    return f"set {VARIABLES[what]}={value}" if what in VARIABLES else f"list it in {CONFIGURATION}"
+
+
 def which_table(
-    engine: Engine, settings: Settings, name: str | None, described: Description | None = None
+    engine: Engine,
+    settings: Settings,
+    verb: Verb,
+    name: str | None,
+    described: Description | None = None,
+    options: str = "",
 ) -> tuple[TableSpec, bool]:
     """The table that ``name`` means, the only configured one for None, and whether a configuration lists it.
 
-    The server is asked only for a table that the configuration does not list under this very name; no locks
-    but ACCESS SHARE on the state of its migration. Raises RefusedError when it cannot be told, or when
-    ``described`` contradicts what is known.
+    What is in no file is as the state of its migration says, as it is described, or as it is partitioned.
+    ``options`` are those of the command that do not describe the table, for the command to type instead.
+    No locks but ACCESS SHARE on the state. Raises RefusedError when there is no such table, when it cannot
+    be told, or when ``described`` contradicts what is known.
     """
     described = described or Description()
     source = str(settings.listed_in or "the environment")
+    remedy = _write_it_there if settings.listed_in else _set_the_variable
     if name is None:
         if len(settings.tables) > 1:
             names = ", ".join(table.typed for table in settings.tables)
-            raise RefusedError(f"name a table: {source} lists {names}; nothing was changed")
-        [table] = settings.tables
-        described.require_agreement(table, source)
-        return table, True
-    try:
-        typed = TableSpec.named(name)
-    except ValueError as error:
-        raise RefusedError(f"{error}; nothing was changed") from None
-    for table in settings.tables:
-        if (table.schema, table.name) == (typed.schema, typed.name):
-            described.require_agreement(table, source)
-            return table, True
+            raise RefusedError(
+                f"name a table: {source} lists {names}; nothing was changed."
+                f" For example: python -m chronos {verb} {quote(settings.tables[0].typed)}"
+            )
+        typed = settings.tables[0]
+    else:
+        try:
+            typed = TableSpec.named(name)
+        except ValueError as error:
+            raise RefusedError(f"{error}; nothing was changed") from None
     with opened(engine) as conn:
+        for table in settings.tables:
+            if (table.schema, table.name) == (typed.schema, typed.name):
+                require_located(conn, table, settings.listed_in)
+                described.require_agreement(table, source, remedy)
+                return table, True
         located = require_located(conn, typed)
         listed = _listed(conn, settings, located, source)
         if listed is not None:
-            described.require_agreement(listed, source)
+            described.require_agreement(listed, source, remedy)
             return listed, True
         with transaction(conn):
             found = states.read(conn, located)
-    if found is not None:
-        table = found.table.located(located.home)
-        described.require_agreement(table, f"the migration begun on {found.plan.started_at:%Y-%m-%d}")
-        return table, False
-    if described.column is None:
-        raise RefusedError(
-            f"{located.typed} is in no {CONFIGURATION}, and no migration of it is under way; nothing was"
-            f" changed. List it there; or to migrate it now: {commands.migrate(located)} --column COLUMN"
-            " --every day"
-        )
-    return described.applied(located), False
+            if found is None:
+                return _in_no_file(conn, settings, verb, located, described, options), False
+    table = found.table.located(located.home)
+    described.require_agreement(table, f"the migration begun on {found.plan.started_at:%Y-%m-%d}")
+    return table, False
 
 
 def _listed(conn: Connection, settings: Settings, located: TableSpec, source: str) -> TableSpec | None:
@@ -107,3 +138,75 @@ def _listed(conn: Connection, settings: Settings, located: TableSpec, source: st
                 f" changed. List {located.typed} in {CONFIGURATION} with its schema, and {table} with its own"
             )
     return None
+
+
+def _in_no_file(
+    conn: Connection,
+    settings: Settings,
+    verb: Verb,
+    table: TableSpec,
+    described: Description,
+    options: str,
+) -> TableSpec:
+    """What ``verb`` works with, where neither a file nor a migration tells of ``table``."""
+    if verb in (Verb.ROLLBACK, Verb.FINALIZE):
+        return table  # they find that there is no migration of it, and say so
+    if states.relkind(conn, table.home, table.name) == "p":
+        column, widths = scheme(conn, table)
+        if column is None or not widths:
+            raise RefusedError(
+                f"{table.typed} is partitioned, but not by a time column into hours, days, weeks or months,"
+                " and no file lists it; nothing was changed. Chronos cannot keep it"
+            )
+        real = replace(table, column=column, every=widths[0])
+        if verb in (Verb.STATUS, Verb.UPGRADE_FUNCTIONS):
+            return real
+        raise RefusedError(
+            f"{table.typed} is partitioned already, and no migration of it is under way; nothing was changed."
+            f" For the nightly jobs to keep it, {to_be_listed(settings, real)}"
+        )
+    if verb is Verb.MIGRATE and described.column is not None:
+        return described.applied(table)
+    if verb is Verb.MIGRATE and table.name == WEBHOOK_LOG.name and settings.listed_in:
+        missing = replace(settings.webhook_log, schema=table.schema)
+        raise RefusedError(
+            f"{settings.listed_in} does not list {table.name}; nothing was changed. Add to it:"
+            f"\n\n{missing.as_toml()}"
+        )
+    command = _migrate_command(conn, table, described, options)
+    raise RefusedError(
+        {
+            Verb.MIGRATE: f"--column is missing, the time column of {table.typed}, which is in no"
+            f" {CONFIGURATION}; nothing was changed. Type: {command}",
+            Verb.RESUME: f"there is no migration of {table.typed} to resume; nothing was changed."
+            f" Start one with: {command}",
+        }.get(
+            verb,
+            f"{table.typed} is a plain table in no {CONFIGURATION}, and no migration of it is under way;"
+            f" nothing was changed. Migrate it with: {command}",
+        )
+    )
+
+
+def to_be_listed(settings: Settings, table: TableSpec) -> str:
+    """`add to chronos.toml:`, and the block to paste."""
+    return f"add to {settings.listed_in or CONFIGURATION}:\n\n{table.as_toml()}"
+
+
+_TIME_COLUMNS = """
+SELECT attname FROM pg_attribute
+WHERE attrelid = to_regclass(format('%I.%I', {schema}, {table})) AND attnum > 0 AND NOT attisdropped
+  AND atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype, 'date'::regtype)
+"""
+
+
+def _migrate_command(conn: Connection, table: TableSpec, described: Description, options: str) -> str:
+    """The command that migrates a table of which the column is not told; where it has one only, with it."""
+    columns = execute(conn, statement(_TIME_COLUMNS, schema=table.home, table=table.name)).scalars().all()
+    given: dict[str, object] = {
+        "column": columns[0] if len(columns) == 1 else "COLUMN",
+        "every": Interval.DAY,
+        **described.given,
+    }
+    words = (f"--{what.replace('_', '-')} {quote(str(value))}" for what, value in given.items())
+    return " ".join((f"python -m chronos migrate {quote(table.typed)}", *words, *filter(None, [options])))

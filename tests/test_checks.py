@@ -361,14 +361,15 @@ def test_nothing_depends_on_the_names_of_webhook_log(database: str) -> None:
     )
     assert [str(b) for b in surveyed(database, spec).blockers] == [
         "no index begins with At, by which the migration finds the rows of a period;"
-        ' CREATE INDEX CONCURRENTLY ON "Odd Place"."Event % Log" ("At") [no-time-index]',
+        ' CREATE INDEX CONCURRENTLY ON "Odd Place"."Event % Log" ("At"); [no-time-index]',
         "the check constraint few is NO INHERIT, which a partitioned table cannot have; drop it, and add it"
         " again without [no-inherit]",
         "table public.child has a foreign key (child_tenant_no_fkey) to Event % Log, whose (tenant, No) alone"
         " will not be unique; drop it first: ALTER TABLE public.child DROP CONSTRAINT child_tenant_no_fkey;"
         " afterwards refer to a lookup table, which is a plain table of these keys that a trigger fills; or"
         " make it composite, which keeps partitions from being dropped: ALTER TABLE public.child ADD FOREIGN"
-        ' KEY ("tenant", "no", ...) REFERENCES "Odd Place"."Event % Log" ("tenant", "No", "At") [inbound-fk]',
+        ' KEY ("tenant", "no", ...) REFERENCES "Odd Place"."Event % Log" ("tenant", "No", "At");'
+        " [inbound-fk]",
         "policy own reads Event % Log itself, and would go on reading Event % Log_old; drop it first"
         " [policy-reads-table]",
     ]

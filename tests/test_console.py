@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from datetime import date
+from datetime import date, timedelta
 
+import pytest
 from rich.console import Console
 
-from chronos.migration.console import Output, Summary, for_reading
+from chronos.migration.console import Output, Summary, ago, counted, for_reading
 from chronos.migration.state import PeriodResult
 from chronos.table import WEBHOOK_LOG, Interval, Period, TableSpec, midnight
 
@@ -26,6 +27,58 @@ def test_a_terminal_gets_whole_words_and_commands_to_copy() -> None:
         "or undo it with:",
         "  python -m chronos rollback",
     ]
+
+
+ORDER = (
+    'CREATE UNIQUE INDEX CONCURRENTLY "a;b" ON shop."Order\'s Events"'
+    """ ("Order No", lower('x; y'), "placed at");"""
+)
+CREATE = (
+    "CREATE TABLE public.events_y2025m10 PARTITION OF public.events"
+    " FOR VALUES FROM ('2025-10-01 00:00:00+00') TO ('2025-11-01 00:00:00+00');"
+)
+BLOCK = TableSpec("Order Events", "placed at", Interval.MONTH, schema="shop").as_toml()
+
+
+def test_a_statement_and_a_block_stand_on_lines_of_their_own_however_long() -> None:
+    text = (
+        f"no index is unique; {ORDER} where not, look. Create it: {CREATE} Or SELECT f(30); or DELETE FROM t"
+        f" WHERE at < '2025-01-01 00:00:00+00'; [gaps]; add to the file:\n\n{BLOCK}"
+    )
+    shown = for_reading(text, 50).splitlines()
+    copied = [line.strip() for line in shown if line.startswith("  ")]
+    assert copied[:4] == [
+        *(ORDER, CREATE, "SELECT f(30);"),
+        "DELETE FROM t WHERE at < '2025-01-01 00:00:00+00';",
+    ]
+    assert copied[4:] == BLOCK.splitlines()
+    assert all(len(line) <= 50 for line in shown if not line.startswith("  "))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "to go back by hand with DROP TABLE events CASCADE would drop all else that refers to it; beware",
+        "Detach them first (ALTER TABLE events DETACH PARTITION ...), and move what is left; then go on",
+        "a SELECT of an old snapshot, or a DELETE FROM it, waits; so",
+    ],
+)
+def test_what_is_only_spoken_of_stays_in_its_sentence(text: str) -> None:
+    assert for_reading(text, 200) == text
+
+
+@pytest.mark.parametrize(
+    ("age", "said"),
+    [
+        (timedelta(seconds=59), "less than a minute ago"),
+        (timedelta(minutes=3, seconds=5), "3 minutes ago"),
+        (timedelta(hours=1, minutes=59), "1 hour ago"),
+        (timedelta(days=8), "8 days ago"),
+    ],
+)
+def test_an_age_is_told_in_its_largest_unit(age: timedelta, said: str) -> None:
+    assert ago(age) == said
+    assert (counted(1, "row"), counted(1234, "row")) == ("1 row", "1,234 rows")
 
 
 def day(year: int, month: int, number: int) -> Period:

@@ -417,3 +417,20 @@ def test_a_blocker_is_named_and_nothing_is_run(database: str, pg_bin: Path) -> N
     assert "CREATE TABLE" not in refused.stdout
     assert dump(database, pg_bin) == before
     assert value(database, "SELECT count(*) FROM webhook_log") == 100
+
+
+def test_a_blocker_gives_commands_and_statements_whole(database: str) -> None:
+    query(
+        database,
+        'CREATE SCHEMA "A Shop With A Long Name";'
+        ' CREATE TABLE "A Shop With A Long Name"."Order Events" (nr int PRIMARY KEY, "placed at" date);'
+        ' CREATE UNIQUE INDEX "One Of Each" ON "A Shop With A Long Name"."Order Events" (nr) WHERE nr > 0',
+    )
+    table = '"A Shop With A Long Name"."Order Events"'
+    found = chronos(database, "migrate", table, "--column", "placed at", "--dry-run")
+    assert found.returncode == 2
+    lines = [line.removeprefix("--").strip() for line in found.stdout.splitlines()]
+    assert f"table: {table}" in lines
+    assert f'CREATE INDEX CONCURRENTLY ON {table} ("placed at");' in lines
+    assert 'DROP INDEX CONCURRENTLY "A Shop With A Long Name"."One Of Each";' in lines
+    assert f'CREATE UNIQUE INDEX CONCURRENTLY ON {table} ("nr", "placed at");' in lines

@@ -228,6 +228,12 @@ def test_finalize(database: str, key_type: KeyType) -> None:
     result = chronos(database, "finalize", answer="FINALIZE\n")
 
     assert result.returncode == 0, result.stderr
+    for line in (
+        r"webhook_log_old: [\d,]+ rows \(estimate\), [\d.]+ [kM]B",
+        r"webhook_log: [\d,]+ rows \(estimate\), [\d.]+ [kM]B",
+        r"swapped (less than a|1|2) minutes? ago",
+    ):
+        assert re.search(f"^{line}$", result.stdout, re.MULTILINE), result.stdout
     assert digest(database, where=f"id < {last}") == kept
     left = {name for kind, name in relations(database) if "_y2" not in name and kind in "rpS"}
     assert left == {
@@ -273,6 +279,27 @@ def test_finalize_refuses(database: str, reason: str) -> None:
     assert result.returncode == 2
     assert expected in result.stderr
     assert relations(database) == before
+
+
+def test_finalize_refuses_when_the_old_table_has_another_name(database: str) -> None:
+    fill(database)
+    migrate(database)
+    query(database, "CREATE SCHEMA attic; ALTER TABLE webhook_log_old SET SCHEMA attic")
+    query(database, 'ALTER TABLE attic.webhook_log_old RENAME TO "Old Log"')
+    before = relations(database)
+    line = 'webhook_log_old was renamed to attic."Old Log"'
+    back = 'ALTER TABLE attic."Old Log" RENAME TO webhook_log_old;'
+
+    result = chronos(database, "finalize", "--yes")
+
+    assert result.returncode == 2
+    assert line in result.stderr
+    assert back in result.stderr
+    assert "ALTER TABLE attic.webhook_log_old SET SCHEMA public;" in result.stderr
+    assert relations(database) == before
+    status = chronos(database, "status")
+    assert status.returncode == 1
+    assert line in status.stdout
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)

@@ -250,7 +250,7 @@ def test_an_upgrade_from_version_2_says_what_it_did(database: str) -> None:
         run(cur, VERSION_2.format(table="webhook_log"))
         add_partitions(cur, -16, -15)
         conn.commit()
-    functions = " and ".join(WEBHOOK_LOG.functions)
+    functions = " and ".join(f"public.{function}" for function in WEBHOOK_LOG.functions)
     assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"Installed {functions}"]
     assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"{functions} are current already"]
     with connected(database, autocommit=False) as conn, conn.cursor() as cur:

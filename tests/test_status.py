@@ -622,7 +622,7 @@ def test_it_waits_for_nobody_who_lets_others_read(migrated: str, look: Look) -> 
 def test_a_locked_table_is_not_waited_for(migrated: str, look: Look) -> None:
     with (
         holding(migrated, f"LOCK TABLE {names(migrated, 1, 1)[0]} IN ACCESS EXCLUSIVE MODE"),
-        pytest.raises(ChronosError, match="has locked webhook_log or one of its partitions"),
+        pytest.raises(ChronosError, match=r"has locked public\.webhook_log or one of its partitions"),
     ):
         look(migrated)
 

@@ -1,6 +1,9 @@
-"""In which schema a table is."""
+"""In which schema a table is, and why there is none of that name."""
 
 from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
 
 from psycopg2 import sql
 from sqlalchemy.engine import Connection
@@ -18,6 +21,15 @@ FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relname IN ({tables}) AND c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_'
 ORDER BY 1
 """
+
+_RELATIONS = """
+SELECT n.nspname, c.relname, c.relkind::text
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition
+  AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+ORDER BY 1, 2
+"""
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
 def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
@@ -40,12 +52,49 @@ def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
     return table.located(visible) if visible is not None else None
 
 
-def require_located(conn: Connection, table: TableSpec) -> TableSpec:
-    """The table with its schema. Raises RefusedError when there is no such table, or more than one."""
+def require_located(conn: Connection, table: TableSpec, listed_in: Path | None = None) -> TableSpec:
+    """The table with its schema. Raises RefusedError when there is no such table, or more than one, saying
+    what there is instead; it names ``listed_in`` as the file that lists the table.
+    """
     located = locate(conn, table)
     if located is None:
-        raise RefusedError(
-            f"there is no table {table} in this database, or one in several schemas and none on the"
-            " search path; nothing was changed. Check the database and its search_path"
-        )
+        listed = f"{listed_in} lists {table.typed}, and " if listed_in else ""
+        raise RefusedError(f"{listed}{_instead(conn, table)}")
     return located
+
+
+def _instead(conn: Connection, table: TableSpec) -> str:
+    """Why there is no such table, and which may be meant."""
+    with conn.begin():
+        execute(conn, sql.SQL("SET LOCAL search_path = pg_catalog, pg_temp"))
+        database = execute(conn, sql.SQL("SELECT current_database()")).scalar_one()
+        relations = [
+            (TableSpec(relation, schema=schema), kind)
+            for schema, relation, kind in execute(conn, sql.SQL(_RELATIONS))
+        ]
+    of_its_name = [
+        (found, kind)
+        for found, kind in relations
+        if found.name == table.name and table.schema in (None, found.schema)
+    ]
+    for found, kind in of_its_name:
+        if kind in _KINDS:
+            return f"{found.typed} is {_KINDS[kind]}, not a table; nothing was changed. Name a table"
+    if of_its_name:
+        names = ", ".join(found.typed for found, _ in of_its_name)
+        return (
+            f"{table.typed} is in several schemas, and none of them is on the search path; nothing was"
+            f" changed. Name one of {names}"
+        )
+    tables = {found.typed: found for found, kind in relations if kind not in _KINDS}
+    # As it is spelled, whatever its case and its quotes, with its schema where one was typed.
+    spelled = {
+        ".".join((*((found.home,) if table.schema else ()), found.name)).lower(): typed
+        for typed, found in tables.items()
+    }
+    wanted = ".".join(part for part in (table.schema, table.name) if part).lower()
+    near = get_close_matches(wanted, spelled, n=1, cutoff=0.7)
+    meant = spelled[near[0]] if near else None
+    elsewhere = next((typed for typed, found in tables.items() if found.name == table.name), meant)
+    instead = f"Is it {elsewhere}?" if elsewhere else "Check its name, the database URL and the search_path"
+    return f"there is no table {table.typed} in database {database}; nothing was changed. {instead}"

@@ -9,12 +9,13 @@ from datetime import UTC, date, datetime, timedelta
 from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
-from chronos.table import Period, TableSpec, midnight
+from chronos.table import Interval, Period, TableSpec, midnight
 
 _BEGINNING = datetime.min.replace(tzinfo=UTC)
 _END = datetime.max.replace(tzinfo=UTC)
 # As far ahead as the function goes that creates partitions.
 _TEN_YEARS = 3650
+_NEWEST_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,20 @@ class Partition:
     schema: str
 
 
-# pg_get_expr prints timestamptz bounds in the session's zone; db.transaction() pins UTC and ISO.
-_ATTACHED = r"""
+# pg_get_expr prints timestamptz bounds in the session's zone; db.transaction() pins UTC and ISO. A bound
+# names no column, so it needs no relation to be printed, and asks for no lock on one.
+_BOUNDS = r"""
+    SELECT to_timestamp(extract(epoch FROM bound[1]::timestamp)) AS lower,
+           to_timestamp(extract(epoch FROM bound[2]::timestamp)) AS upper
+    FROM regexp_match(
+        pg_get_expr(c.relpartbound, '0'::oid),
+        '^FOR VALUES FROM \((?:''(\d[^'']*)''|MINVALUE)\) TO \((?:''(\d[^'']*)''|MAXVALUE)\)$') AS bound
+"""
+
+_ATTACHED = f"""
 SELECT c.relname,
-       to_timestamp(extract(epoch FROM (m.bound)[1]::timestamp)) AS lower,
-       to_timestamp(extract(epoch FROM (m.bound)[2]::timestamp)) AS upper,
+       m.lower,
+       m.upper,
        i.inhdetachpending,
        greatest(c.reltuples, 0)::bigint,
        coalesce(pg_total_relation_size(c.oid), 0),
@@ -46,13 +56,9 @@ SELECT c.relname,
 FROM pg_inherits i
 JOIN pg_class c ON c.oid = i.inhrelid
 JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN LATERAL (
-    SELECT regexp_match(
-        pg_get_expr(c.relpartbound, c.oid),
-        '^FOR VALUES FROM \((?:''(\d[^'']*)''|MINVALUE)\) TO \((?:''(\d[^'']*)''|MAXVALUE)\)$') AS bound
-) m ON true
-WHERE i.inhparent = to_regclass({table})
-ORDER BY lower NULLS LAST, c.relname
+LEFT JOIN LATERAL ({_BOUNDS}) m ON true
+WHERE i.inhparent = to_regclass({{table}})
+ORDER BY m.lower NULLS LAST, c.relname
 """
 
 
@@ -66,6 +72,39 @@ def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> lis
     )
     rows = execute(conn, statement(_ATTACHED, table=qualified.scalar_one())).all()
     return [Partition(*row) for row in rows]
+
+
+_COLUMN = """
+SELECT a.attname
+FROM pg_partitioned_table p
+LEFT JOIN pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = p.partattrs[0] AND p.partnatts = 1
+WHERE p.partrelid = to_regclass({table}) AND p.partstrat = 'r'
+"""
+
+_WIDTHS = f"""
+SELECT m.lower, m.upper
+FROM pg_inherits i
+JOIN pg_class c ON c.oid = i.inhrelid
+CROSS JOIN LATERAL ({_BOUNDS}) m
+WHERE i.inhparent = to_regclass({{table}}) AND m.lower IS NOT NULL AND m.upper IS NOT NULL
+ORDER BY m.lower DESC
+"""
+
+
+def scheme(conn: Connection, spec: TableSpec) -> tuple[str | None, list[Interval]]:
+    """By which column a table is partitioned, and the intervals of its newest few partitions, newest first.
+
+    A partition that is not exactly one period of any interval tells nothing. None and nothing for a plain
+    table. To be called inside ``db.transaction``; no lock but the catalog's own.
+    """
+    table = statement("format('%I.%I', {s}, {t})", s=spec.home, t=spec.name)
+    column = execute(conn, statement(_COLUMN, table=table)).scalar_one_or_none()
+    widths: list[Interval] = []
+    for lower, upper in execute(conn, statement(_WIDTHS, table=table)):
+        widths += (every for every in Interval if every.floor(lower) == lower and every.next(lower) == upper)
+        if len(widths) == _NEWEST_FEW:
+            break
+    return column, widths
 
 
 def _covered(existing: Iterable[Partition]) -> list[tuple[datetime, datetime]]:

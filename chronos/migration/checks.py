@@ -507,7 +507,7 @@ def _no_key(subject: Subject) -> Iterator[str]:
             f"{subject.spec} has no key by which a changed row could be found again: no primary key, and no"
             " unique index over NOT NULL columns; make one of the columns that tell its rows apart:"
             f" CREATE UNIQUE INDEX CONCURRENTLY {index} ON {subject.table} ({column});"
-            f" ALTER TABLE {subject.table} ADD PRIMARY KEY USING INDEX {index}"
+            f" ALTER TABLE {subject.table} ADD PRIMARY KEY USING INDEX {index};"
         )
 
 
@@ -516,7 +516,7 @@ def _no_time_index(subject: Subject) -> Iterator[str]:
         column = subject.spec.column
         yield (
             f"no index begins with {column}, by which the migration finds the rows of a period;"
-            f" CREATE INDEX CONCURRENTLY ON {subject.table} ({in_quotes(column)})"
+            f" CREATE INDEX CONCURRENTLY ON {subject.table} ({in_quotes(column)});"
         )
 
 
@@ -556,7 +556,7 @@ def _inbound_fk(subject: Subject) -> Iterator[str]:
         yield (
             f"{key}, whose ({', '.join(columns)}) alone will not be unique; {drop}; afterwards refer to"
             f" {_LOOKUP}; or make it composite{dropping}: ALTER TABLE {child} ADD FOREIGN KEY ({own})"
-            f" REFERENCES {subject.table} ({referred})"
+            f" REFERENCES {subject.table} ({referred});"
         )
 
 
@@ -597,7 +597,7 @@ def _unvalidated_foreign_key(subject: Subject) -> Iterator[str]:
         if not foreign.validated and not foreign.definition.endswith("NOT ENFORCED"):
             yield (
                 f"the foreign key {foreign.name} is not validated;"
-                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(foreign.name)}"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(foreign.name)};"
             )
 
 
@@ -616,7 +616,7 @@ def _unvalidated_check(subject: Subject) -> Iterator[str]:
         if check.kind == "c" and not check.validated and not check.definition.endswith("NOT ENFORCED"):
             yield (
                 f"the check constraint {check.name} is not validated, so the table cannot become a partition;"
-                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {quoted(check.name)}"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {quoted(check.name)};"
             )
         if check.name == check_name(subject.spec):
             yield f"the name of the check constraint {check.name} is needed; rename it"
@@ -627,7 +627,7 @@ def _unvalidated_not_null(subject: Subject) -> Iterator[str]:
         if check.kind == "n" and check.inherited and not check.validated:
             yield (
                 f"the NOT NULL constraint {check.name} is not validated;"
-                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(check.name)}"
+                f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {in_quotes(check.name)};"
             )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -32,24 +33,58 @@ def in_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-# A word in the quotes of a shell. A table is such a word, or has its schema before it.
+def counted(number: int, what: str) -> str:
+    """``1 row``, ``1,234 rows``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def ago(age: timedelta) -> str:
+    """``3 minutes ago``, in the largest unit of which there is one."""
+    for unit, seconds in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if age.total_seconds() >= seconds:
+            return f"{counted(int(age.total_seconds() // seconds), unit)} ago"
+    return "less than a minute ago"
+
+
+# A word in the quotes of a shell. A table is such a word, or one without quotes that SQL would take.
 _QUOTED = r"""'[^']*'(?:"'"'[^']*')*"""
-_COMMAND = re.compile(
-    r"(python -m chronos[\w.]*(?: (?:migrate|rollback|finalize|status|upgrade-functions))?"
-    rf"(?: (?:{_QUOTED}|\w+\.\w+))?"
-    rf"(?: --(?:column|every|retention-days|ahead-days) (?:{_QUOTED}|\w+)| --[a-z-]+)*)"
+_COMMAND = (
+    r"python -m chronos[\w.]*(?: (?:(?:migrate|rollback|finalize|status|upgrade-functions)"
+    rf"(?: (?:{_QUOTED}|\w+\.\w+|webhook_log\b))?))?"
+    rf"(?: --(?:column|every|retention-days|ahead-days|strategy|batch-size|workers|verify|rate-limit"
+    rf"|max-replica-lag|max-lock-wait|report) (?:{_QUOTED}|[\w./-]*\w)| --[a-z-]+)*"
 )
+# From its first words to the semicolon that ends it. Quotes and brackets close in it, and may hold anything;
+# a comma, a colon or two small words elsewhere tell that it is only spoken of.
+_HELD = r"""(?:"[^"]*"|'[^']*'|[^"'()])*"""
+_SQL = (
+    r"\b(?:(?:CREATE|ALTER|DROP) (?:[A-Z]+ )*(?:TABLE|INDEX)\b|DELETE FROM\b|SELECT )"
+    rf"""(?:"[^"]*"|'[^']*'|\({_HELD}(?:\({_HELD}\){_HELD})*\)|(?![a-z]+ [a-z])[^"'(),:;\[\]])*;"""
+)
+_TOML = r"\[\[tables\]\](?:\n\w+ = .*)*"
+_TO_COPY = re.compile(f"({_COMMAND}|{_SQL}|{_TOML})")
 
 
-def for_reading(text: str, width: int) -> str:
-    """``text`` in lines of ``width``, broken between words; each command by itself, to be copied."""
+def for_reading(text: str, width: int, indent: str = "") -> str:
+    """``text`` in lines of ``width``, broken between words; what is to be copied on lines of its own.
+
+    That is each command, each statement of SQL, and each block for chronos.toml, however long they are.
+    ``indent`` stands before each line but the first.
+    """
     lines: list[str] = []
-    for number, piece in enumerate(_COMMAND.split(text)):
+    for number, piece in enumerate(_TO_COPY.split(text)):
         if number % 2:
-            lines.append(f"  {piece}")
+            lines.append(textwrap.indent(piece, f"{indent}  "))
         else:
-            prose = piece.lstrip(";,. ") if number else piece
-            lines += textwrap.wrap(prose, width, break_long_words=False, break_on_hyphens=False)
+            prose = piece.lstrip(";,. \n") if number else piece
+            lines += textwrap.wrap(
+                prose,
+                width,
+                initial_indent=indent if number else "",
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return "\n".join(lines)
 
 

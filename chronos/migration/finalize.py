@@ -19,6 +19,7 @@ from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.changes import drop_log_statement, drop_trigger_statements, written_by_hand
 from chronos.migration.context import Migration, match, read_plain
+from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
@@ -28,7 +29,7 @@ from chronos.migration.state import (
     take_over,
     undone_by_hand,
 )
-from chronos.table import Period, TableSpec, midnight, quoted
+from chronos.table import Period, TableSpec, midnight
 
 _BLOCKING = """
 SELECT pg_describe_object(d.classid, d.objid, d.objsubid)
@@ -75,7 +76,8 @@ def finish(
                 )
             there = not finalized_by_hand(conn, found)
             if not there and not found.plan.attaches:
-                _require_gone(conn, found)
+                if renamed := renamed_by_hand(conn, table):
+                    raise RefusedError(f"nothing was changed, for {renamed}")
             shape = read_plain(conn, found) if there and not found.plan.attaches else None
             if found.plan.attaches:
                 _require_verified(found)
@@ -113,27 +115,6 @@ def _why_not(table: TableSpec, found: State | None) -> str:
     if found is None:
         return f"there is no migration of {table} to finalize; nothing was changed"
     return f"the migration is not complete ({found.phase}); nothing was changed. See: {status_command(table)}"
-
-
-def _require_gone(conn: Connection, found: State) -> None:
-    """Raise RefusedError when the old table is there under another name."""
-    table = found.table
-    renamed = execute(
-        conn,
-        statement(
-            "SELECT t.tgrelid::regclass::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
-            " WHERE t.tgname = {trigger} AND c.relkind = 'r' AND NOT c.relispartition"
-            " AND t.tgfoid = to_regprocedure(format('%I.%I()', {schema}, {function})) LIMIT 1",
-            trigger=table.note_triggers[0],
-            schema=table.home,
-            function=table.note_function,
-        ),
-    ).scalar()
-    if renamed:
-        raise RefusedError(
-            f"{table.old} was not dropped, it is called {renamed} now; nothing was changed. Rename it back:"
-            f" ALTER TABLE {renamed} RENAME TO {quoted(table.old)}"
-        )
 
 
 def _late(table: TableSpec, rows: int) -> str:

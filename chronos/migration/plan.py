@@ -64,7 +64,7 @@ from chronos.migration.compare import (
     side_by_side_statement,
     within,
 )
-from chronos.migration.console import Output, for_reading, in_bytes
+from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
 from chronos.migration.foreign_keys import (
@@ -619,9 +619,9 @@ class _Report:
         for line in textwrap.wrap(text, _WIDTH - 3, subsequent_indent=indent, break_on_hyphens=False) or [""]:
             self.raw(f"-- {line}".rstrip())
 
-    def say_with_commands(self, text: str) -> None:
-        """Some sentences, each command in them on a line of its own, to be copied."""
-        for line in for_reading(text, _WIDTH - 3).splitlines():
+    def say_with_commands(self, text: str, indent: str = "") -> None:
+        """Some sentences; each command and each statement in them is on a line of its own, to be copied."""
+        for line in for_reading(text, _WIDTH - 3, indent).splitlines():
             self.raw(f"-- {line}".rstrip())
 
     def title(self, text: str) -> None:
@@ -636,13 +636,15 @@ class _Report:
 
     def finding(self, what: str, found: Finding) -> None:
         """A blocker or a warning, and the id under which the guide has it."""
-        self.item(what, str(found))
+        self.say_with_commands(f"{what}: {found}", indent="    ")
 
     def head(self, found: Survey) -> None:
         """Which table, and how large."""
         self.title("Plan of a migration; nothing was changed")
-        self.item("table", f"{found.spec.home}.{found.spec}")
-        self.item("size", f"about {found.rows_estimate:,} rows, {in_bytes(found.bytes)} with indexes")
+        self.item("table", found.spec.typed)
+        self.item(
+            "size", f"about {counted(found.rows_estimate, 'row')}, {in_bytes(found.bytes)} with indexes"
+        )
         self.item("now", f"{found.now:%Y-%m-%d %H:%M} UTC, by the server's clock")
 
     def history(self, plan: Plan) -> None:

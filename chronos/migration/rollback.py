@@ -480,7 +480,7 @@ def _our_triggers(migration: Migration) -> list[str]:
         migration.conn,
         statement(
             "SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass(format('%I.%I', {s}, {t}))"
-            " AND tgname::text IN ({ours})",
+            " AND tgname::text IN ({ours}) ORDER BY tgname",
             s=table.home,
             t=table.name,
             ours=joined([sql.Literal(trigger) for trigger in table.note_triggers]),

@@ -28,7 +28,7 @@ from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, name, opened, statement, transaction
 from chronos.errors import RefusedError, SupersededError
 from chronos.locks import lock_table
-from chronos.table import Period, TableSpec
+from chronos.table import Period, TableSpec, quoted
 
 
 class Phase(StrEnum):
@@ -58,9 +58,9 @@ class Strategy(StrEnum):
 def describe(state: State) -> str:
     """Which table is in use, and what the others are for, in a sentence."""
     table, phase = state.table, state.phase
-    t, old, new = table.name, table.old, table.new
+    t, old, new, history = map(quoted, (table.name, table.old, table.new, table.history))
     if state.plan.attaches and phase in _ATTACHING:
-        return _ATTACHING[phase].format(t=t, new=new, history=table.history)
+        return _ATTACHING[phase].format(t=t, new=new, history=history)
     return {
         Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
@@ -237,6 +237,9 @@ class State:
         return self.plan.table
 
 
+# With these words the comment on the state's table begins, by which it is found.
+COMMENT = "chronos: how far the migration of "
+
 _CREATE = """
 CREATE TABLE {table} (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
@@ -259,7 +262,7 @@ def create_statement(state: State) -> Statement:
     return statement(
         _CREATE,
         table=_name(state.table),
-        comment=f"chronos: how far the migration of {state.table} has come; finalize and rollback remove it",
+        comment=f"{COMMENT}{state.table} has come; finalize and rollback remove it",
         run_id=str(state.run_id),
         phase=state.phase.value,
         plan=state.plan.as_json(),

@@ -1,0 +1,65 @@
+"""Whether what the configuration says of a table is how it is partitioned, or how its migration began."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sqlalchemy.engine import Connection
+
+from chronos.catalog.partitions import scheme
+from chronos.db import execute, statement, transaction
+from chronos.errors import RefusedError
+from chronos.migration import state as states
+from chronos.settings import CONFIGURATION
+from chronos.table import TableSpec, quoted
+
+
+def as_it_is(conn: Connection, table: TableSpec) -> TableSpec:
+    """``table`` with the column and the interval of its partitions or, while it is plain, of its migration.
+
+    What neither tells is as ``table`` says. An interval counts as long as any of the newest few partitions
+    has it. To be called inside ``db.transaction``; ACCESS SHARE on the state of the migration, unless the
+    role may not read it.
+    """
+    column, widths = scheme(conn, table)
+    if column is not None:
+        every = table.every if table.every in widths or not widths else widths[0]
+        return replace(table, column=column, every=every)
+    readable = statement(
+        "SELECT has_table_privilege(to_regclass(format('%I.%I', {s}, {t})), 'SELECT')"
+        " AND has_schema_privilege({s}, 'USAGE')",
+        s=table.home,
+        t=table.state,
+    )
+    found = states.read(conn, table) if execute(conn, readable).scalar_one() else None
+    if found is None or states.undone_by_hand(conn, found):
+        return table
+    return replace(table, column=found.table.column, every=found.table.every)
+
+
+def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) -> list[str]:
+    """What ``listed_in`` says of ``table`` and is not so, a sentence for each; None: no file lists it."""
+    found = []
+    for what, said, truth, but in (
+        ("column", table.column, real.column, f"it is partitioned by {quoted(real.column)}"),
+        ("every", table.every.value, real.every.value, f"its partitions are {real.every}s"),
+    ):
+        if said == truth:
+            continue
+        line = f'{what} = "{truth}"'
+        if listed_in is None:
+            found.append(
+                f"without {CONFIGURATION}, {real.typed} has {said}, but {but}; list it there, with {line}"
+            )
+        else:
+            found.append(f"{listed_in} says {said} for {real.typed}, but {but}; put {line} there")
+    return found
+
+
+def require_agreement(conn: Connection, table: TableSpec, listed_in: Path | None) -> None:
+    """Raise RefusedError when the configuration says of a located ``table`` what is not so. No locks."""
+    with transaction(conn):
+        found = contradictions(table, as_it_is(conn, table), listed_in)
+    if found:
+        raise RefusedError(f"{'; '.join(found)}; nothing was changed")
