@@ -75,9 +75,9 @@ def finish(
                     f" Tidy up with: {rollback_command(table)}"
                 )
             there = not finalized_by_hand(conn, found)
-            if not there and not found.plan.attaches:
-                if renamed := renamed_by_hand(conn, table):
-                    raise RefusedError(f"nothing was changed, for {renamed}")
+            renamed = None if there or found.plan.attaches else renamed_by_hand(conn, table)
+            if renamed is not None:
+                raise RefusedError(f"nothing was changed, for {renamed}")
             shape = read_plain(conn, found) if there and not found.plan.attaches else None
             if found.plan.attaches:
                 _require_verified(found)
