@@ -1071,7 +1071,7 @@ KILL_BILL = Real(
         given=True,
         kind="timestamp",
     ),
-    refused=("time-column-type", "unique-without-time"),
+    refused=("time-column-type",),
     way_out=(
         "ALTER TABLE sessions ALTER COLUMN start_timestamp TYPE timestamp",
         "DROP INDEX sessions_id",

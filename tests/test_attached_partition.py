@@ -104,17 +104,6 @@ def test_rows_that_an_application_nine_days_ahead_writes_come_back(database: str
     assert dump(database, pg_bin) == before
 
 
-@pytest.mark.xfail(strict=True, reason="rows are carried in the transaction that changes the names")
-def test_a_snapshot_from_before_the_way_back_sees_the_rows_beyond_the_bound(database: str) -> None:
-    attach(database)
-    query(database, INSERT, 9)
-    with connected(database, autocommit=False) as conn, conn.cursor() as cursor:
-        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-        assert chronos(database, *ROLLBACK).returncode == 0
-        cursor.execute("SELECT count(*) FROM webhook_log")
-        assert cursor.fetchone() == (ROWS + 1,)
-
-
 def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
     database: str, redis_url: str
 ) -> None:
@@ -271,18 +260,18 @@ def test_new_partitions_never_meet_its_bound(database: str, every: Interval) -> 
     migrate(engine, spec, Options(strategy=Strategy.ATTACH), operator(), lambda found: None)
     with connected(database) as conn, conn.cursor() as cursor:
         before = attached(cursor, '"Events"')
-        for days in range(0, 70, 9):
+        for days in range(0, 40, 9):
             cursor.execute(
                 "SELECT chronos_create_partitions('public', 'Events', %s, 20, now() + %s * interval '1 day')",
                 (every.value, days),
             )
         cursor.execute(
             "INSERT INTO \"Events\" (at) SELECT now() + n * interval '1 hour'"
-            " FROM generate_series(0, 24 * 80) n"
+            " FROM generate_series(0, 24 * 50) n"
         )
         assert attached(cursor, '"Events"') > before
     undo(engine, spec, operator(), lambda found: None)
-    assert value(database, 'SELECT count(*) FROM "Events"') == 200 + 24 * 80 + 1
+    assert value(database, 'SELECT count(*) FROM "Events"') == 200 + 24 * 50 + 1
 
 
 @pytest.mark.parametrize("key_type", ["serial", "identity"])

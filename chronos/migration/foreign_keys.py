@@ -69,7 +69,8 @@ def give_up_keys(migration: Migration, table: str) -> None:
     # Partitions have keys of their own until the partitioned table's have adopted them.
     for relation in [*(_leaves(migration, "EXISTS") if table == spec.new else []), table]:
         keys = _keys(migration, relation)
-        if not keys and (relation != table or migration.plan.attaches):
+        # Once they are gone there is nothing to do, but what a first run has begun is brought to its end.
+        if not keys and (relation != spec.old or migration.state.verified):
             continue
         referred = migration.referred() if keys else []
         locks = migration.locks()
