@@ -76,6 +76,9 @@ def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
             if keep:
                 _say_how_to_go_on(server, output)
     except KeyboardInterrupt:
+        # If it came while a library executed a text of its own, Python would end by the signal, whatever the
+        # exit code; unless another text has been executed since.
+        exec("")
         if output.console.is_terminal:
             output.line()  # the cursor stands behind a ^C
         raise InterruptedRunError(
