@@ -192,28 +192,25 @@ def _lock_wait(seconds: float) -> str:
 def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     """What is known of a table that is to be migrated, and what will be done to it."""
     table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
+    at_last = _at_last(table, hold, attaches=found.attaches)
     if found.attaches:
-        swap = (
-            "no name changes yet."
-            if hold
-            else f"then it is renamed to {quoted(table.history)},\n"
-            "and is the partition of all rows before that."
-        )
-        return (
-            f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
+        what = (
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{quoted(table.name)} gets an index and a check; {swap}",
+            f"{quoted(table.name)} gets an index and a check; {at_last}"
         )
-    rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
-    return (
-        f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}",
-        f"{rows} copied into partitions beside it\nand compared; {_at_last(table, hold)}",
-    )
+    else:
+        rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
+        what = f"{rows} copied into partitions beside it\nand compared; {at_last}"
+    return f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}", what
 
 
-def _at_last(table: TableSpec, hold: bool) -> str:
+def _at_last(table: TableSpec, hold: bool, *, attaches: bool = False) -> str:
     if hold:
         return "no name changes yet."
+    if attaches:
+        return (
+            f"then it is renamed to {quoted(table.history)},\nand is the partition of all rows before that."
+        )
     return (
         f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"
         "and the partitioned table takes its name."
@@ -265,6 +262,10 @@ def _next(context: _Context, strategy: Strategy) -> str:
         f" 02:00 keep only the tables that are listed.{'' if listed_by else alone}\n\n"
         f"{table.as_toml()}\n\nThen\n{lines}"
     )
+
+
+def _no_job_keeps(table: TableSpec, settings: Settings) -> str:
+    return f"No {CONFIGURATION} lists {table.typed}, so no job keeps it: {to_be_listed(settings, table)}"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -452,7 +453,7 @@ def migrate(
 @cli.command()
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word ROLLBACK.")
-@click.option("--force", is_flag=True, help="Give up rows that retention has already dropped.")
+@click.option("--force", is_flag=True, help="Give up what stands in the way and can be given up.")
 def rollback(table: str | None, yes: bool, force: bool) -> None:
     """Go back to the plain table, with every row written since.
 
@@ -481,11 +482,28 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         undo(context.engine, context.table, operator, confirm, force=force)
 
 
-def _old_and_new(engine: Engine, found: State, *, old_is_there: bool) -> str:
+def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) -> str:
+    if not old_is_there:
+        return (
+            f"{quoted(found.plan.former)} was dropped before; what is left of the migration will be removed."
+        )
+    if found.plan.attaches:
+        return (
+            f"{describe(found)}\nNothing is dropped, and there is no way back afterwards.\n"
+            f"{what_becomes_of(found.plan)}."
+        )
+    with_it = ""
+    if found.table.retention_days is not None:
+        with_it = f", and with it all from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
+    return (
+        f"{describe(found)}\n{_old_and_new(engine, found)}\n"
+        f"{quoted(found.table.old)} will be dropped for good{with_it}."
+    )
+
+
+def _old_and_new(engine: Engine, found: State) -> str:
     """How much both tables hold, and how long ago the names changed; ACCESS SHARE, waited for 1 s at most."""
     table = found.table
-    if not old_is_there:
-        return ""
     with opened(engine) as conn:
         try:
             with transaction(conn, lock_timeout_ms=1_000):
@@ -522,36 +540,14 @@ def finalize(table: str | None, yes: bool) -> None:
         context = _context(Verb.FINALIZE, table)
 
         def confirm(found: State, old_is_there: bool) -> None:
-            if found.plan.attaches and old_is_there:
-                click.echo(
-                    f"{context.head(found.table)}\n{describe(found)}\nNothing is dropped, and there is no way"
-                    f" back afterwards.\n{what_becomes_of(found.plan)}."
-                )
-                if not yes:
-                    _ask("FINALIZE")
-                return
-            seen = _old_and_new(context.engine, found, old_is_there=old_is_there)
-            before = f"{found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
-            with_it = (
-                f" and with it all from\nbefore {before}" if found.table.retention_days is not None else ""
-            )
-            what = (
-                f"{describe(found)}\n{seen}\n{quoted(found.table.old)} will be dropped for good"
-                f"{f',{with_it}' if with_it else ''}."
-                if old_is_there
-                else f"{quoted(found.plan.former)} was dropped before;"
-                " what is left of the migration will be removed."
-            )
+            what = _what_finalize_drops(context.engine, found, old_is_there=old_is_there)
             click.echo(f"{context.head(found.table)}\n{what}")
             if not yes:
                 _ask("FINALIZE")
 
         finish(context.engine, context.table, operator, confirm)
         if not context.listed:
-            operator.output.line(
-                f"No {CONFIGURATION} lists {context.table.typed}, so no job keeps it:"
-                f" {to_be_listed(context.settings, context.table)}"
-            )
+            operator.output.line(_no_job_keeps(context.table, context.settings))
 
 
 @cli.command()
@@ -571,10 +567,7 @@ def upgrade_functions(table: str | None) -> None:
         for line in upgrade(engine, *found, listed_in=settings.listed_in):
             click.echo(line)
         if not listed:
-            click.echo(
-                f"\nNo {CONFIGURATION} lists {found[0].typed}, so no job keeps it:"
-                f" {to_be_listed(settings, found[0])}"
-            )
+            click.echo(f"\n{_no_job_keeps(found[0], settings)}")
 
 
 @cli.command()

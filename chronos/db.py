@@ -184,7 +184,7 @@ def is_disconnect(error: BaseException) -> bool:
     )
 
 
-# Conflicts, resources that ran out, a lock, an intervention of somebody's, trouble of the system's.
+# Conflicts, resources that ran out, a lock, an operator who stepped in, trouble with the system.
 _PASSING = ("40", "53", "55", "57", "58")
 
 

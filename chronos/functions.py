@@ -19,7 +19,7 @@ from chronos.catalog.shape import TableShape, read
 from chronos.db import Statement, execute, joined, name, one_line, opened, sqlstate, statement, transaction
 from chronos.errors import RefusedError
 from chronos.migration import state as states
-from chronos.table import TableSpec, quoted
+from chronos.table import TableSpec, in_quotes, quoted
 
 VERSION = 3
 
@@ -53,7 +53,7 @@ def installation(table: TableSpec, owner: str) -> list[Statement]:
 
 
 def _script(file: str, table: TableSpec, owner: str) -> Statement:
-    home = '"' + table.home.replace('"', '""') + '"'
+    home = in_quotes(table.home)
     return script(
         file,
         table,

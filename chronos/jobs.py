@@ -375,7 +375,7 @@ class _Attempt:
     def _look(self, conn: Connection, table: TableSpec) -> list[str]:
         """Measure what there is, and return the names of what this job has still to do.
 
-        ACCESS SHARE on the partitions; where that is not to be had soon, nothing is measured.
+        ACCESS SHARE on the partitions; where that cannot be had soon, nothing is measured.
         """
         try:
             with transaction(conn, lock_timeout_ms=_LOOK_LOCK_TIMEOUT_MS):

@@ -34,7 +34,7 @@ from chronos.functions import VERSION
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
 from chronos.migration import state as migration_state
-from chronos.migration.attach import check_name
+from chronos.migration.attach import check_is_valid
 from chronos.migration.console import counted, for_reading, in_bytes
 from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
@@ -537,18 +537,9 @@ def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int 
 
 def _refused_from(conn: Connection, migration: State) -> datetime | None:
     """From when on a table that is to become a partition takes no row, for its CHECK; None without one."""
-    table = migration.table
-    there: bool = execute(
-        conn,
-        statement(
-            "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = {check} AND contype = 'c'"
-            " AND conrelid = to_regclass(format('%I.%I', {schema}, {table})))",
-            check=check_name(table),
-            schema=table.home,
-            table=table.name,
-        ),
-    ).scalar_one()
-    return migration.plan.first if there and migration.plan.attaches else None
+    if not migration.plan.attaches or check_is_valid(conn, migration.table, migration.table.name) is None:
+        return None
+    return migration.plan.first
 
 
 def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
@@ -662,7 +653,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
         }[phase]
         if refused_from is not None:
             carry_on = f"While it is, {_refusal(status)}. {carry_on}"
-        what = {Phase.RETURNING: "the rollback of ", Phase.UNDONE: "the rollback of "}.get(phase, "")
+        what = "the rollback of " if phase in (Phase.RETURNING, Phase.UNDONE) else ""
         yield (
             f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
             f" nobody is at it. {describe(migration)} {carry_on}"

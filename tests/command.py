@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chronos.cli import main
+from tests.tables import holding
+from tests.waiting import wait_until
 
 TIMEOUT_S = 120.0
 
@@ -62,6 +65,16 @@ class Run:
             raise subprocess.TimeoutExpired(self.arguments, TIMEOUT_S, stdout, stderr)
         return subprocess.CompletedProcess(self.arguments, code, stdout, stderr)
 
+    def kill_when(self, condition: Callable[[], object], what: str) -> None:
+        """Kill it with SIGKILL as soon as ``condition`` holds; it never outlives the call."""
+        try:
+            wait_until(condition, 30, what)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            killed = self.finish()
+        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+
 
 def _work(here: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     os.environ.clear()
@@ -106,3 +119,15 @@ def started(
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def stop_a_rollback(url: str) -> str:
+    """Leave a rollback behind that was stopped while it waited for its swap; returns what it said of it."""
+    reader = holding(url, "SELECT FROM webhook_log LIMIT 1")
+    with reader, started(url, "rollback", "--yes") as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    return errors

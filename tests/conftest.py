@@ -16,12 +16,16 @@ from typing import Protocol
 
 import pytest
 import redis
+from pydantic import SecretStr
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
 
 from chronos.demo.binaries import find_postgres
 from chronos.demo.embedded import EmbeddedPostgres, EmbeddedRedis, ServerSettings, create_database
+from chronos.job_lock import connect
+from chronos.jobs import JOBS
+from chronos.settings import Settings
 
 # Read before `environment` below hides them from the tests.
 _TEST_DATABASE_URL = os.environ.get("TEST_DATABASE_URL")
@@ -142,6 +146,16 @@ def redis_url() -> Iterator[str]:
             if claimed:
                 client.delete("chronos:tests")
     pytest.fail("the Redis of REDIS_URL has no empty database among 1 to 15", pytrace=False)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """A client of that Redis, in which no nightly job has run yet."""
+    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
+        keys = [key for job in JOBS for key in (job.name, job.last_key)]
+        client.delete(*keys)
+        yield client
+        client.delete(*keys)
 
 
 def _engine(url: str) -> Engine:

@@ -249,7 +249,7 @@ def test_a_row_written_by_hand_survives_a_rollback_that_was_called_off(database:
     ]
 
 
-def test_no_state_of_a_strangers_is_taken_for_ours(database: str) -> None:
+def test_a_state_that_a_stranger_has_made_is_not_taken_for_ours(database: str) -> None:
     """What it says would be run with the rights of whoever carries the migration on."""
     fill(database)
     role = f"stranger_{make_url(database).database}"

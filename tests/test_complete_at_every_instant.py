@@ -5,13 +5,11 @@ The application with its model and the four kinds of readers come from tests/liv
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -152,13 +150,7 @@ def test_killed_during_the_copy(
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
         migration = Run(database, *MIGRATE, *SLOWLY)
-        try:
-            wait_until(lambda: partition_with_rows(database), 30, "some rows are copied")
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(migration.pid, signal.SIGKILL)
-            killed = migration.finish()
-        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+        migration.kill_when(lambda: partition_with_rows(database), "some rows are copied")
         assert phase(database) == "copying"
         table.check()
         if way_out == "resume":

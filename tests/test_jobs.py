@@ -17,7 +17,6 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from chronos.demo.embedded import EmbeddedRedis
-from chronos.job_lock import connect
 from chronos.jobs import (
     CREATE,
     DROP,
@@ -53,15 +52,6 @@ BEGIN
 END $$
 """
 ASLEEP = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
-        keys = [key for job in JOBS for key in (job.name, job.last_key)]
-        client.delete(*keys)
-        yield client
-        client.delete(*keys)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from contextlib import ExitStack
 from datetime import UTC
 
@@ -13,7 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from chronos.demo.rows import KeyType, create_webhook_log
 from chronos.demo.writer import LiveWriter
-from tests.command import chronos, started
+from tests.command import chronos, started, stop_a_rollback
 from tests.tables import (
     closed_gate,
     connected,
@@ -148,13 +147,7 @@ def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
     fill(database)
     migrate(database)
     moved, changed, gone = (value(database, INSERT) for _ in range(3))
-    reader = holding(database, "SELECT FROM webhook_log LIMIT 1")
-    with reader, started(database, "rollback", "--yes") as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3, errors
+    stop_a_rollback(database)
     query(database, "UPDATE webhook_log SET timestamp = timestamp + interval '1 ms' WHERE id = %s", moved)
     query(database, "UPDATE webhook_log SET status = 'changed' WHERE id = %s", changed)
     query(database, "DELETE FROM webhook_log WHERE id = %s", gone)
@@ -595,13 +588,7 @@ def test_the_application_can_delete_an_endpoint_in_every_phase(database: str) ->
     cutoff = planned(database, "cutoff")
     gone.append(delete_endpoint(database))
 
-    reader = holding(database, "SELECT FROM webhook_log LIMIT 1")
-    with reader, started(database, "rollback", "--yes") as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3, errors
+    stop_a_rollback(database)
     assert phase(database) == "returning"
     gone.append(delete_endpoint(database))
 

@@ -22,7 +22,7 @@ from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
 from chronos.functions import upgrade
-from chronos.job_lock import connect, keep_lease
+from chronos.job_lock import keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
 from chronos.migration.state import Phase, Plan, State, Strategy, create_statement
 from chronos.settings import Settings
@@ -60,15 +60,6 @@ def migrated(migrated_once: str, postgres: str) -> Iterator[str]:
     create_database(postgres, name, migrated_once)
     yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
     query(postgres, f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
-        keys = [key for job in JOBS for key in (job.name, job.last_key)]
-        client.delete(*keys)
-        yield client
-        client.delete(*keys)
 
 
 Look = Callable[[str], Status]

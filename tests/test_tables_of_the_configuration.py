@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,8 +19,7 @@ from chronos import commands
 from chronos.agreement import as_it_is
 from chronos.db import connect_engine, execute, statement, transaction
 from chronos.errors import RefusedError
-from chronos.job_lock import connect
-from chronos.jobs import CREATE, DROP, JOBS, Job, JobFailedError, Message, Report, TryAgainError, attempt
+from chronos.jobs import CREATE, DROP, Job, JobFailedError, Message, Report, TryAgainError, attempt
 from chronos.migration.console import for_reading
 from chronos.settings import Settings, get_settings, postgres_url
 from chronos.table import Interval, TableSpec
@@ -584,15 +583,6 @@ def test_retention_left_out_copies_every_row_and_drops_nothing(
 FIVE = [
     TableSpec(f"table_{n}", column="at", retention_days=5, ahead_days=2, schema="public") for n in range(5)
 ]
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(Settings(redis_url=SecretStr(redis_url))) as client:
-        keys = [key for job in JOBS for key in (job.name, job.last_key)]
-        client.delete(*keys)
-        yield client
-        client.delete(*keys)
 
 
 @pytest.fixture

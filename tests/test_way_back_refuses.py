@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 from sqlalchemy.engine import make_url
 
 from chronos.db import connect_engine
 from chronos.demo.rows import create_webhook_log
-from tests.command import chronos, started
+from tests.command import chronos, stop_a_rollback
 from tests.live import phase
-from tests.tables import digest, holding, planned, query, relations, value
+from tests.tables import digest, planned, query, relations, value
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ from tests.tables import digest, holding, planned, query, relations, value
         ),
     ],
     ids=[
-        "a partition of somebody's",
+        "a partition that somebody has added",
         "a new column",
         "a new index",
         "the key of a migrated row again",
@@ -103,13 +101,7 @@ def test_a_deleted_row_whose_key_is_given_again_comes_along(database: str) -> No
 
 def stop_on_the_way_back(url: str) -> None:
     """Leave a rollback behind that was stopped while it waited for its swap."""
-    reader = holding(url, "SELECT FROM webhook_log LIMIT 1")
-    with reader, started(url, "rollback", "--yes") as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "waiting for a lock on webhook_log" in line)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3, errors
+    errors = stop_a_rollback(url)
     assert "or call it off, and stay with the partitioned table: python -m chronos.scripts" in errors
     assert phase(url) == "returning"
 

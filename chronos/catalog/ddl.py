@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.catalog.shape import ForeignKey, Grant, Index, OwnedSequence, TableShape, Trigger
 from chronos.db import Statement, execute, joined, name, statement
-from chronos.table import Period, TableSpec, derived_name
+from chronos.table import Period, TableSpec, derived_name, in_quotes
 
 # How far the old table's own identity sequence is put ahead. Should somebody drop the new table by
 # hand and rename the old one back, its next ids are none that the new table has given out.
@@ -55,9 +55,7 @@ def script(file: str, spec: TableSpec, **more: str) -> Statement:
         kind, value = found[1], known[found[2]]
         if kind == "#":
             return value
-        if kind == "'":
-            return "'" + value.replace("'", "''") + "'"
-        return '"' + value.replace('"', '""') + '"'
+        return literal(value) if kind == "'" else in_quotes(value)
 
     text = (files("chronos") / "sql" / file).read_text("utf-8")
     return statement(
@@ -65,6 +63,11 @@ def script(file: str, spec: TableSpec, **more: str) -> Statement:
         schema=name(spec.home),
         body=sql.SQL(_PLACEHOLDER.sub(fill, text)),
     )
+
+
+def literal(text: str) -> str:
+    """A string as SQL writes it, for the text of a function."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def bounds(shape: TableShape, period: Period) -> Statement:

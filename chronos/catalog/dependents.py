@@ -102,6 +102,17 @@ ORDER BY place, name
 """
 
 
+def oid_of(conn: Connection, schema: str, table: str) -> int:
+    """By what the dependents of a table refer to it."""
+    oid: int = execute(
+        conn,
+        statement(
+            "SELECT to_regclass(format('%I.%I', {schema}, {table}))::oid::bigint", schema=schema, table=table
+        ),
+    ).scalar_one()
+    return oid
+
+
 def dependents(conn: Connection, oid: int) -> list[Dependent]:
     """What refers to the table ``oid``, but for its own indexes, constraints, triggers and rules."""
     rows = execute(conn, statement(_DEPENDENTS, oid=oid)).all()

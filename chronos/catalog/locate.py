@@ -53,8 +53,8 @@ def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
 
 
 def require_located(conn: Connection, table: TableSpec, listed_in: Path | None = None) -> TableSpec:
-    """The table with its schema. Raises RefusedError when there is no such table, or more than one, saying
-    what there is instead; it names ``listed_in`` as the file that lists the table.
+    """The table with its schema. Raises RefusedError when there is no such table, or more than one; the text
+    says what there is instead, and names ``listed_in`` as the file that lists the table.
     """
     located = locate(conn, table)
     if located is None:

@@ -18,13 +18,12 @@ from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from psycopg2 import errorcodes
+from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import (
     enable_statements,
-    foreign_key_statements,
     identity_goes_on,
     identity_statements,
     key_body,
@@ -37,7 +36,7 @@ from chronos.catalog.ddl import (
     trigger_state,
     trigger_statements,
 )
-from chronos.catalog.dependents import dependents, redirect_statements, require_dependents
+from chronos.catalog.dependents import dependents, oid_of, redirect_statements, require_dependents
 from chronos.catalog.partitions import attached
 from chronos.catalog.shape import Index, TableShape, differences
 from chronos.catalog.shape import read as read_shape
@@ -46,7 +45,7 @@ from chronos.errors import ChronosError, ShapeError, StrayRowError
 from chronos.locks import lock_table
 from chronos.migration.build import leaves_statements
 from chronos.migration.context import Migration
-from chronos.migration.foreign_keys import adopt_keys, at_once
+from chronos.migration.foreign_keys import add_to_leaves, adopt_keys
 from chronos.migration.operator import StopRequestedError
 from chronos.migration.state import (
     Heap,
@@ -55,7 +54,6 @@ from chronos.migration.state import (
     create_statement,
     fence_statement,
     phase_statement,
-    relkind,
     verified_statement,
 )
 from chronos.migration.swap import changed_meanwhile
@@ -132,10 +130,12 @@ def adopt(migration: Migration, check_stop: CheckStop) -> None:
     StrayRowError when a row lies at or beyond the bound, LockUnavailableError.
     """
     if not has_its_key(migration.plan):
-        _build_index(migration, check_stop)
+        _build_index(migration, key_name(migration.table), index_statement(migration), check_stop)
     _add_check(migration)
     _validate(migration, check_stop)
-    _add_foreign_keys(migration, check_stop)
+    if migration.plan.foreign_keys:
+        # The new partitions' own; those of the whole adopt them after the swap, with the old table's.
+        add_to_leaves(migration, check_stop)
 
 
 def has_its_key(plan: Plan) -> bool:
@@ -146,22 +146,28 @@ def has_its_key(plan: Plan) -> bool:
 
 def index_statement(migration: Migration) -> Statement:
     """The index of the primary key to be; nobody waits for it."""
+    table = migration.table
+    return _unique_index_statement(key_name(table), migration.relation(table.name), key_body(migration.shape))
+
+
+def _unique_index_statement(index: str, table: Statement, body: Statement) -> Statement:
     return statement(
         "CREATE UNIQUE INDEX CONCURRENTLY {index} ON {table} {body}",
-        index=name(key_name(migration.table)),
-        table=migration.relation(migration.table.name),
-        body=key_body(migration.shape),
+        index=name(index),
+        table=table,
+        body=body,
     )
 
 
-def _build_index(migration: Migration, check_stop: CheckStop) -> None:
-    valid = _index_is_valid(migration, key_name(migration.table))
+def _build_index(migration: Migration, index: str, query: Statement, check_stop: CheckStop) -> None:
+    """Build ``index`` by ``query``, unless it is there. Safe to call again."""
+    valid = _index_is_valid(migration, index)
     if valid:
         return
     if valid is not None:
         # What was cut off is of no use.
-        _drop_index(migration, key_name(migration.table), check_stop)
-    _in_the_background(migration, index_statement(migration), "building index", check_stop)
+        _drop_index(migration, index, check_stop)
+    _in_the_background(migration, query, "building index", check_stop)
 
 
 def _index_is_valid(migration: Migration, index: str) -> bool | None:
@@ -194,7 +200,7 @@ def check_statement(migration: Migration) -> Statement:
     )
 
 
-def _check_is_valid(conn: Connection, table: TableSpec, relation: str) -> bool | None:
+def check_is_valid(conn: Connection, table: TableSpec, relation: str) -> bool | None:
     """Whether the CHECK is there and validated; None when there is none."""
     found: bool | None = execute(
         conn,
@@ -212,7 +218,7 @@ def _check_is_valid(conn: Connection, table: TableSpec, relation: str) -> bool |
 def _add_check(migration: Migration) -> None:
     table, conn = migration.table, migration.conn
     with transaction(conn):
-        if _check_is_valid(conn, table, table.name) is not None:
+        if check_is_valid(conn, table, table.name) is not None:
             return
     locks = migration.locks()
     for attempt in locks.attempts(conn, [(table.home, table.name)]):
@@ -235,7 +241,7 @@ def validate_check_statement(migration: Migration) -> Statement:
 def _validate(migration: Migration, check_stop: CheckStop) -> None:
     table = migration.table
     with transaction(migration.conn) as conn:
-        if _check_is_valid(conn, table, table.name):
+        if check_is_valid(conn, table, table.name):
             return
     try:
         what = f"checking that every row lies before {migration.plan.first:%Y-%m-%d %H:%M} UTC"
@@ -247,42 +253,6 @@ def _validate(migration: Migration, check_stop: CheckStop) -> None:
             f"rows of {table} have a {table.column} that is NULL, or not before"
             f" {migration.plan.first:%Y-%m-%d %H:%M} UTC; correct or delete them"
         ) from error
-
-
-def leaf_key_statements(migration: Migration, leaves: list[str]) -> list[Statement]:
-    """The foreign keys of partitions that are empty yet."""
-    return [
-        query
-        for leaf in leaves
-        for query in foreign_key_statements(migration.plan.foreign_keys, migration.relation(leaf))
-    ]
-
-
-def _add_foreign_keys(migration: Migration, check_stop: CheckStop) -> None:
-    """The new partitions' own; those of the whole adopt them after the swap, with the old table's."""
-    table, conn = migration.table, migration.conn
-    if not migration.plan.foreign_keys:
-        return
-    with transaction(conn):
-        rows = execute(
-            conn,
-            statement(
-                "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
-                " WHERE i.inhparent = to_regclass(format('%I.%I', {schema}, {new})) AND EXISTS"
-                " (SELECT FROM pg_constraint k WHERE k.contype = 'f' AND k.conrelid = c.oid)",
-                schema=table.home,
-                new=table.new,
-            ),
-        ).all()
-    done = {row[0] for row in rows}
-    for group in at_once([leaf for leaf in map(table.partition, migration.plan.periods) if leaf not in done]):
-        check_stop()
-        locks = migration.locks()
-        for attempt in locks.attempts(conn, migration.referred()):
-            with attempt:
-                migration.claim(conn)
-                execute(conn, joined(leaf_key_statements(migration, group), ";\n"))
-        migration.note(locks)
 
 
 def _in_the_background(migration: Migration, query: Statement, what: str, check_stop: CheckStop) -> None:
@@ -343,7 +313,7 @@ def require_ready(migration: Migration) -> None:
     """Step 5: what the swap counts on is there. Raises ShapeError."""
     table, plan = migration.table, migration.plan
     with transaction(migration.conn) as conn:
-        checked = _check_is_valid(conn, table, table.name)
+        checked = check_is_valid(conn, table, table.name)
         there = {p.name for p in attached(conn, table, table.new)}
     if not checked:
         raise ShapeError(f"the constraint {check_name(table)} of {table} is not there, or not validated")
@@ -368,27 +338,14 @@ def swap(migration: Migration) -> None:
             _require_alike(migration)
             attempt.asks_now()
             execute(conn, lock_table(table.home, table.name, "ACCESS EXCLUSIVE"))
-            oid = _oid(conn, table, table.name)
-            following = dependents(conn, oid)
+            following = dependents(conn, oid_of(conn, table.home, table.name))
             redirects = redirect_statements(
                 following, name(table.home, table.name), name(table.home, table.history)
             )
             execute(conn, joined([*forward_statements(migration.shape, plan), *redirects], ";\n"))
-            require_dependents(conn, following, _oid(conn, table, table.name))
+            require_dependents(conn, following, oid_of(conn, table.home, table.name))
     migration.note(locks)
     migration.refresh()
-
-
-def _oid(conn: Connection, table: TableSpec, relation: str) -> int:
-    oid: int = execute(
-        conn,
-        statement(
-            "SELECT to_regclass(format('%I.%I', {schema}, {relation}))::oid::bigint",
-            schema=table.home,
-            relation=relation,
-        ),
-    ).scalar_one()
-    return oid
 
 
 def without_ours(shape: TableShape) -> TableShape:
@@ -416,9 +373,9 @@ def _require_alike(migration: Migration) -> None:
     migration.shape = was
 
 
-def _kept(plan: Plan, shape_key: Index) -> list[tuple[str, str, str, str]]:
+def _kept(plan: Plan, key: Index) -> list[tuple[str, str, str, str]]:
     """The names that the old table's own objects give up and get back: those of objects that it keeps."""
-    gone = shape_key.name if shape_key.primary and not has_its_key(plan) else None
+    gone = key.name if key.primary and not has_its_key(plan) else None
     return [r for r in plan.renames if r[0] != "SEQUENCE" and r[1] != gone]
 
 
@@ -525,14 +482,14 @@ def go_back(migration: Migration, check_stop: CheckStop, *, by_hand: bool = Fals
                 continue
             for schema, referred in migration.referred():
                 execute(conn, lock_table(schema, referred, "SHARE ROW EXCLUSIVE"))
-            following = dependents(conn, _oid(conn, table, table.name))
-            carried = rows_beyond(conn, migration)
+            following = dependents(conn, oid_of(conn, table.home, table.name))
+            carried = rows_beyond(conn, table, migration.shape.instant(plan.first))
             filled = _filled(conn, migration) if carried else []
             redirects = redirect_statements(
                 following, name(table.home, table.name), name(table.home, table.new)
             )
             execute(conn, joined([*back_statements(migration, filled), *redirects], ";\n"))
-            require_dependents(conn, following, _oid(conn, table, table.name))
+            require_dependents(conn, following, oid_of(conn, table.home, table.name))
     migration.note(locks)
     migration.refresh()
     return carried
@@ -546,18 +503,9 @@ def _old_key(plan: Plan) -> str:
 
 def _build_old_key(migration: Migration, key: Index, on_table: str, check_stop: CheckStop) -> None:
     table, index = migration.table, _old_key(migration.plan)
-    valid = _index_is_valid(migration, index)
-    if valid:
-        return
-    if valid is not None:
-        _drop_index(migration, index, check_stop)
-    query = statement(
-        "CREATE UNIQUE INDEX CONCURRENTLY {i} ON {t} " + key.body.replace("{", "{{").replace("}", "}}"),
-        i=name(index),
-        t=migration.relation(on_table),
-    )
+    query = _unique_index_statement(index, migration.relation(on_table), sql.SQL(key.body))
     try:
-        _in_the_background(migration, query, "building index", check_stop)
+        _build_index(migration, index, query, check_stop)
     except DBAPIError as error:
         if sqlstate(error) != errorcodes.UNIQUE_VIOLATION:
             raise
@@ -573,15 +521,15 @@ def _detail(error: DBAPIError) -> str:
     return str(getattr(diagnostics, "message_detail", "") or "")
 
 
-def rows_beyond(conn: Connection, migration: Migration) -> int:
-    """How many rows lie at or beyond the bound, in other partitions than the old table."""
+def rows_beyond(conn: Connection, table: TableSpec, bound: Statement) -> int:
+    """How many rows lie at or beyond the bound, in other partitions than the old table. ACCESS SHARE."""
     found: int = execute(
         conn,
         statement(
             "SELECT count(*) FROM {t} WHERE {c} >= {bound}",
-            t=migration.relation(migration.table.name),
-            c=migration.shape.time_column,
-            bound=migration.shape.instant(migration.plan.first),
+            t=name(table.home, table.name),
+            c=name(table.column),
+            bound=bound,
         ),
     ).scalar_one()
     return found
@@ -621,8 +569,7 @@ def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool =
     plan, shape, table = migration.plan, migration.shape, migration.table
     heap, home = plan.heap, plan.table.home
     assert heap is not None
-    new, plain = name(home, table.new), name(home, table.name)
-    columns = joined(shape.copied_columns())
+    plain = name(home, table.name)
     statements = [rename(home, kind, aside, original) for kind, original, aside, _ in _kept(plan, heap.key)]
     if not has_its_key(plan):
         statements.append(
@@ -657,8 +604,8 @@ def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool =
             statement(
                 "INSERT INTO {plain} ({columns}) OVERRIDING SYSTEM VALUE SELECT {columns} FROM {new}",
                 plain=plain,
-                columns=columns,
-                new=new,
+                columns=joined(shape.copied_columns()),
+                new=name(home, table.new),
             )
         )
         statements += [statement("TRUNCATE {leaf}", leaf=leaf) for leaf in filled]
@@ -696,11 +643,6 @@ def _remarks(plan: Plan, key: Index) -> list[Statement]:
     return statements
 
 
-def owner_statements(plan: Plan) -> list[Statement]:
-    """When there is no way back any more: the partitioned table owns its sequences."""
-    return sequences_back_statements(plan.table, [s for s in plan.sequences if not s.identity])
-
-
 def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None:
     """When the old table has its name, or never gave it up: drop what was added to it, all but the state.
 
@@ -708,7 +650,7 @@ def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None
     """
     table, conn = migration.table, migration.conn
     with transaction(conn):
-        checked = _check_is_valid(conn, table, table.name) is not None
+        checked = check_is_valid(conn, table, table.name) is not None
     locks = migration.locks()
     for attempt in locks.attempts(conn, [(table.home, table.name)]) if checked else ():
         with attempt:
@@ -751,10 +693,3 @@ def _is_ours(migration: Migration, index: str) -> bool:
             ),
         ).scalar_one()
     return found
-
-
-def history_is_there(conn: Connection, table: TableSpec) -> bool:
-    """Whether the old table is still a partition of the one in use."""
-    return relkind(conn, table.home, table.history) == "r" and any(
-        p.name == table.history for p in attached(conn, table)
-    )

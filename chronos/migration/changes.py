@@ -11,7 +11,7 @@ from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.ddl import nobody_calls, owner_only, script
+from chronos.catalog.ddl import literal, nobody_calls, owner_only, script
 from chronos.catalog.shape import TableShape
 from chronos.db import (
     Statement,
@@ -29,7 +29,7 @@ from chronos.errors import ChronosError, LockUnavailableError, StrayRowError
 from chronos.migration.context import Direction, Migration, match, names
 from chronos.migration.state import Phase, Plan, verified_statement
 from chronos.migration.workers import CheckStop
-from chronos.table import TableSpec
+from chronos.table import TableSpec, in_quotes
 
 _BATCH = 2_000
 # Few enough to be replayed while writers wait.
@@ -119,17 +119,17 @@ def unlink_function_statement(shape: TableShape, plan: Plan, linked: Direction |
     unlink = ""
     if linked is not None:
         ties = tuple(dict.fromkeys([*key, *(c for k in plan.foreign_keys for c in k.columns)]))
-        target = f"{_quoted(spec.home)}.{_quoted(linked.target(spec))}"
-        same = " AND ".join(f"t.{_quoted(c)} = ($1).{_quoted(c)}" for c in key)
+        target = f"{in_quotes(spec.home)}.{in_quotes(linked.target(spec))}"
+        same = " AND ".join(f"t.{in_quotes(c)} = ($1).{in_quotes(c)}" for c in key)
         unlink = _UNLINK.format(
             old=_text(ties, "OLD"),
             new=_text(ties, "NEW"),
-            target_text=_literal(target),
-            changes=f"{_quoted(spec.home)}.{_quoted(spec.changes)}",
+            target_text=literal(target),
+            changes=f"{in_quotes(spec.home)}.{in_quotes(spec.changes)}",
             columns=_text(key),
             old_key=_text(key, "OLD"),
             origin=linked.origin,
-            delete=_literal(f"DELETE FROM {target} AS t WHERE {same}"),
+            delete=literal(f"DELETE FROM {target} AS t WHERE {same}"),
         )
     return script(
         "unlink_copy.sql",
@@ -139,16 +139,8 @@ def unlink_function_statement(shape: TableShape, plan: Plan, linked: Direction |
     )
 
 
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _quoted(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
-
-
 def _text(columns: tuple[str, ...], alias: str = "") -> str:
-    return ", ".join((f"{alias}." if alias else "") + _quoted(c) for c in columns)
+    return ", ".join((f"{alias}." if alias else "") + in_quotes(c) for c in columns)
 
 
 def note_trigger_statements(shape: TableShape, on_table: str, direction: Direction) -> list[Statement]:
@@ -230,7 +222,8 @@ def _snapshot_trigger(shape: TableShape, on_table: str, direction: Direction) ->
         )
     what = statement("BEFORE UPDATE OR DELETE ON {table} FOR EACH STATEMENT{when}", table=table, when=when)
     function = name(spec.home, spec.snapshot_function)
-    return _always(table, spec.note_triggers[4], what, function, *(phase.value for phase in phases))
+    *_, snapshot, _ = spec.note_triggers
+    return _always(table, snapshot, what, function, *(phase.value for phase in phases))
 
 
 def triggers_after_the_way_back(shape: TableShape) -> list[Statement]:
@@ -628,16 +621,22 @@ def empty_after_truncate(migration: Migration) -> bool:
     return bool(truncated)
 
 
-def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
-    """Whether the frozen table was emptied by TRUNCATE since the swap."""
+def truncated(conn: Connection, table: TableSpec, *directions: Direction) -> bool:
+    """Whether a TRUNCATE is noted that would be replayed in one of ``directions``, or in any."""
     found: bool = execute(
         conn,
         statement(
-            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_origin = 'o' AND chronos_truncated)",
+            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_truncated AND chronos_origin IN ({origins}))",
             changes=name(table.home, table.changes),
+            origins=joined([sql.Literal(direction.origin) for direction in directions or Direction]),
         ),
     ).scalar_one()
     return found
+
+
+def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
+    """Whether the frozen table was emptied by TRUNCATE since the swap."""
+    return truncated(conn, table, Direction.FORWARD)
 
 
 def forget_cascades_statement(migration: Migration) -> Statement:
@@ -661,10 +660,9 @@ def forget_cascades_statement(migration: Migration) -> Statement:
     )
 
 
-def written_by_hand(conn: Connection, plan: Plan) -> int:
+def written_by_hand(conn: Connection, table: TableSpec) -> int:
     """How many rows of the frozen table were written by hand since the swap."""
-    spec = plan.table
     query = statement(
-        "SELECT count(*) FROM {changes} WHERE chronos_origin = 'o'", changes=name(spec.home, spec.changes)
+        "SELECT count(*) FROM {changes} WHERE chronos_origin = 'o'", changes=name(table.home, table.changes)
     )
     return int(execute(conn, query).scalar_one())

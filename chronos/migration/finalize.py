@@ -6,23 +6,30 @@ from collections.abc import Callable
 
 from sqlalchemy.engine import Connection, Engine
 
+from chronos.catalog.ddl import sequences_back_statements
 from chronos.catalog.shape import TableShape
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.commands import status as status_command
-from chronos.db import execute, joined, name, statement, transaction
+from chronos.db import Statement, execute, joined, name, statement, transaction
 from chronos.errors import ChronosError, RefusedError
 from chronos.locks import lock_table
 from chronos.migration import attach
 from chronos.migration import state as states
-from chronos.migration.changes import drop_log_statement, drop_trigger_statements, written_by_hand
+from chronos.migration.changes import (
+    drop_log_statement,
+    drop_trigger_statements,
+    truncated,
+    written_by_hand,
+)
 from chronos.migration.context import Migration, match, read_plain
 from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.operator import Operator, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
+    Plan,
     State,
     finalized_by_hand,
     phase_statement,
@@ -77,7 +84,7 @@ def finish(
             there = not finalized_by_hand(conn, found)
             renamed = None if there or found.plan.attaches else renamed_by_hand(conn, table)
             if renamed is not None:
-                raise RefusedError(f"nothing was changed, for {renamed}")
+                raise RefusedError(f"nothing was changed: {renamed}")
             shape = read_plain(conn, found) if there and not found.plan.attaches else None
             if found.plan.attaches:
                 _require_verified(found)
@@ -143,7 +150,7 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
             f"{table.old} is still needed by {', '.join(dependents)}; nothing was changed."
             " Drop or redefine that first"
         )
-    if late := written_by_hand(conn, found.plan):
+    if late := written_by_hand(conn, table):
         raise RefusedError(f"{_late(table, late)}; nothing was changed")
     lost = missing_rows(conn, old, found, retention_days)
     if lost:
@@ -172,15 +179,8 @@ def missing_rows(
     if retention_days is not None:
         today = execute(conn, statement("SELECT now()")).scalar_one().date()
         oldest = midnight(today.fromordinal(today.toordinal() - retention_days))
-    truncated = execute(
-        conn,
-        statement(
-            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_truncated)",
-            changes=name(table.home, table.changes),
-        ),
-    ).scalar_one()
     found: dict[Period, int] = {}
-    for period in [] if truncated else plan.periods:
+    for period in [] if truncated(conn, table) else plan.periods:
         if period.start < oldest:
             continue
         count = execute(
@@ -205,6 +205,11 @@ def missing_rows(
     return found
 
 
+def _own_sequences(plan: Plan) -> list[Statement]:
+    """When there is no way back any more: the partitioned table owns its sequences."""
+    return sequences_back_statements(plan.table, [s for s in plan.sequences if not s.identity])
+
+
 def finalize(
     engine: Engine, conn: Connection, operator: Operator, state: State, old: TableShape | None
 ) -> None:
@@ -222,33 +227,19 @@ def finalize(
         attach.drop_leftover(Migration(engine, conn, operator, state, shape))
         with transaction(conn):
             states.claim(conn, table, state.run_id)
-            for query in attach.owner_statements(state.plan):
+            for query in _own_sequences(state.plan):
                 execute(conn, query)
     elif state.phase is not Phase.FINALIZING:
         for attempt in locks.attempts(conn, [(home, table.name)]):
             with attempt:
                 states.claim(conn, table, state.run_id)
                 execute(conn, lock_table(home, table.name, "ACCESS EXCLUSIVE"))
-                owned = [
-                    statement(
-                        "ALTER SEQUENCE {sequence} OWNED BY {column}",
-                        sequence=name(sequence.schema, sequence.name),
-                        column=name(home, table.name, sequence.column),
-                    )
-                    for sequence in state.plan.sequences
-                    if not sequence.identity
+                statements = [
+                    *drop_trigger_statements(table, table.name),
+                    *_own_sequences(state.plan),
+                    phase_statement(table, Phase.FINALIZING),
                 ]
-                execute(
-                    conn,
-                    joined(
-                        [
-                            *drop_trigger_statements(table, table.name),
-                            *owned,
-                            phase_statement(table, Phase.FINALIZING),
-                        ],
-                        ";\n",
-                    ),
-                )
+                execute(conn, joined(statements, ";\n"))
     if old is not None:
         for attempt in locks.attempts(conn, [(home, table.old)]):
             with attempt:
@@ -256,7 +247,7 @@ def finalize(
                 execute(conn, lock_table(home, table.old, "ACCESS EXCLUSIVE"))
                 if not _is_ours(conn, table):
                     raise ChronosError(f"{table.old} is not the table that was migrated: rename it")
-                if late := written_by_hand(conn, state.plan):
+                if late := written_by_hand(conn, table):
                     raise ChronosError(_late(table, late))
                 if needed_by := what_depends_on(conn, old):
                     raise ChronosError(

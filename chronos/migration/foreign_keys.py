@@ -23,7 +23,7 @@ from chronos.catalog.ddl import (
     validate_statement,
 )
 from chronos.db import Statement, execute, joined, name, sqlstate, statement, transaction
-from chronos.locks import lock_table
+from chronos.locks import Tables, lock_table
 from chronos.migration.changes import forget_cascades_statement, replay_most, unlink_function_statement
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import need_not_wait_for_the_disk
@@ -31,7 +31,7 @@ from chronos.migration.state import quieted_statement
 from chronos.migration.workers import CheckStop, work_through
 
 # Partitions that get theirs in one transaction: until it ends, nobody can write what they refer to.
-_AT_ONCE = 7
+AT_ONCE = 7
 _ATTEMPTS = 20
 
 
@@ -48,10 +48,7 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int =
     replay_most(migration, Direction.FORWARD, check_stop)
     _begin_unlinking(migration)
     replay_most(migration, Direction.FORWARD, check_stop)
-    lacking = _leaves(migration, "NOT EXISTS")
-    for leaves in at_once(lacking):
-        check_stop()
-        _add_unchecked(migration, leaves)
+    add_to_leaves(migration, check_stop, not_valid=True)
     replay_most(migration, Direction.FORWARD, check_stop)
     _validate(migration, _leaves(migration, "EXISTS"), check_stop, workers)
     adopt_keys(migration, migration.table.new)
@@ -77,14 +74,9 @@ def give_up_keys(migration: Migration, table: str) -> None:
         for attempt in locks.attempts(migration.conn, [(spec.home, relation), *referred]):
             with attempt as conn:
                 migration.claim(conn)
-                # In the order in which the application comes to them: it touches what the key refers to, and
-                # then, by way of the unlink trigger, the table that is not in use.
-                statements = [
-                    *(lock_table(s, t, "ACCESS EXCLUSIVE") for s, t in referred),
-                    lock_table(spec.home, relation, "ACCESS EXCLUSIVE", partitions=True),
-                    *_drop_statements(migration, relation, keys),
-                    *(_unlinked_statements(migration, table) if relation == table else []),
-                ]
+                statements = _drop_statements(migration, relation, keys, referred)
+                if relation == table:
+                    statements += _unlinked_statements(migration, table)
                 execute(conn, joined(statements, ";\n"))
         migration.note(locks)
 
@@ -94,22 +86,33 @@ def given_up_statements(migration: Migration) -> list[Statement]:
     spec = migration.table
     keys = [key.name for key in migration.plan.foreign_keys]
     return [
-        *(lock_table(schema, referred, "ACCESS EXCLUSIVE") for schema, referred in migration.referred()),
-        lock_table(spec.home, spec.old, "ACCESS EXCLUSIVE"),
-        *_drop_statements(migration, spec.old, keys),
+        *_drop_statements(migration, spec.old, keys, migration.referred()),
         *_unlinked_statements(migration, spec.old),
     ]
 
 
-def _drop_statements(migration: Migration, relation: str, keys: list[str]) -> list[Statement]:
+def _drop_statements(
+    migration: Migration, relation: str, keys: list[str], referred: Tables
+) -> list[Statement]:
+    """The locks, then ``keys`` off a table.
+
+    In the order in which the application comes to them: it touches what the key refers to, and then, by way
+    of the unlink trigger, the table that is not in use.
+    """
     return [
-        statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=migration.relation(relation), key=name(key))
-        for key in keys
+        *(lock_table(schema, table, "ACCESS EXCLUSIVE") for schema, table in referred),
+        lock_table(migration.table.home, relation, "ACCESS EXCLUSIVE", partitions=True),
+        *(
+            statement("ALTER TABLE {t} DROP CONSTRAINT {key}", t=migration.relation(relation), key=name(key))
+            for key in keys
+        ),
     ]
 
 
 def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
-    """When the keys of ``table`` are gone: its rows are let be, and its own triggers are as they were."""
+    """When the keys of ``table`` are gone: nothing is taken out of it any more, and its own triggers are as
+    they were.
+    """
     spec, shape = migration.table, migration.shape
     if migration.plan.attaches:
         return []
@@ -154,7 +157,7 @@ def _begin_unlinking(migration: Migration) -> None:
 
 
 def begin_unlinking_statements(migration: Migration) -> list[Statement]:
-    """Under SHARE ROW EXCLUSIVE on the table in use: who writes it from now on takes copies away as well."""
+    """Under SHARE ROW EXCLUSIVE on the table in use: from now on its writers take copies away as well."""
     table = migration.table
     return [
         lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE"),
@@ -164,7 +167,7 @@ def begin_unlinking_statements(migration: Migration) -> list[Statement]:
 
 def at_once(leaves: list[str]) -> list[list[str]]:
     """The partitions in groups, each of which gets its keys in one transaction."""
-    return [leaves[first : first + _AT_ONCE] for first in range(0, len(leaves), _AT_ONCE)]
+    return [leaves[first : first + AT_ONCE] for first in range(0, len(leaves), AT_ONCE)]
 
 
 def _leaves(migration: Migration, with_key: str) -> list[str]:
@@ -184,22 +187,28 @@ def _leaves(migration: Migration, with_key: str) -> list[str]:
     return [row[0] for row in rows]
 
 
-def _add_unchecked(migration: Migration, leaves: list[str]) -> None:
-    locks = migration.locks()
-    for attempt in locks.attempts(migration.conn, migration.referred()):
-        with attempt as conn:
-            migration.claim(conn)
-            for query in unchecked_statements(migration, leaves):
-                execute(conn, query)
+def add_to_leaves(migration: Migration, check_stop: CheckStop, *, not_valid: bool = False) -> None:
+    """Give each partition that has no foreign key its own. Safe to call again.
+
+    SHARE ROW EXCLUSIVE on the tables referred to, seven partitions at a time. Raises LockUnavailableError.
+    """
+    for leaves in at_once(_leaves(migration, "NOT EXISTS")):
+        check_stop()
+        locks = migration.locks()
+        for attempt in locks.attempts(migration.conn, migration.referred()):
+            with attempt as conn:
+                migration.claim(conn)
+                execute(conn, joined(leaf_statements(migration, leaves, not_valid=not_valid), ";\n"))
+        migration.note(locks)
 
 
-def unchecked_statements(migration: Migration, leaves: list[str]) -> list[Statement]:
-    """The keys of ``leaves``, which hold from now on; their rows are checked later."""
+def leaf_statements(migration: Migration, leaves: list[str], *, not_valid: bool = False) -> list[Statement]:
+    """The keys of ``leaves``, which hold from now on; ``not_valid``: the rows there are checked later."""
     return [
         query
         for leaf in leaves
         for query in foreign_key_statements(
-            migration.plan.foreign_keys, migration.relation(leaf), not_valid=True
+            migration.plan.foreign_keys, migration.relation(leaf), not_valid=not_valid
         )
     ]
 

@@ -1,7 +1,6 @@
 """What stands in the way of a rollback: looked for before it begins, so that it can also end.
 
-Each obstacle has an id, like a check before a migration. ``forcible`` are those that cost something a person
-may decide to give up.
+Each obstacle has an id, like a check before a migration.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ from datetime import UTC, datetime
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.partitions import attached, missing
-from chronos.catalog.shape import differences
+from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.db import Statement, execute, name, statement
 from chronos.errors import RefusedError
 from chronos.migration import state as states
-from chronos.migration.changes import emptied_by_hand, notes_are_taken
+from chronos.migration.attach import rows_beyond
+from chronos.migration.changes import emptied_by_hand, notes_are_taken, truncated
+from chronos.migration.checks import Finding
 from chronos.migration.context import match, names
 from chronos.migration.state import Phase, Plan, State
 from chronos.table import Period, TableSpec
@@ -30,109 +31,86 @@ FEW_BEYOND = 5_000
 
 
 @dataclass(frozen=True)
-class Obstacle:
-    """One thing in the way: ``text`` says what it is, and what to do about it."""
+class Obstacle(Finding):
+    """One thing in the way; ``forcible``: it costs something that a person may decide to give up."""
 
-    id: str
-    text: str
     forcible: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.text} [{self.id}]"
 
 
 def obstacles(conn: Connection, found: State) -> list[Obstacle]:
     """All that stands in the way of a rollback of a migration that was swapped. Reads only; ACCESS SHARE."""
-    if found.plan.attaches:
-        return list(_of_an_attached_table(conn, found))
+    shape = read_shape(conn, found.table, found.table.name)
+    others = _of_an_attached_table if found.plan.attaches else _of_a_copied_table
+    return [*_of_either(conn, found), *others(conn, found, shape)]
+
+
+def _of_either(conn: Connection, found: State) -> Iterator[Obstacle]:
+    if foreign := foreign_partitions(conn, found, found.table.name):
+        yield Obstacle("foreign-partition", not_ours(found.table, foreign))
+
+
+def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Iterator[Obstacle]:
     table, waiting = found.table, found.phase is Phase.MIGRATED
-    in_the_way: list[Obstacle] = []
-    if strangers := foreign_partitions(conn, found, table.name):
-        in_the_way.append(Obstacle("foreign-partition", not_ours(table, strangers)))
     if waiting and emptied_by_hand(conn, table):
-        in_the_way.append(Obstacle("old-table-emptied", old_table_emptied(table)))
+        yield Obstacle("old-table-emptied", old_table_emptied(table))
     if waiting and (rivals := _rivals(conn, found)):
-        in_the_way.append(
-            Obstacle(
-                "written-in-both",
-                f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
-                " well; delete them there, or give them other keys",
-            )
+        yield Obstacle(
+            "written-in-both",
+            f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
+            " well; delete them there, or give them other keys",
         )
-    if repeated := _repeated_keys(conn, found):
-        in_the_way.append(
-            Obstacle(
-                "repeated-key",
-                f"{table} has rows with the same ({', '.join(found.plan.old_key)}) at different times, and"
-                f" {table.old} takes only one of each: {', '.join(repeated)}; delete one, or give it another"
-                " key",
-            )
-        )
-    if waiting and (changed := _changed_since(conn, found)):
-        in_the_way.append(
-            Obstacle(
-                "changed-since-the-swap",
-                f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
-                f" make the same changes to {table.old} first, or take them back",
-                forcible=True,
-            )
+    if repeated := _repeated_keys(conn, found, shape):
+        yield _repeated(found.plan, table.old, repeated)
+    if waiting and (changed := _changed_since(conn, found, shape)):
+        yield Obstacle(
+            "changed-since-the-swap",
+            f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
+            f" make the same changes to {table.old} first, or take them back",
+            forcible=True,
         )
     if gone := dropped_since(conn, found):
-        in_the_way.append(
-            Obstacle(
-                "dropped-since-the-swap",
-                f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
-                " no other table",
-                forcible=True,
-            )
+        yield Obstacle(
+            "dropped-since-the-swap",
+            f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
+            " no other table",
+            forcible=True,
         )
-    if emptied := list(_emptied_partitions(conn, found)):
-        in_the_way.append(
-            Obstacle(
-                "partition-emptied",
-                f"{', '.join(emptied)} of {table} were emptied by TRUNCATE, which is not noted for a single"
-                f" partition, and {table.old} has their rows; delete those there",
-                forcible=True,
-            )
+    if emptied := list(_emptied_partitions(conn, found, shape)):
+        yield Obstacle(
+            "partition-emptied",
+            f"{', '.join(emptied)} of {table} were emptied by TRUNCATE, which is not noted for a single"
+            f" partition, and {table.old} has their rows; delete those there",
+            forcible=True,
         )
     if not notes_are_taken(conn, table):
-        in_the_way.append(
-            Obstacle(
-                "notes-disabled",
-                f"the note triggers on {table} were dropped or disabled since the swap, and what was written"
-                " to migrated rows meanwhile is not known",
-                forcible=True,
-            )
+        yield Obstacle(
+            "notes-disabled",
+            f"the note triggers on {table} were dropped or disabled since the swap, and what was written"
+            " to migrated rows meanwhile is not known",
+            forcible=True,
         )
-    return in_the_way
 
 
-def _of_an_attached_table(conn: Connection, found: State) -> Iterator[Obstacle]:
+def _repeated(plan: Plan, plain: str, keys: list[str]) -> Obstacle:
+    return Obstacle(
+        "repeated-key",
+        f"{plan.table} has rows with the same ({', '.join(plan.old_key)}) at different times, and"
+        f" {plain} takes only one of each: {', '.join(keys)}; delete one, or give it another key",
+    )
+
+
+def _of_an_attached_table(conn: Connection, found: State, shape: TableShape) -> Iterator[Obstacle]:
     table, plan = found.table, found.plan
-    bound = read_shape(conn, table, table.name).instant(plan.first)
-    if strangers := foreign_partitions(conn, found, table.name):
-        yield Obstacle("foreign-partition", not_ours(table, strangers))
+    bound = shape.instant(plan.first)
     if not any(p.name == table.history for p in attached(conn, table)):
         yield Obstacle(
             "history-gone",
             f"{table.history}, the table that was, is no partition of {table} any more: retention has dropped"
             f" it, or somebody has detached it, and there is no way back; {finalize_command(table)}",
         )
-    beyond = execute(
-        conn,
-        statement(
-            "SELECT count(*) FROM {t} WHERE {c} >= {bound}",
-            t=name(table.home, table.name),
-            c=name(table.column),
-            bound=bound,
-        ),
-    ).scalar_one()
+    beyond = rows_beyond(conn, table, bound)
     if beyond and table.column not in plan.old_key and (repeated := _repeated_beyond(conn, plan, bound)):
-        yield Obstacle(
-            "repeated-key",
-            f"{table} has rows with the same ({', '.join(plan.old_key)}) at different times, and the plain"
-            f" table takes only one of each: {', '.join(repeated)}; delete one, or give it another key",
-        )
+        yield _repeated(plan, "the plain table", repeated)
     if beyond > FEW_BEYOND:
         yield Obstacle(
             "rows-beyond-the-bound",
@@ -190,10 +168,10 @@ def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]
     ]
 
 
-def not_ours(table: TableSpec, strangers: list[str]) -> str:
-    """What to do about partitions of somebody's."""
+def not_ours(table: TableSpec, partitions: list[str]) -> str:
+    """What to do about partitions that somebody else has made."""
     return (
-        f"{', '.join(strangers)}: partitions of {table} that chronos has not made, and that a rollback would"
+        f"{', '.join(partitions)}: partitions of {table} that chronos has not made, and that a rollback would"
         f" drop. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move what belongs into"
         f" {table}"
     )
@@ -218,10 +196,10 @@ def dropped_since(conn: Connection, found: State) -> list[Period]:
     return missing(attached(conn, found.table), written)
 
 
-def _changed_since(conn: Connection, found: State) -> list[str]:
+def _changed_since(conn: Connection, found: State, now: TableShape) -> list[str]:
     """How the partitioned table differs by now from what the plain one was at the swap, a line each."""
     table, plan = found.table, found.plan
-    was, now = read_shape(conn, table, table.old), read_shape(conn, table, table.name)
+    was = read_shape(conn, table, table.old)
     given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
     names_now = [(original, aside) for _, original, aside, _ in plan.renames]
     # An index that was made on both since has another name on each.
@@ -272,12 +250,11 @@ SELECT concat_ws(', ', {key}) FROM repeated LIMIT {shown}
 """
 
 
-def _repeated_keys(conn: Connection, found: State) -> list[str]:
+def _repeated_keys(conn: Connection, found: State, shape: TableShape) -> list[str]:
     """Some of the keys that the partitioned table has twice, and the plain one cannot take."""
     table, plan = found.table, found.plan
     if table.column in plan.old_key or found.fence is None:
         return []
-    shape = read_shape(conn, table, table.name)
     rows = execute(
         conn,
         statement(
@@ -300,19 +277,11 @@ def _repeated_keys(conn: Connection, found: State) -> list[str]:
     return [row[0] for row in rows]
 
 
-def _emptied_partitions(conn: Connection, found: State) -> Iterator[str]:
+def _emptied_partitions(conn: Connection, found: State, shape: TableShape) -> Iterator[str]:
     """The partitions without a row of which the plain table has rows that nobody has deleted."""
     table, plan = found.table, found.plan
-    shape = read_shape(conn, table, table.name)
-    truncated = execute(
-        conn,
-        statement(
-            "SELECT EXISTS (SELECT FROM {changes} WHERE chronos_truncated)",
-            changes=name(table.home, table.changes),
-        ),
-    ).scalar_one()
     until: datetime = found.fence or plan.started_at
-    for partition in [] if truncated else attached(conn, table):
+    for partition in [] if truncated(conn, table) else attached(conn, table):
         if partition.lower is None or partition.upper is None or partition.lower > until.astimezone(UTC):
             continue
         emptied = execute(

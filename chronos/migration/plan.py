@@ -45,7 +45,7 @@ from chronos.db import (
     transaction,
 )
 from chronos.errors import RefusedError
-from chronos.functions import function_statements
+from chronos.functions import definitions, function_statements
 from chronos.locks import Patience, lock_table
 from chronos.migration import attach
 from chronos.migration import state as states
@@ -68,14 +68,14 @@ from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
 from chronos.migration.foreign_keys import (
+    AT_ONCE,
     adopt_statements,
     at_once,
     begin_unlinking_statements,
     given_up_statements,
-    unchecked_statements,
+    leaf_statements,
 )
 from chronos.migration.operator import Operator
-from chronos.migration.rollback import definitions
 from chronos.migration.state import Phase, Plan, State, Strategy, phase_statement, verified_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
@@ -292,7 +292,7 @@ def _attach_sections(conn: Connection, migration: Migration, following: list[Dep
         yield Section(
             f"Step 3: the foreign keys of {group[0]} to {group[-1]}; nobody writes what they refer to"
             " meanwhile, for milliseconds",
-            attach.leaf_key_statements(migration, group),
+            leaf_statements(migration, group),
             locks=True,
         )
     yield Section("Step 4: the functions that keep the partitions", function_statements(shape))
@@ -351,7 +351,7 @@ def _foreign_key_sections(migration: Migration) -> Iterator[Section]:
         yield Section(
             f"Step 3: the foreign keys of {group[0]} to {group[-1]}, unchecked; nobody writes what they"
             " refer to meanwhile, for milliseconds",
-            unchecked_statements(migration, group),
+            leaf_statements(migration, group, not_valid=True),
             locks=True,
         )
     yield Section(
@@ -740,7 +740,7 @@ def _locks_of_copy(plan: Plan) -> str:
         referred = _referred(plan)
         more = (
             f", once more before the foreign keys, and those of {referred} when each"
-            f" {len(at_once([''] * len(plan.periods))[0])} partitions get theirs; {referred} is locked for an"
+            f" {_in_a_group(plan)} partitions get theirs; {referred} is locked for an"
             f" instant when {plan.table.new} adopts them and when {plan.table.old} gives them up"
         )
     return (
@@ -753,10 +753,15 @@ def _locks_of_attach(plan: Plan) -> str:
     more = ""
     if plan.foreign_keys:
         more = (
-            f"; writers of {_referred(plan)} wait when each {len(at_once([''] * len(plan.periods))[0])}"
-            f" partitions get their foreign keys, everybody there when {plan.table} adopts them"
+            f"; writers of {_referred(plan)} wait when each {_in_a_group(plan)} partitions get their foreign"
+            f" keys, everybody there when {plan.table} adopts them"
         )
     return f"everybody waits for milliseconds, twice: for the check, and when the names change{more}"
+
+
+def _in_a_group(plan: Plan) -> int:
+    """How many partitions get their foreign keys in one transaction."""
+    return min(AT_ONCE, len(plan.periods))
 
 
 def _referred(plan: Plan) -> str:

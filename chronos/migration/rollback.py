@@ -30,8 +30,7 @@ from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, joined, name, render, sqlstate, statement, transaction
 from chronos.errors import NeedsPersonError, RefusedError
-from chronos.functions import definitions as definitions
-from chronos.functions import drop_unused_statement
+from chronos.functions import definitions, drop_unused_statement
 from chronos.locks import lock_table
 from chronos.migration import attach
 from chronos.migration import state as states
@@ -191,7 +190,7 @@ def _set_out(migration: Migration) -> None:
             migration.claim(conn)
             execute(conn, lock_table(table.home, table.old, "ACCESS EXCLUSIVE"))
             if emptied_by_hand(conn, table):
-                raise NeedsPersonError(f"{old_table_emptied(table)}")
+                raise NeedsPersonError(old_table_emptied(table))
             attempt.asks_now()
             execute(conn, lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE", partitions=True))
             statements = [
@@ -437,11 +436,11 @@ def _clean_up(migration: Migration) -> None:
     with transaction(conn):
         kind = states.relkind(conn, home, table.name)
         built = states.relkind(conn, home, table.new) is not None
-        strangers = foreign_partitions(conn, migration.state, table.new)
+        foreign = foreign_partitions(conn, migration.state, table.new)
     if kind == "p":
         raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
-    if strangers:
-        raise NeedsPersonError(not_ours(table, strangers))
+    if foreign:
+        raise NeedsPersonError(not_ours(table, foreign))
     if built:
         give_up_keys(migration, table.new)
     _drop_triggers(migration)

@@ -44,7 +44,7 @@ from chronos.errors import (
     StrayRowError,
     SupersededError,
 )
-from chronos.functions import function_statements
+from chronos.functions import definitions, function_statements
 from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
@@ -58,7 +58,7 @@ from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
 from chronos.migration.obstacles import require_nothing_kept
 from chronos.migration.operator import Operator, StopRequestedError, going_on_with, sole_operator
 from chronos.migration.report import write_report
-from chronos.migration.rollback import definitions, roll_back, stay, tidy_up
+from chronos.migration.rollback import roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, Strategy, phase_statement
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -23,6 +23,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos.catalog.partitions import expires_on
 from chronos.catalog.shape import ForeignKey, Grant, Identity, Index, OwnedSequence, Trigger
 from chronos.commands import rollback as rollback_command
 from chronos.db import Statement, execute, name, opened, statement, transaction
@@ -75,10 +76,10 @@ def describe(state: State) -> str:
 def what_becomes_of(plan: Plan) -> str:
     """When the table goes that has become a partition."""
     history = f"{plan.former}, all before {plan.first:%Y-%m-%d %H:%M} UTC,"
-    if plan.table.retention_days is None:
+    goes = expires_on(plan.first, plan.table.retention_days)
+    if goes is None:
         return f"{history} never goes: every row is kept"
-    last = plan.first + timedelta(days=plan.table.retention_days)
-    return f"{history} goes when its last row has expired, on {last:%Y-%m-%d}"
+    return f"{history} goes when its last row has expired, on {goes}"
 
 
 def not_to_be_dropped(table: TableSpec) -> str:

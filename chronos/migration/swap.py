@@ -29,7 +29,7 @@ from chronos.catalog.ddl import (
     sequence_statements,
     sequences_back_statements,
 )
-from chronos.catalog.dependents import dependents, redirect_statements, require_dependents
+from chronos.catalog.dependents import dependents, oid_of, redirect_statements, require_dependents
 from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, opened, statement, transaction
@@ -123,7 +123,7 @@ class _Exchange:
         migration.claim(conn)
         # Nobody changes the table in use while the two are compared; the application reads and writes on.
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE UPDATE EXCLUSIVE"))
-        oid, versions = self._oid(self.in_use), self._versions()
+        oid, versions = self._oid(), self._versions()
         self._require_alike()
         self._ask_for_less_than_a_deadlock()
         partitions = self.direction is Direction.BACK
@@ -151,7 +151,7 @@ class _Exchange:
         former = name(self.table.home, self.table.old if forward else self.table.new)
         redirects = redirect_statements(following, name(self.table.home, self.in_use), former)
         execute(conn, joined([*statements, *redirects], ";\n"))
-        require_dependents(conn, following, self._oid(self.in_use))
+        require_dependents(conn, following, self._oid())
         if not forward:
             self._require_given_back()
 
@@ -211,7 +211,7 @@ class _Exchange:
 
     def _versions(self) -> tuple[object, ...]:
         """The version of each catalog row of the table in use."""
-        return tuple(execute(self.conn, statement(_CATALOG_ROWS, oid=self._oid(self.in_use))).one())
+        return tuple(execute(self.conn, statement(_CATALOG_ROWS, oid=self._oid())).one())
 
     def _require_alike(self) -> None:
         """Raise ShapeError unless the new table is what the plain one is now, but for what is announced."""
@@ -241,16 +241,9 @@ class _Exchange:
         if found:
             raise ShapeError(f"{plan.table} would not be the table that it was: {'; '.join(found)}")
 
-    def _oid(self, table: str) -> int:
-        oid: int = execute(
-            self.conn,
-            statement(
-                "SELECT to_regclass(format('%I.%I', {schema}, {table}))::oid::bigint",
-                schema=self.table.home,
-                table=table,
-            ),
-        ).scalar_one()
-        return oid
+    def _oid(self) -> int:
+        """Of whatever has the name now."""
+        return oid_of(self.conn, self.table.home, self.in_use)
 
 
 _CATALOG_ROWS = """
