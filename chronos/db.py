@@ -18,12 +18,17 @@ Statement = sql.Composable
 
 def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
     """An engine for ``url``; each ``connect()`` opens one connection of its own, and no lock is taken."""
-    return create_engine(
+    engine = create_engine(
         url,
         poolclass=NullPool,
         connect_args={"application_name": application_name, "connect_timeout": 10},
         hide_parameters=True,
+        use_native_hstore=False,
     )
+    # SQLAlchemy asks two questions of every new connection, for hstore and for the current schema, with the
+    # operators and functions that the role's search path has, which may be a stranger's. We need neither.
+    engine.dialect._get_default_schema_name = lambda connection: None  # type: ignore[attr-defined]
+    return engine
 
 
 @contextmanager
@@ -103,9 +108,9 @@ def begin(conn: Connection, *, lock_timeout_ms: int = 0) -> None:
 def session_settings(lock_timeout_ms: int = 0) -> Statement:
     """What ``transaction`` begins with."""
     return statement(
-        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;\n"
+        # The path first: until then the role's own holds, and somebody's functions may come first there.
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path = pg_catalog, pg_temp;\n"
         "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),"
-        " set_config('search_path', 'pg_catalog, pg_temp', true),"
         " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
         " set_config('idle_in_transaction_session_timeout', '0', true),"
         " set_config('lock_timeout', {timeout}, true), {no_timeout}",

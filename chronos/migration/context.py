@@ -139,9 +139,17 @@ class Direction(Enum):
 
 
 def match(columns: tuple[str, ...], one: str, other: str) -> Statement:
-    """``one.a = other.a AND one.b = other.b``."""
+    """``one.a = other.a AND one.b = other.b``, by the server's own =.
+
+    The role's search path may be in force where rows are moved, and an = of a stranger's, for varchar say,
+    would fit better.
+    """
     return joined(
-        [statement("{o}.{c} = {p}.{c}", o=name(one), p=name(other), c=name(c)) for c in columns], " AND "
+        [
+            statement("{o}.{c} OPERATOR(pg_catalog.=) {p}.{c}", o=name(one), p=name(other), c=name(c))
+            for c in columns
+        ],
+        " AND ",
     )
 
 

@@ -137,12 +137,12 @@ BEGIN
         SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
         EXECUTE {settings};
         ends := coalesce(ends, clock_timestamp() + least(
-            {seconds} * interval '1 second',
+            make_interval(secs => {seconds}::float8),
             nullif(current_setting('statement_timeout'), '0')::interval / 2::float8));
         LOCK TABLE {state} IN ROW EXCLUSIVE MODE;
         SELECT EXISTS (SELECT FROM {state} WHERE run_id = {run_id}::uuid) INTO copying.mine;
         IF NOT copying.mine THEN
-            report := json_build_object(
+            report := pg_catalog.json_build_object(
                 'mine', false, 'last', after, 'rows', rows, 'batches', 1, 'more', false);
             EXIT;
         END IF;
@@ -161,7 +161,7 @@ BEGIN
         after := coalesce(last, after);
         more := taken >= {batch_size};
         over := NOT more OR clock_timestamp() >= ends;
-        report := json_build_object(
+        report := pg_catalog.json_build_object(
             'mine', mine, 'last', after, 'rows', rows, 'batches', batches, 'more', more);
         COMMIT;
         EXIT WHEN over;

@@ -19,7 +19,7 @@ from chronos.migration.state import where
 from chronos.table import TableSpec
 
 _TAKE = """
-SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path = pg_catalog, pg_temp;
 SELECT set_config('idle_in_transaction_session_timeout', '0', true), {no_timeout};
 SELECT pg_try_advisory_xact_lock({key})
 """
