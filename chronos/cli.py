@@ -145,11 +145,11 @@ def _other_options() -> str:
             or context.get_parameter_source(option.name) is not ParameterSource.COMMANDLINE
         ):
             continue
-        words.append(
-            option.opts[0]
-            if option.is_flag
-            else f"{option.opts[0]} {quote(str(context.params[option.name]))}"
-        )
+        given = context.params[option.name]
+        values = given if option.multiple else (given,)
+        words += [
+            option.opts[0] if option.is_flag else f"{option.opts[0]} {quote(str(value))}" for value in values
+        ]
     return " ".join(words)
 
 
@@ -368,6 +368,12 @@ def cli() -> None:
     help="Pause while any replica is further behind.",
 )
 @click.option(
+    "--accept-duplicates",
+    multiple=True,
+    metavar="SLOT",
+    help="Migrate though the reader of this replication slot gets copied rows twice; may be repeated.",
+)
+@click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.json",
@@ -390,6 +396,7 @@ def migrate(
     verify: str,
     rate_limit: int | None,
     max_replica_lag: float | None,
+    accept_duplicates: tuple[str, ...],
     report: Path | None,
 ) -> None:
     """Turn a table into partitions under live writes.
@@ -416,7 +423,14 @@ def migrate(
         with opened(context.engine) as conn:
             require_agreement(conn, require_located(conn, context.table), context.settings.listed_in)
         if dry_run:
-            print_plan(context.engine, context.table, Console(), operator.patience, Strategy(strategy))
+            print_plan(
+                context.engine,
+                context.table,
+                Console(),
+                operator.patience,
+                Strategy(strategy),
+                frozenset(accept_duplicates),
+            )
             return
 
         def announce(table: TableSpec, facts: str, what: str) -> None:
@@ -436,6 +450,7 @@ def migrate(
                 content=verify == "full",
                 rate_limit=rate_limit,
                 max_replica_lag=max_replica_lag,
+                accept_duplicates=frozenset(accept_duplicates),
                 report=report,
             ),
             operator,

@@ -27,7 +27,7 @@ def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
     )
     # SQLAlchemy asks two questions of every new connection, for hstore and for the current schema, with the
     # operators and functions that the role's search path has, which may be a stranger's. We need neither.
-    engine.dialect._get_default_schema_name = lambda connection: None  # type: ignore[attr-defined]
+    engine.dialect._get_default_schema_name = lambda _: ""  # type: ignore
     return engine
 
 

@@ -18,8 +18,10 @@ from chronos.catalog.shape import read as read_shape
 from chronos.cli import cli
 from chronos.db import connect_engine, transaction
 from chronos.migration.checks import CHECKS, Finding, Survey, first_plan, survey, warnings
+from chronos.migration.state import Strategy
 from chronos.settings import get_settings
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec, midnight
+from tests.command import chronos
 from tests.conftest import MakeDatabase
 from tests.tables import connected, holding, query, relations, value
 
@@ -231,11 +233,11 @@ REFUSED = [
 ]
 
 
-def surveyed(url: str, spec: TableSpec = SPEC) -> Survey:
+def surveyed(url: str, spec: TableSpec = SPEC, strategy: Strategy = Strategy.COPY) -> Survey:
     """What ``survey`` finds, in a transaction that cannot change anything."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         conn.exec_driver_sql("SET TRANSACTION READ ONLY")
-        return survey(conn, spec)
+        return survey(conn, spec, strategy)
 
 
 def warned(url: str, spec: TableSpec = SPEC) -> list[Finding]:
@@ -470,6 +472,9 @@ def test_a_temporary_view_of_another_session_is_named_with_its_session(database:
     assert surveyed(database).blockers == ()
 
 
+_VIA_ROOT = "WITH (publish_via_partition_root = true)"
+
+
 @contextmanager
 def slot(url: str, plugin: str) -> Iterator[str]:
     """A logical replication slot of the database."""
@@ -482,7 +487,7 @@ def slot(url: str, plugin: str) -> Iterator[str]:
 
 
 def test_a_slot_for_a_publication_by_table_sends_no_copied_row(database: str) -> None:
-    query(database, _TABLE + "CREATE PUBLICATION sent FOR TABLE webhook_log")
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR TABLE webhook_log {_VIA_ROOT}")
     with slot(database, "pgoutput"):
         assert surveyed(database).blockers == ()
 
@@ -495,7 +500,7 @@ def test_a_slot_for_a_publication_by_table_sends_no_copied_row(database: str) ->
     ],
 )
 def test_a_slot_for_a_publication_of_all_tables_is_refused(tables: str, remedy: str, database: str) -> None:
-    query(database, _TABLE + f"CREATE PUBLICATION sent FOR {tables}")
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR {tables} {_VIA_ROOT}")
     assert "publication-of-all-tables" in [w.id for w in warned(database)]
     with slot(database, "pgoutput") as name:
         [found] = surveyed(database).blockers
@@ -505,13 +510,29 @@ def test_a_slot_for_a_publication_of_all_tables_is_refused(tables: str, remedy: 
     assert f"SELECT pg_drop_replication_slot('{name}')" in found.text
 
 
-def test_a_slot_of_another_plugin_is_refused(database: str) -> None:
+def test_a_slot_of_another_plugin_is_refused_unless_its_reader_may_get_rows_twice(database: str) -> None:
     query(database, _TABLE)
-    # By its path the server takes it for another plugin, and so every server has one.
+    # By its path the server takes it for another plugin, and so every server has one. Nobody reads it.
     with slot(database, "$libdir/pgoutput") as name:
         [found] = surveyed(database).blockers
-    assert found.id == "slot-sends-everything"
-    assert f"replication slot {name} sends whatever is written in this database, as its plugin" in found.text
+        assert found.id == "slot-sends-everything"
+        assert f"replication slot {name} sends whatever is written in this database" in found.text
+        assert f"SELECT pg_drop_replication_slot('{name}')" in found.text
+        assert found.text.endswith(f"--accept-duplicates {name}")
+        assert chronos(database, "migrate", "--yes", "--hold").returncode == 2
+        other = chronos(database, "migrate", "--yes", "--accept-duplicates", name, "--accept-duplicates", "x")
+        assert other.returncode == 2
+        assert "there is no logical replication slot x in this database" in other.stderr
+        assert chronos(database, "migrate", "--yes", "--accept-duplicates", name).returncode == 0
+        back = chronos(database, "rollback", "--yes")
+        assert (back.returncode, "[slot-sends-again]" in back.stderr) == (2, True)
+        assert chronos(database, "rollback", "--yes", "--force").returncode == 0
+
+
+def test_a_slot_of_another_plugin_is_no_obstacle_to_an_attach(database: str) -> None:
+    query(database, _TABLE)
+    with slot(database, "$libdir/pgoutput"):
+        assert surveyed(database, strategy=Strategy.ATTACH).blockers == ()
 
 
 def test_what_a_role_may_not_do_is_named(make_database: MakeDatabase) -> None:
@@ -551,8 +572,7 @@ def test_warnings_do_not_forbid(database: str) -> None:
         database,
         _TABLE + "CREATE FUNCTION where_am_i() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN PERFORM TG_TABLE_NAME; RETURN NULL; END';"
-        " CREATE TRIGGER t AFTER INSERT ON webhook_log FOR EACH ROW EXECUTE FUNCTION where_am_i();"
-        " CREATE PUBLICATION sent FOR TABLE webhook_log",
+        " CREATE TRIGGER t AFTER INSERT ON webhook_log FOR EACH ROW EXECUTE FUNCTION where_am_i()",
     )
     with connected(database) as conn, conn.cursor() as cursor:
         cursor.execute("BEGIN; DELETE FROM webhook_log WHERE id = 1; PREPARE TRANSACTION 'held over'")
@@ -560,9 +580,49 @@ def test_warnings_do_not_forbid(database: str) -> None:
         found = warned(database)
     finally:
         query(database, "ROLLBACK PREPARED 'held over'")
-    assert {w.id for w in found} >= {
-        "prepared-transaction",
-        "trigger-sees-partition",
-        "publication-of-partitions",
-    }
-    assert any(str(w).endswith("spares them that [publication-of-partitions]") for w in found)
+    assert {w.id for w in found} >= {"prepared-transaction", "trigger-sees-partition"}
+
+
+def test_what_the_application_must_change_is_found_in_its_functions_and_settings(database: str) -> None:
+    role = make_url(database).database
+    query(
+        database,
+        _TABLE
+        + """
+CREATE FUNCTION prune() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM webhook_log WHERE ctid IN (SELECT ctid FROM webhook_log LIMIT 100);
+    DELETE FROM webhook_endpoint WHERE ctid = '(0,1)';
+END $$;
+CREATE FUNCTION upsert(bigint) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO webhook_log (id, timestamp) VALUES ($1, now()) ON CONFLICT (id) DO NOTHING $$;
+CREATE FUNCTION upsert_again(bigint) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO public.webhook_log (id, timestamp) VALUES ($1, now())
+    ON CONFLICT ON CONSTRAINT webhook_log_pkey DO NOTHING $$;
+CREATE FUNCTION last_id() RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN RETURN currval(pg_get_serial_sequence('webhook_log', 'id')); END $$;
+-- None of these is meant.
+CREATE TABLE webhook_log_notes (id int UNIQUE, ctid_seen text);
+CREATE FUNCTION other() RETURNS void LANGUAGE sql AS $$
+    DELETE FROM webhook_log_notes WHERE ctid IN (SELECT ctid FROM webhook_log_notes);
+    INSERT INTO webhook_log_notes (id) SELECT 1 ON CONFLICT (id) DO NOTHING;
+    SELECT pg_get_serial_sequence('webhook_endpoint', 'id') FROM webhook_log -- ctid
+$$;
+CREATE FUNCTION fine() RETURNS void LANGUAGE sql AS $$
+    INSERT INTO webhook_log (timestamp) VALUES (now()) ON CONFLICT (id, timestamp) DO NOTHING $$;
+"""
+        + f"ALTER DATABASE {role} SET default_transaction_isolation = 'repeatable read'",
+    )
+    found = warned(database)
+    named = [
+        (w.id, w.text.partition(" ")[2].partition("(")[0]) for w in found if w.text.startswith("function")
+    ]
+    assert [n for n in named if n[0] != "trigger-sees-partition"] == [
+        ("ctid-idiom", "public.prune"),
+        ("on-conflict", "public.upsert"),
+        ("on-conflict", "public.upsert_again"),
+        ("serial-sequence", "public.last_id"),
+    ]
+    [isolation] = [w for w in found if w.id == "repeatable-read"]
+    assert isolation.text.startswith("this database has transactions REPEATABLE READ")
+    assert "currval('public.webhook_log_id_seq')" in next(w.text for w in found if w.id == "serial-sequence")

@@ -21,8 +21,10 @@ from chronos.catalog import ddl
 from chronos.catalog.dependents import dependents
 from chronos.catalog.shape import Index, TableShape
 from chronos.catalog.shape import read as read_shape
+from chronos.catalog.slots import Sender, senders, slots
 from chronos.db import Statement, execute, joined, name, sqlstate, statement
 from chronos.functions import distrusted
+from chronos.migration import idioms
 from chronos.migration import state as states
 from chronos.migration.attach import bound_after, check_name, heap_of, key_name
 from chronos.migration.state import Phase, Plan, State, Strategy
@@ -51,7 +53,8 @@ class Survey:
 
     ``now`` is the database's. ``oldest`` is the time of the oldest row, looked up when every row is to be
     copied, else None; ``newest`` that of the newest, looked up when the table itself becomes a
-    partition. ``shape`` is None when there is no plain table to migrate.
+    partition. ``shape`` is None when there is no plain table to migrate. ``accepted`` are the replication
+    slots whose readers may get rows twice.
     """
 
     spec: TableSpec
@@ -63,6 +66,7 @@ class Survey:
     oldest: datetime | None = None
     strategy: Strategy = Strategy.COPY
     newest: datetime | None = None
+    accepted: frozenset[str] = frozenset()
 
     @property
     def attaches(self) -> bool:
@@ -173,7 +177,12 @@ class Check:
     look: str | Callable[[Subject], Iterable[str]]
 
 
-def survey(conn: Connection, spec: TableSpec, strategy: Strategy = Strategy.COPY) -> Survey:
+def survey(
+    conn: Connection,
+    spec: TableSpec,
+    strategy: Strategy = Strategy.COPY,
+    accepted: frozenset[str] = frozenset(),
+) -> Survey:
     """Examine the table inside a transaction that changes nothing.
 
     ACCESS SHARE on the table while its rows are asked for, which happens only when nothing else forbids the
@@ -197,7 +206,7 @@ def survey(conn: Connection, spec: TableSpec, strategy: Strategy = Strategy.COPY
         oldest: datetime | None = None,
         newest: datetime | None = None,
     ) -> Survey:
-        return Survey(spec, now, rows, size, shape, blockers, oldest, strategy, newest)
+        return Survey(spec, now, rows, size, shape, blockers, oldest, strategy, newest, accepted)
 
     earlier = states.read(conn, spec)
     blockers = _findings(Subject(conn, found(), relkind, earlier), Kind.SITUATION)
@@ -755,6 +764,81 @@ def _other_roles(subject: Subject) -> Iterator[str]:
         )
 
 
+# --- Replication ---
+
+
+def _senders(subject: Subject) -> list[Sender]:
+    """The slots that would send what is copied, but for those that are accepted. An attach copies nothing."""
+    survey = subject.survey
+    found = [] if survey.attaches else senders(subject.conn, subject.spec.home)
+    return [sender for sender in found if sender.slot not in survey.accepted]
+
+
+def _all_the_same(slot: str) -> str:
+    return f"; to migrate all the same, if its reader may get rows twice: --accept-duplicates {slot}"
+
+
+def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
+    home = subject.spec.home
+    for sender in _senders(subject):
+        if sender.publication is None:
+            continue
+        schema, instead = "", "make the publication again, FOR TABLE and the names of its tables"
+        if not sender.all_tables:
+            schema = f" of schema {home}"
+            instead = (
+                f"ALTER PUBLICATION {quoted(sender.publication)} DROP TABLES IN SCHEMA {quoted(home)}, and"
+                " ADD TABLE the tables by their names"
+            )
+        yield (
+            f"replication slot {sender.slot} (pgoutput) may be sending publication {sender.publication},"
+            f" which publishes all tables{schema}: copied rows would go out a second time, as rows of"
+            f" {subject.spec.new}; {instead}, or drop the slot if nobody needs it: SELECT"
+            f" pg_drop_replication_slot('{sender.slot}'){_all_the_same(sender.slot)}"
+        )
+
+
+def _slot_sends_everything(subject: Subject) -> Iterator[str]:
+    for sender in _senders(subject):
+        if sender.publication is None:
+            yield (
+                f"replication slot {sender.slot} sends whatever is written in this database, as its plugin"
+                f" {sender.plugin} does: copied rows would go out a second time, as rows of"
+                f" {subject.spec.new}; drop it with SELECT pg_drop_replication_slot('{sender.slot}'), and"
+                f" create it again after the migration{_all_the_same(sender.slot)}"
+            )
+
+
+def _no_such_slot(subject: Subject) -> Iterator[str]:
+    if accepted := subject.survey.accepted:
+        for slot in accepted - slots(subject.conn):
+            yield f"there is no logical replication slot {slot} in this database to accept duplicates for"
+
+
+def _publication_of_partitions(subject: Subject) -> Iterator[str]:
+    """A subscriber that gets rows by the names of partitions, which it does not have, stops."""
+    for [publication] in execute(subject.conn, subject.filled(_PUBLICATIONS_OF_PARTITIONS)).all():
+        yield (
+            f"publication {publication} does not publish through the root: after the swap its subscribers"
+            f" would get rows of partitions that they do not have, and stop; ALTER PUBLICATION"
+            f" {quoted(publication)} SET (publish_via_partition_root = true); that changes nothing until then"
+        )
+
+
+_PUBLICATIONS_OF_PARTITIONS = """
+SELECT p.pubname::text
+FROM pg_publication p
+WHERE NOT p.pubviaroot
+  AND (p.puballtables
+       OR EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = {oid})
+       OR EXISTS (SELECT FROM pg_publication_namespace m JOIN pg_namespace n ON n.oid = m.pnnspid
+                  WHERE m.pnpubid = p.oid AND n.nspname = {schema}))
+  AND EXISTS (SELECT FROM pg_replication_slots s
+              WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database()
+                AND s.wal_status IS DISTINCT FROM 'lost')
+ORDER BY 1
+"""
+
 # --- Rows ---
 
 
@@ -840,6 +924,49 @@ def _lock_table_nearly_full(subject: Subject) -> Iterator[str]:
         yield (
             f"a query over all partitions locks about {needed:,} objects, there is room for {available:,};"
             " raise max_locks_per_transaction"
+        )
+
+
+def _ctid_idiom(subject: Subject) -> Iterator[str]:
+    shape = subject.shape
+    for text in idioms.texts(subject.conn, shape):
+        if idioms.uses_ctid(text, shape):
+            yield (
+                f"{text.where} finds rows of {subject.spec} by ctid, which another partition has as well:"
+                " a DELETE or UPDATE WHERE ctid IN (SELECT ctid ...) would hit rows not meant; use the"
+                f" key: ({', '.join(shape.new_key)}) IN (SELECT {', '.join(shape.new_key)} ...)"
+            )
+
+
+def _on_conflict(subject: Subject) -> Iterator[str]:
+    shape = subject.shape
+    for text in idioms.texts(subject.conn, shape):
+        if target := idioms.conflict_target(text, shape):
+            yield (
+                f"{text.where} says ON CONFLICT {target}, and only ({', '.join(shape.new_key)}) will be"
+                f" unique: it will fail, or not meet a row of another {subject.spec.column}; name them all"
+            )
+
+
+def _serial_sequence(subject: Subject) -> Iterator[str]:
+    shape = subject.shape
+    if not any(not sequence.identity for sequence in shape.sequences):
+        return
+    for text in idioms.texts(subject.conn, shape):
+        if idioms.asks_for_sequence(text, shape):
+            names = " or ".join(f"'{s.schema}.{s.name}'" for s in shape.sequences if not s.identity)
+            yield (
+                f"{text.where} calls pg_get_serial_sequence, which is NULL from the swap until finalize, as"
+                f" both tables use the sequence then; use INSERT ... RETURNING, or currval({names})"
+            )
+
+
+def _repeatable_read(subject: Subject) -> Iterator[str]:
+    for whose in idioms.repeatable_read(subject.conn):
+        yield (
+            f"{whose} has transactions REPEATABLE READ or SERIALIZABLE by default: one that is open at the"
+            " swap makes it wait, and one that waits for it may fail with 40001 and has to be"
+            " repeated"
         )
 
 
@@ -1145,39 +1272,10 @@ SELECT format('publication %s publishes some columns or rows of %s, which for a 
 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
 WHERE r.prrelid = {oid} AND NOT p.pubviaroot AND (r.prattrs IS NOT NULL OR r.prqual IS NOT NULL)""",
     ),
-    Check(
-        # Which publications a pgoutput slot sends is known to its subscriber alone. One that names its tables
-        # does not have those in it that are being filled.
-        "slot-sends-all-tables",
-        Kind.STRUCTURE,
-        """
-SELECT format('replication slot %s (pgoutput) may be sending publication %s, which publishes all tables%s:'
-              ' copied rows would go out a second time, as rows of %s; %s, or drop the slot if nobody'
-              ' needs it: SELECT pg_drop_replication_slot(%L)', s.slot_name, p.pubname,
-              CASE WHEN p.puballtables THEN '' ELSE format(' of schema %s', {schema}) END, {new},
-              CASE WHEN p.puballtables
-                   THEN 'make the publication again, FOR TABLE and the names of its tables'
-                   ELSE format('ALTER PUBLICATION %I DROP TABLES IN SCHEMA %I, and ADD TABLE the tables by'
-                               ' their names', p.pubname, {schema}) END, s.slot_name)
-FROM pg_publication p, pg_replication_slots s
-WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database()
-  AND s.wal_status IS DISTINCT FROM 'lost'
-  AND (p.puballtables OR EXISTS (
-      SELECT FROM pg_publication_namespace m
-      WHERE m.pnpubid = p.oid AND m.pnnspid = quote_ident({schema})::regnamespace))""",
-    ),
-    Check(
-        "slot-sends-everything",
-        Kind.STRUCTURE,
-        """
-SELECT format('replication slot %s sends whatever is written in this database, as its plugin %s does: copied'
-              ' rows would go out a second time, as rows of %s; drop it with SELECT'
-              ' pg_drop_replication_slot(%L), and create it again after the migration',
-              slot_name, plugin, {new}, slot_name)
-FROM pg_replication_slots
-WHERE slot_type = 'logical' AND plugin <> 'pgoutput' AND database = current_database()
-  AND wal_status IS DISTINCT FROM 'lost'""",
-    ),
+    Check("slot-sends-all-tables", Kind.STRUCTURE, _slot_sends_all_tables),
+    Check("slot-sends-everything", Kind.STRUCTURE, _slot_sends_everything),
+    Check("no-such-slot", Kind.STRUCTURE, _no_such_slot),
+    Check("publication-of-partitions", Kind.STRUCTURE, _publication_of_partitions),
     Check(
         "replica-identity-index",
         Kind.STRUCTURE,
@@ -1314,6 +1412,10 @@ FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
 WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 <> 0
   AND p.prosrc ~* '\m(tg_table_name|tg_relname|tg_relid)\M'""",
     ),
+    Check("ctid-idiom", Kind.WARNING, _ctid_idiom),
+    Check("on-conflict", Kind.WARNING, _on_conflict),
+    Check("serial-sequence", Kind.WARNING, _serial_sequence),
+    Check("repeatable-read", Kind.WARNING, _repeatable_read),
     Check(
         "publication-of-all-tables",
         Kind.WARNING,
@@ -1323,17 +1425,6 @@ SELECT format('publication %s publishes all tables%s: also %s, the partitions an
 FROM pg_publication p
 WHERE puballtables OR EXISTS (SELECT FROM pg_publication_namespace n
                               WHERE n.pnpubid = p.oid AND n.pnnspid = quote_ident({schema})::regnamespace)""",
-    ),
-    Check(
-        "publication-of-partitions",
-        Kind.WARNING,
-        """
-SELECT format('publication %s does not publish through the root: subscribers will need each partition by its'
-              ' name; ALTER PUBLICATION %I SET (publish_via_partition_root = true) spares them that',
-              p.pubname, p.pubname)
-FROM pg_publication p
-WHERE NOT pubviaroot AND (puballtables OR EXISTS (SELECT FROM pg_publication_rel r
-                                                  WHERE r.prpubid = p.oid AND r.prrelid = {oid}))""",
     ),
     Check("many-partitions", Kind.WARNING, _many_partitions),
     Check("lock-table-nearly-full", Kind.WARNING, _lock_table_nearly_full),

@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 from chronos.catalog.partitions import attached, missing
 from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
+from chronos.catalog.slots import senders
 from chronos.commands import finalize as finalize_command
 from chronos.db import Statement, execute, name, statement
 from chronos.errors import RefusedError
@@ -66,6 +67,14 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
             "changed-since-the-swap",
             f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
             f" make the same changes to {table.old} first, or take them back",
+            forcible=True,
+        )
+    for sender in senders(conn, table.home) if waiting else ():
+        yield Obstacle(
+            "slot-sends-again",
+            f"replication slot {sender.slot} ({sender.plugin}) sends whatever is written in this database,"
+            f" and what was written since then would go out a second time, as rows of {table.old}; drop it"
+            f" if nobody needs it: SELECT pg_drop_replication_slot('{sender.slot}')",
             forcible=True,
         )
     if gone := dropped_since(conn, found):

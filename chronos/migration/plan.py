@@ -118,6 +118,7 @@ def dry_run(
     console: Console,
     patience: Patience | None = None,
     strategy: Strategy = Strategy.COPY,
+    accepted: frozenset[str] = frozenset(),
 ) -> None:
     """Print the plan of a migration, and then its SQL; nothing is changed, and nothing can be.
 
@@ -135,7 +136,7 @@ def dry_run(
                     f"an earlier migration of {table} was undone by hand; nothing was changed. To migrate"
                     f" removes its remains first; for a plan, remove them with: {rollback_command(table)}"
                 )
-            found = survey(conn, table, strategy)
+            found = survey(conn, table, strategy, accepted)
             report.head(found)
             if not found.blockers:
                 _plan(engine, conn, found, report)
@@ -154,7 +155,7 @@ def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> N
     )
     following = dependents(conn, shape.oid)
     exact = found.rows_estimate <= _COUNTABLE
-    by_copy = found if not found.attaches else survey(conn, found.spec, Strategy.COPY)
+    by_copy = found if not found.attaches else survey(conn, found.spec, Strategy.COPY, found.accepted)
     by_attach = found if found.attaches else survey(conn, found.spec, Strategy.ATTACH)
     rows: dict[Period, int] = {}
     if not by_copy.blockers:

@@ -71,7 +71,8 @@ class Options:
     """What the operator asked for. ``workers`` periods are copied at a time; ``content`` false counts only.
 
     ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` in seconds; None: no limit.
-    ``hold`` ends before the swap, with all the rest done.
+    ``hold`` ends before the swap, with all the rest done. ``accept_duplicates`` are the replication slots
+    whose readers may get rows twice.
     """
 
     strategy: Strategy = Strategy.COPY
@@ -84,6 +85,7 @@ class Options:
     max_replica_lag: float | None = None
     report: Path | None = None
     reconnect_s: float = 30.0
+    accept_duplicates: frozenset[str] = frozenset()
 
 
 def step_titles(table: TableSpec, strategy: Strategy = Strategy.COPY) -> dict[int, str]:
@@ -145,7 +147,7 @@ def migrate(
                 operator.output.ok(f"The rollback is called off; {table} stays partitioned")
                 return migration.plan.strategy
         else:
-            found = _look(engine, conn, table, operator, options.strategy, confirm)
+            found = _look(engine, conn, table, operator, options, confirm)
             migration = _begin(engine, conn, operator, found)
         run = _Adoption if migration.plan.attaches else _Run
         run(migration, options).forward()
@@ -157,7 +159,7 @@ def _look(
     conn: Connection,
     table: TableSpec,
     operator: Operator,
-    strategy: Strategy,
+    options: Options,
     confirm: Callable[[Survey], None],
 ) -> Survey:
     """Survey the table and have the operator confirm; what a manual rollback left over goes first."""
@@ -165,7 +167,7 @@ def _look(
     def look() -> Survey:
         with transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY"))
-            return survey(conn, table, strategy)
+            return survey(conn, table, options.strategy, options.accept_duplicates)
 
     found = look()
     with transaction(conn):
