@@ -21,7 +21,7 @@ from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.table import TableSpec, in_quotes, quoted
 
-VERSION = 3
+VERSION = 4
 
 _INSUFFICIENT_PRIVILEGE = "42501"
 

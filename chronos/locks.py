@@ -24,6 +24,8 @@ Tables = list[tuple[str, str]]
 
 _POLL_S = 0.02
 _GRACE_S = 0.05
+# What the server has instead of a query that the current user may not see.
+_NOT_SHOWN = "<insufficient privilege>"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class LockHolder:
             age = f"open for {self.seconds:.0f} s"
             return f"prepared transaction '{self.gid}', {age}; {self.remedy} would end it"
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+        if self.query == _NOT_SHOWN:
+            return (
+                f"{who}, of a role whose queries only a member of pg_monitor sees; {self.remedy} would end it"
+            )
         doing = f", query: {self.query}" if self.query else ""
         state = self.state or "in a transaction"
         return f"{who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"

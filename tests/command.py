@@ -52,6 +52,11 @@ class Run:
         assert self._process.pid is not None
         return self._process.pid
 
+    @property
+    def printed(self) -> str:
+        """What it has printed so far."""
+        return self._stdout.read_text("utf-8") if self._stdout.exists() else ""
+
     def finish(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end; the exit code is negative for a signal."""
         self._process.join(TIMEOUT_S)

@@ -471,6 +471,7 @@ SELECT a.defaclobjtype::text,
        array_agg(DISTINCT CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END)
 FROM pg_default_acl a CROSS JOIN LATERAL aclexplode(a.defaclacl) x
 WHERE a.defaclrole = current_user::regrole AND a.defaclobjtype IN ('r', 'S', 'f')
+  AND x.grantee <> a.defaclrole
   AND (a.defaclnamespace = 0 OR a.defaclnamespace = quote_ident({schema})::regnamespace)
 GROUP BY 1
 """

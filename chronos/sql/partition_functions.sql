@@ -12,8 +12,8 @@
 -- way. Every name is written with its schema, and nothing but pg_catalog is on the search path: no operator
 -- or function that somebody has put elsewhere can be taken for the server's own.
 --
--- Whose code runs. All of it runs with the rights of its caller, so whoever owns the shared pair could make
--- the owner of every table in the schema run anything. shared_functions_check.sql, which comes first, says
+-- Whose code runs. All of it runs with the rights of the owner of the table, so whoever owns the shared pair could
+-- make the owner of every table in the schema run anything. shared_functions_check.sql, which comes first, says
 -- who that may be. The wrappers know the shared pair by its identity, not by its name (BEGIN ATOMIC): no
 -- other function can take its place, and it cannot be dropped while a wrapper calls it.
 
@@ -394,10 +394,14 @@ COMMENT ON FUNCTION @#drop_shared@ IS
 END
 $install$;
 
--- The wrappers of this table.
+-- The wrappers of this table. They run with the rights of its owner, whoever calls: a role that is to do the
+-- nightly upkeep and nothing else needs EXECUTE on both and USAGE on the schema. All that it can choose is a
+-- number of days.
 CREATE OR REPLACE FUNCTION @schema@.@create_function@(days_ahead integer)
 RETURNS SETOF text
 LANGUAGE sql
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT @schema@.chronos_create_partitions(
         @'schema'@::text, @'table'@::text, '@#every@'::text, days_ahead, pg_catalog.now());
@@ -406,6 +410,8 @@ END;
 CREATE OR REPLACE FUNCTION @schema@.@drop_function@(retention_days integer)
 RETURNS SETOF text
 LANGUAGE sql
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT @schema@.chronos_drop_partitions(
         @'schema'@::text, @'table'@::text, retention_days, pg_catalog.now());
