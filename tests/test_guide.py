@@ -45,7 +45,7 @@ from chronos.migration.checks import CHECKS
 from chronos.settings import Settings, get_settings
 from chronos.sql_models import WebhookLog
 from tests.command import started
-from tests.tables import holding, query, value
+from tests.tables import exists, holding, query, value
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -373,9 +373,15 @@ class Shell:
             self.background.callback(self.worker.terminate)
         shown = self.process([*celery, *words[1:]])
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: client.exists(f"{words[-1]}:last"), 60, f"{words[-1]} has run")
+            wait_until(lambda: self.has_run(words[-1]), 60, f"{words[-1]} has run")
             wait_until(lambda: not client.exists(words[-1]), 60, f"{words[-1]} has given its lock back")
         return shown
+
+    def has_run(self, job: str) -> bool:
+        """Whether the database has a report of the job."""
+        url = self.env["DATABASE_URL"]
+        asked = "SELECT FROM chronos_reports WHERE job = %s"
+        return exists(url, "chronos_reports") and bool(query(url, asked, job))
 
     def redis(self, words: list[str]) -> str:
         """As redis-cli prints it on a terminal; the tests have no redis-cli."""
@@ -424,7 +430,7 @@ def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, 
 @pytest.fixture
 def shell(redis_url: str, pg_bin: Path, tmp_path: Path) -> Iterator[Shell]:
     (tmp_path / "chronos").symlink_to(ROOT / "chronos")
-    keys = [key for job in JOBS for key in (job.name, job.last_key)]
+    keys = [job.name for job in JOBS]
     with redis.Redis.from_url(redis_url) as client, contextlib.ExitStack() as background:
         client.delete(*keys)
         env = {

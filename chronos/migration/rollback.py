@@ -14,6 +14,7 @@ from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos import reports
 from chronos.catalog.ddl import (
     bound_check,
     foreign_key_statements,
@@ -499,6 +500,7 @@ def _functions_back(migration: Migration) -> None:
         if definition not in standing.values():
             execute(conn, sql.SQL(definition))
     execute(conn, drop_unused_statement(migration.table))
+    execute(conn, reports.drop_unused_statement(migration.table))
 
 
 def _leaves(migration: Migration) -> list[str]:
