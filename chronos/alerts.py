@@ -122,8 +122,10 @@ def _tell(settings: Settings, failed: str | None) -> None:
 def kind_of(problem: str) -> str:
     """What stays of a problem when its numbers, dates, names of partitions and reasons change."""
     text = re.sub(r"\([^()]*(\([^()]*\)[^()]*)*\)", "()", problem)
-    text = re.sub(r"\d[\d,.:TZ+-]*", "#", text)
-    return re.sub(r"(\S*#\S*)(?:,? (?:#|\S*#\S*))*(?: and # more)?", r"\1", text)
+    text = re.sub(r"\d(?:[\d,.:TZ+-]*\d)?", "#", text)
+    text = re.sub(r"#(?: #)+", "#", text)
+    one = r"[^\s,.:;]*#[^\s,.:;]*"
+    return re.sub(rf"({one})(?:, {one})*(?: and # more)?", r"\1", text)
 
 
 def _told(conn: Connection, home: TableSpec | None) -> Problems:

@@ -31,14 +31,14 @@ def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:
     size = gauge("partitions_bytes", "Size of all partitions with indexes and TOAST.", "table")
     runway = gauge("runway_days", "Days after today for which inserts find a partition.", "table")
     missing = gauge("partitions_missing", "Periods without a partition.", "table")
-    last_run = gauge("job_last_run_timestamp_seconds", "When the job last began.", "table", "job")
-    succeeded = gauge("job_last_success_timestamp_seconds", "When the job last did all.", "table", "job")
-    failed = gauge("job_last_run_failed", "1 if the job failed at its last run, else 0.", "table", "job")
+    last_run = gauge("job_last_run_timestamp_seconds", "When the job last began.", "table", "job_name")
+    succeeded = gauge("job_last_success_timestamp_seconds", "When the job last did all.", "table", "job_name")
+    failed = gauge("job_last_run_failed", "1 if the job failed at its last run, else 0.", "table", "job_name")
     nights = gauge(
         "job_contended_nights",
         "Nights since the last success in which readers kept the job from doing all.",
         "table",
-        "job",
+        "job_name",
     )
     for one in found or ():
         table = one.table.typed

@@ -164,13 +164,15 @@ class Status:
 
     @property
     def missing(self) -> list[Period]:
-        """Periods without a partition: between the oldest and the newest, and from now to the days ahead."""
+        """Periods without a partition: of what is kept, from the oldest to the newest and to the days ahead."""
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]
         uppers = [p.upper for p in self.partitions if p.upper]
         ahead = self.table.wanted(self.now, back=False)
         first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
+        if self.table.retention_days is not None:  # a drop may leave one behind whose readers go on
+            first = max(first, midnight(self.today - timedelta(days=self.table.retention_days)))
         return missing(self.partitions, self.table.periods(first, end))
 
     @property
