@@ -164,7 +164,7 @@ class Status:
 
     @property
     def missing(self) -> list[Period]:
-        """Periods without a partition: of what is kept, from the oldest to the newest and to the days ahead."""
+        """Periods without a partition: of what is kept, between oldest and newest, and of the days ahead."""
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]

@@ -45,7 +45,7 @@ from chronos.migration.checks import CHECKS
 from chronos.settings import Settings, get_settings
 from chronos.sql_models import WebhookLog
 from tests.command import started
-from tests.tables import exists, holding, query, value
+from tests.tables import holding, query, value
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -362,26 +362,30 @@ class Shell:
         """Call a job as the guide says; a worker does it."""
         celery = [sys.executable, "-W", "ignore", "-m", "celery"]
         if self.worker is None:
+            log = self.background.enter_context((self.here / "worker.log").open("wb"))
             self.worker = subprocess.Popen(
-                [*celery, "-A", "chronos.worker", "worker", "--pool=solo", "--without-mingle"],
+                [
+                    *celery,
+                    "-A",
+                    "chronos.worker",
+                    "worker",
+                    "--pool=solo",
+                    "--without-mingle",
+                    "--loglevel=INFO",
+                ],
                 env=self.env,
                 cwd=self.here,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
             self.background.callback(self.worker.wait)
             self.background.callback(self.worker.terminate)
         shown = self.process([*celery, *words[1:]])
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: self.has_run(words[-1]), 60, f"{words[-1]} has run")
+            task = f"[{shown.strip()}] succeeded"
+            wait_until(lambda: task in (self.here / "worker.log").read_text(), 60, f"{words[-1]} has run")
             wait_until(lambda: not client.exists(words[-1]), 60, f"{words[-1]} has given its lock back")
         return shown
-
-    def has_run(self, job: str) -> bool:
-        """Whether the database has a report of the job."""
-        url = self.env["DATABASE_URL"]
-        asked = "SELECT FROM chronos_reports WHERE job = %s"
-        return exists(url, "chronos_reports") and bool(query(url, asked, job))
 
     def redis(self, words: list[str]) -> str:
         """As redis-cli prints it on a terminal; the tests have no redis-cli."""

@@ -274,7 +274,7 @@ def test_a_redis_that_refuses(url: str, guarded_redis: str, tmp_path: Path, trac
     wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
     code, shown = run_module(["chronos", "status"], environment(url, wrong), tmp_path)
     assert code == 1
-    assert "what the nightly jobs did is unknown" in shown
+    assert "Celery cannot run the nightly jobs: Redis does not answer" in shown
     assert_secret(shown)
 
 
