@@ -504,15 +504,17 @@ def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
 
 
 def _migration_runs(conn: Connection, table: TableSpec) -> bool:
-    """Whether somebody holds the operator's lock at this moment; looks, and takes no lock."""
+    """Whether somebody holds the operator's lock and has not yet to answer; looks, and takes no lock."""
     found: bool = execute(
         conn,
         statement(
-            "SELECT EXISTS (SELECT FROM pg_locks, hashtextextended({text}, 0) AS key"
+            "WITH locks AS (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks"
             " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND classid::bigint = (key >> 32) & 4294967295 AND objid::bigint = key & 4294967295)",
-            text=f"chronos migration of {table.home}.{table}",
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+            " SELECT EXISTS (SELECT FROM locks WHERE key = hashtextextended({runs}, 0))"
+            " AND NOT EXISTS (SELECT FROM locks WHERE key = hashtextextended({asks}, 0))",
+            runs=f"chronos migration of {table.home}.{table}",
+            asks=f"chronos asks about {table.home}.{table}",
         ),
     ).scalar_one()
     return found

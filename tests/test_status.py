@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,7 +30,7 @@ from chronos.migration.state import Phase, Plan, State, Strategy, create_stateme
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
 from chronos.table import WEBHOOK_LOG, Period, midnight
-from tests.command import chronos, started
+from tests.command import chronos, chronos_environment, started
 from tests.conftest import MakeDatabase
 from tests.partitioned import add_partition, leaves
 from tests.tables import connected, holding, query, value
@@ -163,6 +164,36 @@ def test_a_migration_that_nobody_is_at(
     assert the_problem(status, "is half done, and nobody is at it").endswith(command)
     with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy
+
+
+@pytest.mark.parametrize(
+    ("phase", "verb"),
+    [
+        (Phase.RETURNING, ("migrate", "--resume")),
+        (Phase.RETURNING, ("rollback",)),
+        (Phase.FINALIZING, ("finalize",)),
+    ],
+)
+def test_half_done_is_a_problem_while_somebody_sits_at_a_prompt(
+    migrated: str, look: Look, phase: Phase, verb: tuple[str, ...]
+) -> None:
+    query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase.value}'")
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "chronos", *verb],
+        env=chronos_environment(migrated),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        asked = b""
+        while not asked.endswith(b" to go on: "):
+            more = process.stdout.read(1)
+            assert more, process.communicate()
+            asked += more
+        the_problem(look(migrated), "is half done, and nobody is at it")
+        process.communicate(b"no\n", timeout=60)
+    assert process.returncode == 2
 
 
 def test_rows_that_were_not_compared_after_the_swap(migrated: str, look: Look) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from pydantic import SecretStr
+from sqlalchemy.engine import make_url
 
 from chronos import alerts
 from chronos.alerts import kind_of, tell
@@ -221,6 +222,40 @@ def test_a_role_that_cannot_keep_the_report_does_the_work_all_the_same(url: str)
     assert done.returncode == 0
     assert f"was not kept: public.chronos_reports belongs to {role}" in done.stderr
     assert partitions(url) == names(url, -5, 3)
+
+
+def test_an_ordinary_owner_keeps_reports_that_another_role_reads_once_it_is_granted(url: str) -> None:
+    number = f"{os.getpid()}_{time.monotonic_ns()}"
+    owner, monitor = f"owner_{number}", f"monitor_{number}"
+    query(
+        url,
+        f"CREATE ROLE {owner} LOGIN PASSWORD 'x'; CREATE ROLE {monitor} LOGIN PASSWORD 'x' IN ROLE pg_monitor;"
+        f"GRANT CREATE ON SCHEMA public TO {owner};"
+        f"ALTER TABLE webhook_log OWNER TO {owner}; ALTER TABLE webhook_endpoint OWNER TO {owner};"
+        f"ALTER FUNCTION create_future_webhook_log_partitions OWNER TO {owner};"
+        f"ALTER FUNCTION drop_old_webhook_log_partitions OWNER TO {owner};"
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {monitor}",
+    )
+    for leaf in partitions(url):
+        query(url, f"ALTER TABLE {leaf} OWNER TO {owner}")
+    as_owner, as_monitor = (
+        make_url(url).set(username=role, password="x").render_as_string(hide_password=False)
+        for role in (owner, monitor)
+    )
+    try:
+        done = chronos(as_owner, "upkeep", env=CRON)
+        assert (done.returncode, done.stderr) == (0, "")
+        by = "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relname = 'chronos_reports'"
+        assert value(url, by) == owner
+        unread = json.loads(chronos(as_monitor, "status", "--json", env=CRON).stdout)
+        [problem] = (p for p in unread["problems"] if "chronos_reports" in p)
+        assert f"{monitor} may not read public.chronos_reports; as {owner}, run: GRANT SELECT" in problem
+        assert unread["jobs"] is None
+        query(as_owner, problem.partition("run: ")[2])
+        read = json.loads(chronos(as_monitor, "status", "--json", env=CRON).stdout)
+        assert read["jobs"][CREATE.name]["result"] == "done"
+    finally:
+        query(url, f"DROP OWNED BY {owner}, {monitor} CASCADE; DROP ROLE {owner}, {monitor}")
 
 
 def test_the_reports_go_with_the_last_partitioned_table(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import importlib
+import json
 import os
 import re
 import signal
@@ -314,7 +315,11 @@ def collecting() -> Iterator[Collector]:
 
 
 def test_a_long_night(
-    start: StartCelery, own_postgres: OwnPostgres, client: redis.Redis, broker: EmbeddedRedis
+    start: StartCelery,
+    own_postgres: OwnPostgres,
+    client: redis.Redis,
+    broker: EmbeddedRedis,
+    tmp_path: Path,
 ) -> None:
     """Everything that can be in a worker's way, one after another; nothing of it needs a restart."""
     server = own_postgres()
@@ -323,7 +328,13 @@ def test_a_long_night(
     with collecting() as collector:
         # One process for all of it: a new one would be up to five seconds in coming.
         one = ("w", url, broker, "--max-tasks-per-child=100")
-        worker = start_worker(start, *one, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+        alert = tmp_path / "alert"
+        worker = start_worker(
+            start,
+            *one,
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+            CHRONOS_ALERT_COMMAND=f"cat > {alert}",
+        )
         worker.wait_for("consumer: Cannot connect to redis")
         broker.start()
         worker.wait_for("ready")
@@ -370,6 +381,7 @@ def test_a_long_night(
         task = send(broker, CREATE, nightly=True, pauses=[0.1, 0.1])
         line = worker.wait_for(rf"\[{task}\] raised expected: JobFailedError")
         assert re.search(r"PostgreSQL does not answer: connection to .* \(3 attempts\)", line)
+        assert "PostgreSQL does not answer" in json.loads(alert.read_text())["problems"][0]["problem"]
         task = send(broker, CREATE, nightly=True, pauses=[0.2] * 100)
         worker.wait_for(rf"\[{task}\] retry: Retry in")
         server.start()

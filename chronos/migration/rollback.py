@@ -66,7 +66,7 @@ from chronos.migration.obstacles import (
     old_table_emptied,
     require_nothing_kept,
 )
-from chronos.migration.operator import Operator, going_on_with, sole_operator
+from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
     State,
@@ -111,7 +111,8 @@ def undo(
                 require_nothing_kept(conn, table)
             in_the_way = obstacles(conn, found) if found.phase.swapped and not by_hand else []
         _require_none(table, in_the_way, force=force)
-        confirm(found)
+        with asking(conn, table):
+            confirm(found)
         with transaction(conn):
             found = take_over(conn, found)
         command = rollback_command(table)
