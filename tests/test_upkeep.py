@@ -25,7 +25,7 @@ from chronos.settings import Settings
 from chronos.table import Interval, TableSpec
 from tests.command import Run, chronos, started
 from tests.partitioned import install_functions
-from tests.tables import connected, exists, holding, query
+from tests.tables import connected, exists, holding, query, value
 from tests.test_jobs import add_days, history, last, migrate, names, partitions
 from tests.waiting import wait_until
 
@@ -229,7 +229,7 @@ def test_an_ordinary_owner_keeps_reports_that_another_role_reads_once_it_is_gran
     owner, monitor = f"owner_{number}", f"monitor_{number}"
     query(
         url,
-        f"CREATE ROLE {owner} LOGIN PASSWORD 'x'; CREATE ROLE {monitor} LOGIN PASSWORD 'x' IN ROLE pg_monitor;"
+        f"CREATE ROLE {owner} LOGIN PASSWORD 'x'; CREATE ROLE {monitor} LOGIN PASSWORD 'x';"
         f"GRANT CREATE ON SCHEMA public TO {owner};"
         f"ALTER TABLE webhook_log OWNER TO {owner}; ALTER TABLE webhook_endpoint OWNER TO {owner};"
         f"ALTER FUNCTION create_future_webhook_log_partitions OWNER TO {owner};"
