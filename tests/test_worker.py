@@ -449,8 +449,8 @@ def test_killed_in_the_middle(
 
 def done_by(url: str, job: Job, task: str) -> bool:
     """Whether this task has reported that the job is done."""
-    query_ = "SELECT FROM chronos_reports WHERE job = %s AND run = %s AND result = 'done'"
-    return exists(url, "chronos_reports") and bool(query(url, query_, job.name, task))
+    asked = "SELECT 1 FROM chronos_reports WHERE job = %s AND run = %s AND result = 'done'"
+    return exists(url, "chronos_reports") and bool(query(url, asked, job.name, task))
 
 
 def begin(client: redis.Redis, broker: EmbeddedRedis, job: Job, url: str) -> tuple[str, int]:
