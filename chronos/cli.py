@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -42,7 +43,7 @@ from chronos.table import Interval, TableSpec, quoted
 from chronos.which_table import Description, Verb, to_be_listed, which_table
 
 if TYPE_CHECKING:
-    from chronos.status import Other
+    from chronos.status import Other, Status, Unknown
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -617,10 +618,76 @@ def demo(rows: int, keep: bool) -> None:
         run_demo(rows, keep=keep, confirm=confirm, output=Output())
 
 
+class _Lines(logging.Handler):
+    """What the jobs log, as lines: on stderr what somebody should read, the rest on stdout."""
+
+    def __enter__(self) -> None:
+        log = logging.getLogger("chronos")
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("chronos").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        with suppress(OSError, ValueError):
+            click.echo(record.getMessage(), err=record.levelno >= logging.WARNING)
+
+
+@cli.command()
+@click.option(
+    "--retry-for",
+    type=click.FloatRange(0, 3_600),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long what is in use is tried again; both jobs together.",
+)
+def upkeep(retry_for: float) -> None:
+    """Create the partitions of the days ahead and drop expired ones, for every listed table, once.
+
+    What the two nightly jobs do, without Celery or Redis: for cron, systemd timers and Kubernetes CronJobs.
+    It is safe beside the jobs and beside itself, at any hour, as often as you like. What was done is on
+    stdout, what was not is on stderr, and status shows both. Exit codes: 0 all is done; 1 something failed; 2
+    refused, nothing was begun; 3 something is in use and left to the next run.
+
+    \b
+    Examples:
+      python -m chronos upkeep
+      python -m chronos upkeep --retry-for 3000 >/dev/null
+    """
+    # Here, for no other verb needs what they import.
+    from chronos import alerts, jobs
+
+    with _errors_as_lines(), _operator() as operator, _Lines():
+        settings, _ = _settings_and_engine("upkeep")
+        try:
+            found = jobs.upkeep(settings, retry_for, operator.stop.wait)
+        finally:
+            telemetry.flush()
+        errors = [str(report["error"]) for report in found.values() if report["status"] == "failed"]
+        alerts.tell(settings, "; ".join(errors) or None)
+        tables = [table for report in found.values() for table in report["tables"].values()]
+        results = {report["status"] for report in found.values()}
+        if tables and all(table.get("refused") for table in tables):
+            sys.exit(ExitCode.REFUSED)
+        if "failed" in results:
+            sys.exit(ExitCode.FAILED)
+        if "incomplete" in results:
+            sys.exit(ExitCode.INTERRUPTED)
+
+
 @cli.command()
 @_takes_a_table
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
-def status(table: str | None, as_json: bool) -> None:
+@click.option(
+    "--prometheus",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.prom",
+    help="Also write it to this file, for the textfile collector of node_exporter.",
+)
+def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
     """Say how tables, partitions and jobs are; exit 1 on a problem.
 
     Without TABLE: of every table that is listed. Each problem comes with what to type about it.
@@ -630,6 +697,7 @@ def status(table: str | None, as_json: bool) -> None:
     Examples:
       python -m chronos status
       python -m chronos status --json | jq -r '.problems[]'
+      python -m chronos status --prometheus /var/lib/node_exporter/textfile/chronos.prom
     """
     # Here, for no other verb needs what it imports.
     from chronos.status import Unknown, collect, collect_all, collect_others, show
@@ -650,9 +718,11 @@ def status(table: str | None, as_json: bool) -> None:
                 spec, listed = which_table(engine, settings, Verb.STATUS, table)
                 found = [collect(settings, spec, listed=listed)]
         except DBAPIError as error:
+            _write_metrics(prometheus, None)
             raise RefusedError(
                 f"cannot tell: {one_line(error)}. Check the server and the database URL"
             ) from error
+        _write_metrics(prometheus, found)
         healthy = all(one.healthy for one in (*found, *others))
         if as_json:
             shown = [one.as_json() for one in found]
@@ -670,6 +740,13 @@ def status(table: str | None, as_json: bool) -> None:
             sys.exit(
                 max((one.exit_code for one in found if isinstance(one, Unknown)), default=ExitCode.FAILED)
             )
+
+
+def _write_metrics(file: Path | None, found: Sequence[Status | Unknown] | None) -> None:
+    if file is not None:
+        from chronos import metrics
+
+        metrics.write(file, found)
 
 
 def _say_others(others: Sequence[Other]) -> None:

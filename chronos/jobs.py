@@ -1,31 +1,36 @@
-"""What a nightly job does, from the message that starts it to the report it leaves; Celery is in worker.py.
+"""What a nightly job does, from what asks for it to the report that it leaves; Celery is in worker.py.
 
-One attempt follows another until all is done, an hour is over, or something fails that waiting does not
-mend. An attempt holds the lease (job_lock.py) and takes every table of the settings in turn, whatever has
-become of the one before: it calls the table's SQL function in transactions of a bounded size. What it came
-to is the result of the task, a line in the log, and a report in Redis under `{job}:last`, which `status`
-shows.
+One attempt follows another until all is done, an hour is over, or something fails that waiting does not mend.
+An attempt takes every table of the settings in turn, whatever has become of the one before: it calls the
+table's SQL function in transactions of a bounded size. What it came to is the result of the task, a line in
+the log, and for each table a report in the database (reports.py), which `status` shows.
 
-A night counts once, however many messages ask for it: two beats send two, a worker that was off finds
-one for each night it missed, and a broker may deliver one again. The report says which night was done,
-and for a message of the schedule that is reason enough to do nothing. A message sent by hand always runs.
+`upkeep` does both jobs in the same way, once, for cron and without Celery or Redis. It is safe beside them
+and beside itself: the functions take a lock of PostgreSQL, and whoever comes second tries again.
+
+A night counts once, however many messages ask for it: two beats send two, a worker that was off finds one for
+each night it missed, and a broker may deliver one again. The reports say for which tables the night is done,
+and for a message of the schedule that is reason enough to leave these alone. What a person or cron asks for
+always runs.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import socket
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
+from time import monotonic
 from typing import Any, NoReturn
 from zoneinfo import ZoneInfo
 
-import redis
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos import commands, telemetry
+from chronos import commands, reports, telemetry
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import locate
 from chronos.catalog.partitions import Partition, attached, droppable, missing, runway
@@ -36,19 +41,19 @@ from chronos.db import (
     is_lock_failure,
     name,
     one_line,
+    opened,
     sqlstate,
     statement,
     transaction,
 )
-from chronos.errors import ChronosError, RefusedError
-from chronos.job_lock import Lease, LeaseHeldError, connect, keep_lease
+from chronos.errors import ChronosError, InterruptedRunError, RefusedError
+from chronos.job_lock import LeaseHeldError, connect, keep_lease
 from chronos.locks import lock_holders
+from chronos.reports import Report as Report
 from chronos.settings import Settings
 from chronos.table import Interval, Period, TableSpec
 
 logger = logging.getLogger(__name__)
-
-Report = dict[str, Any]
 
 # Seconds between two attempts: 18 attempts in 54 minutes, so that a job is through before the next.
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, *[300.0] * 9)
@@ -59,7 +64,7 @@ _STEP_DAYS = {Interval.HOUR: 1, Interval.DAY: 7, Interval.WEEK: 49, Interval.MON
 # Clocks differ, and a worker's may be behind that of the beat whose message it answers.
 _CLOCK_SLACK = timedelta(minutes=5)
 
-_LOOK_LOCK_TIMEOUT_MS = 500
+_LOCK_TIMEOUT_MS = 500
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,6 @@ class Job:
     function: Callable[[TableSpec], str]
     did: str
 
-    @property
-    def last_key(self) -> str:
-        """Where in Redis the report of the last run is."""
-        return f"{self.name}:last"
-
 
 CREATE = Job("create_future_partitions_job", 1, lambda table: table.create_function, "created")
 DROP = Job("drop_old_partitions_job", 2, lambda table: table.drop_function, "dropped")
@@ -87,16 +87,24 @@ JOBS = (CREATE, DROP)
 
 @dataclass(frozen=True)
 class Message:
-    """What asks for an attempt: ``nightly`` when the schedule does, ``earlier`` the report so far."""
+    """What asks for an attempt: ``nightly`` when the schedule does, ``earlier`` the report so far.
+
+    ``writer`` is the program that reports: `celery` or `upkeep`.
+    """
 
     task_id: str
     nightly: bool = False
     attempt: int = 1
     earlier: Mapping[str, Any] | None = None
+    writer: str = "celery"
 
 
 class JobFailedError(ChronosError):
     """The job could not be done, and waiting longer would not help; the message is one line."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report: Report = report or {"status": "failed", "error": message, "tables": {}}
 
 
 class TryAgainError(ChronosError):
@@ -111,7 +119,8 @@ class TryAgainError(ChronosError):
 class _Turn:
     """What became of one table in an attempt: ``table`` is its name as the configuration has it.
 
-    ``undone`` names what is left of it, None when nobody could look.
+    ``undone`` names what is left of it, None when nobody could look. ``located`` is the table where it was
+    found, in which case its report is kept; ``refused`` tells that nothing was begun.
     """
 
     table: str
@@ -119,10 +128,16 @@ class _Turn:
     status: str = "done"
     reason: str | None = None
     undone: list[str] | None = field(default_factory=list)
+    located: TableSpec | None = None
+    refused: bool = False
 
 
 class _NotReadyError(Exception):
     """The table is not migrated, so there is nothing to do yet."""
+
+
+class _TakenCareOfError(Exception):
+    """The night is done, or another message is at it: nothing to do, and nothing to report."""
 
 
 class _UnfinishedError(Exception):
@@ -152,67 +167,77 @@ def _due(job: Job, settings: Settings, day: date) -> datetime:
     return datetime.combine(day, time(job.hour), ZoneInfo(settings.beat_timezone)).astimezone(UTC)
 
 
-def read_last(client: redis.Redis, job: Job) -> Report | None:
-    """The report of the last run, None when there is none to be read. Raises redis.RedisError."""
-    text = client.get(job.last_key)
-    try:
-        report = json.loads(str(text)) if text is not None else None
-    except ValueError:
-        return None
-    return report if isinstance(report, dict) else None
+def night_of(job: Job, settings: Settings, now: datetime) -> date:
+    """Which night a run at ``now`` counts for, in BEAT_TIMEZONE."""
+    due = last_due(job, settings, now + _CLOCK_SLACK)
+    return due.astimezone(ZoneInfo(settings.beat_timezone)).date()
 
 
 def attempt(job: Job, settings: Settings, message: Message, pause_s: float | None) -> Report:
-    """One attempt at ``job``; ``pause_s`` is how long until the next, None when this is the last.
+    """One attempt at ``job`` under its lease; ``pause_s`` is how long until the next, None: this is the last.
 
-    Returns the report: its ``status`` is `done`, `skipped` (with the ``reason``), or `incomplete` when
-    the last attempt has left something undone (``contended`` names it). Raises TryAgainError for
-    another attempt, JobFailedError for none. Locks: those of the SQL function, each waited for 200 ms
-    at the most and held for one transaction.
+    Returns the report: its ``status`` is `done`, `skipped` (with the ``reason``), or `incomplete` when the
+    last attempt has left something undone (``contended`` names it); ``tables`` says the same of each table.
+    Raises TryAgainError for another attempt, JobFailedError for none. Locks: the SQL function's, each
+    waited for 200 ms at the most and held for one transaction.
     """
+    try:
+        with connect(settings) as client, keep_lease(client, job.name):
+            return _attempt(job, settings, message, pause_s)
+    except LeaseHeldError as error:
+        logger.info("%s skipped: %s", job.name, error)
+        return {"status": "skipped", "reason": str(error)}
+    except RefusedError as error:
+        logger.error("%s failed: %s", job.name, error)
+        raise JobFailedError(f"{job.name} failed: {error}") from None
+
+
+def upkeep(settings: Settings, retry_for_s: float, pause: Callable[[float], bool]) -> dict[str, Report]:
+    """Both jobs for every table, once, without a lease: the report of each job by its name.
+
+    What is in use is tried again until ``retry_for_s`` seconds are over; ``pause`` waits for so many seconds,
+    and returns True when nobody wants to wait any longer. Locks as ``attempt``. Raises InterruptedRunError
+    then.
+    """
+    run, ends = str(uuid.uuid4()), monotonic() + retry_for_s
+    found = {}
+    for job in JOBS:
+        message = Message(run, writer="upkeep")
+        for following in (*PAUSES_S, 0.0):
+            left = min(following, ends - monotonic())
+            try:
+                found[job.name] = _attempt(job, settings, message, left if left > 0 else None)
+                break
+            except JobFailedError as error:
+                found[job.name] = error.report
+                break
+            except TryAgainError as error:
+                message = replace(message, attempt=message.attempt + 1, earlier=error.report)
+                if pause(left):
+                    raise InterruptedRunError(
+                        f"stopped while {job.name} waited: {error}. What it did is done,"
+                        " the next run does the rest"
+                    ) from None
+    return found
+
+
+def _attempt(job: Job, settings: Settings, message: Message, pause_s: float | None) -> Report:
     with telemetry.span("{job}, attempt {attempt}", job=job.name, attempt=message.attempt):
-        report = _leased(job, settings, message, pause_s)
+        report = _Attempt(job, settings, message, pause_s).run()
         with telemetry.span("{job}: {status}", job=job.name, **report):
             return report
 
 
-def _leased(job: Job, settings: Settings, message: Message, pause_s: float | None) -> Report:
-    try:
-        with connect(settings) as client, keep_lease(client, job.name) as lease:
-            due = last_due(job, settings, datetime.now(UTC) + _CLOCK_SLACK)
-            night = due.astimezone(ZoneInfo(settings.beat_timezone)).date()
-            last = read_last(client, job) or {}
-            if reason := _taken_care_of(last, night, message):
-                return _skipped(job, reason)
-            return _Attempt(job, settings, message, pause_s, lease, client, night, last).run()
-    except LeaseHeldError as error:
-        return _skipped(job, str(error))
-    except RefusedError as error:
-        logger.error("%s failed: %s", job.name, error)
-        raise JobFailedError(f"{job.name} failed: {error}") from None
-    except redis.RedisError as error:
-        reason = f"Redis does not answer: {error}"
-        if pause_s is None:
-            logger.error("%s failed: %s", job.name, reason)
-            raise JobFailedError(f"{job.name} failed: {reason}") from None
-        raise TryAgainError(reason, dict(message.earlier or {})) from None
-
-
-def _skipped(job: Job, reason: str) -> Report:
-    logger.info("%s skipped: %s", job.name, reason)
-    return {"status": "skipped", "reason": reason}
-
-
-def _taken_care_of(last: Report, night: date, message: Message) -> str | None:
-    """Why a message of the schedule needs no run of its own, None if it does."""
-    if not message.nightly or last.get("night") != night.isoformat() or last.get("task") == message.task_id:
-        return None
-    if last.get("status") == "done":
-        return f"already done for the night of {night}, at {last.get('started')}"
-    if last.get("status") == "retrying":
-        late = datetime.now(UTC) - datetime.fromisoformat(last["next_attempt"])
+def _taken_care_of(earlier: list[Report], night: date) -> str | None:
+    """Why a message of the schedule need not do a table, by what other runs report; None: it must."""
+    for report in earlier:
+        if report["status"] == "done":
+            return f"already done for the night of {night}, at {report['started']}"
+    if earlier and earlier[0]["status"] == "retrying":
+        late = datetime.now(UTC) - datetime.fromisoformat(earlier[0]["next_attempt"])
         if late < timedelta(minutes=10):
-            return f"another message of the night of {night} is at it; next attempt {last['next_attempt']}"
+            following = earlier[0]["next_attempt"]
+            return f"another message of the night of {night} is at it; next attempt {following}"
     return None
 
 
@@ -226,38 +251,26 @@ WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
 
 
 class _Attempt:
-    """One attempt under the lease: the work, then the report."""
+    """One attempt: the work, a report for each table, and one for all."""
 
-    def __init__(
-        self,
-        job: Job,
-        settings: Settings,
-        message: Message,
-        pause_s: float | None,
-        lease: Lease,
-        client: redis.Redis,
-        night: date,
-        last: Report,
-    ) -> None:
+    def __init__(self, job: Job, settings: Settings, message: Message, pause_s: float | None) -> None:
         earlier = message.earlier or {}
         self.job = job
         self.settings = settings
         self.message = message
         self.pause_s = pause_s
-        self.lease = lease
-        self.client = client
-        self.night = night
-        self.last = last
-        self.earlier = earlier
-        self.succeeded: str | None = last.get("succeeded")
+        self.night = night_of(job, settings, datetime.now(UTC))
+        self.earlier: Mapping[str, Report] = earlier.get("tables") or {}
         self.started = datetime.fromisoformat(earlier.get("started") or datetime.now(UTC).isoformat())
-        self.names: list[str] = list(earlier.get(job.did) or [])
         self.turns: list[_Turn] = []
+        self.tables: dict[str, Report] = {}
 
     def run(self) -> Report:
-        """Do the work and leave the report. Returns it, or raises as ``attempt`` does."""
-        for table in self.settings.tables:
-            self.turns.append(self._turn(table))
+        """Do the work and leave the reports. Returns that of all, or raises as ``attempt`` does."""
+        for spec in self.settings.tables:
+            turn = self._turn(spec)
+            self.turns.append(turn)
+            self.tables[turn.table] = self._keep(turn)
         unfinished, failed = self._with("unfinished"), self._with("failed")
         if unfinished and (self.pause_s is not None or not failed):
             unknown = any(turn.undone is None for turn in unfinished)
@@ -266,10 +279,8 @@ class _Attempt:
         if failed:
             self._fail(self._reasons(*failed, *unfinished))
         not_ready = self._with("skipped")
-        if len(not_ready) == len(self.turns):
-            return self._report("skipped", reason=self._reasons(*not_ready))
-        logger.info("%s %s %s", self.job.name, self.job.did, ", ".join(self.names) or "nothing")
-        return self._report("done", **({"reason": self._reasons(*not_ready)} if not_ready else {}))
+        status = "skipped" if len(not_ready) == len(self.turns) else "done"
+        return self._report(status, **({"reason": self._reasons(*not_ready)} if not_ready else {}))
 
     def _with(self, status: str) -> list[_Turn]:
         return [turn for turn in self.turns if turn.status == status]
@@ -283,12 +294,21 @@ class _Attempt:
 
     def _turn(self, spec: TableSpec) -> _Turn:
         """The job for one table. Whatever becomes of it, the next has its turn."""
-        turn = _Turn(spec.typed, [])
+        before = self.earlier.get(spec.typed) or {}
+        turn = _Turn(spec.typed, list(before.get(self.job.did) or []))
+        if before.get("status") == "done":  # by an earlier attempt of this run, which has reported it
+            return turn
         try:
             self._upkeep(spec, turn)
-        except _NotReadyError as error:
+            done = ", ".join(turn.names) or "nothing"
+            several = f" in {turn.table}" if len(self.settings.tables) > 1 else ""
+            logger.info("%s %s %s%s", self.job.name, self.job.did, done, several)
+        except (_NotReadyError, _TakenCareOfError) as error:
             turn.status, turn.reason = "skipped", str(error)
-            logger.warning("%s skipped: %s", self.job.name, error)
+            if isinstance(error, _TakenCareOfError):
+                turn.located = None
+            level = logging.WARNING if isinstance(error, _NotReadyError) else logging.INFO
+            logger.log(level, "%s skipped: %s", self.job.name, error)
         except _UnfinishedError as error:
             turn.status, turn.reason, turn.undone = "unfinished", str(error), error.undone
         except DBAPIError as error:
@@ -297,7 +317,7 @@ class _Attempt:
                 turn.status, turn.undone = "unfinished", None
                 turn.reason = f"PostgreSQL does not answer: {turn.reason}"
         except RefusedError as error:
-            turn.status, turn.reason = "failed", str(error)
+            turn.status, turn.reason, turn.refused = "failed", str(error), True
         except Exception as error:
             logger.exception("%s failed for %s", self.job.name, turn.table)
             turn.status, turn.reason = "failed", f"unexpected {type(error).__name__}: {one_line(error)}"
@@ -305,15 +325,15 @@ class _Attempt:
 
     def _upkeep(self, spec: TableSpec, turn: _Turn) -> None:
         url = self.settings.database
-        with connect_engine(url, application_name=f"chronos {self.job.name}").connect() as conn:
-            table = locate(conn, spec)
+        with opened(connect_engine(url, application_name=f"chronos {self.job.name}")) as conn:
+            table = turn.located = locate(conn, spec)
             if table is None:
                 raise _NotReadyError(f"there is no table {spec} in this database; see {commands.status()}")
             require_agreement(conn, table, self.settings.listed_in)
-            turn.names += self._known(self.earlier, turn.table).get(self.job.did) or []
+            if self.message.nightly:
+                self._require_a_night_not_done(conn, table)
             try:
                 for names in self._calls(conn, table):
-                    self.names += names
                     turn.names += names
                 self._look(conn, table)
             except DBAPIError as error:
@@ -328,10 +348,15 @@ class _Attempt:
                 reason += "; ".join(map(str, holders[:3])) or "nobody any more"
                 raise _UnfinishedError(reason, undone) from None
 
-    @staticmethod
-    def _known(report: Mapping[str, Any], table: str) -> Mapping[str, Any]:
-        """What ``report`` says of one table."""
-        return (report.get("tables") or {}).get(table) or {}
+    def _require_a_night_not_done(self, conn: Connection, table: TableSpec) -> None:
+        run = self.message.task_id
+        try:
+            with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+                found = reports.of_night(conn, table, self.job.name, self.night, run)
+        except (DBAPIError, reports.UntrustedError):
+            return  # twice is as good as once
+        if reason := _taken_care_of(found, self.night):
+            raise _TakenCareOfError(reason)
 
     def _calls(self, conn: Connection, table: TableSpec) -> Iterator[list[str]]:
         """The names that each call of the function returned; one transaction a call."""
@@ -358,9 +383,6 @@ class _Attempt:
                 yield names
 
     def _call(self, conn: Connection, table: TableSpec, days: int) -> list[str]:
-        self.lease.renew()
-        if self.lease.lost:
-            raise _UnfinishedError("the lease was lost", [])
         with transaction(conn):
             rows = execute(
                 conn,
@@ -378,7 +400,7 @@ class _Attempt:
         ACCESS SHARE on the partitions; where that cannot be had soon, nothing is measured.
         """
         try:
-            with transaction(conn, lock_timeout_ms=_LOOK_LOCK_TIMEOUT_MS):
+            with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 now: datetime = execute(conn, statement("SELECT now()")).scalar_one()
                 existing = attached(conn, table)
         except DBAPIError as error:
@@ -396,14 +418,12 @@ class _Attempt:
         self, table: TableSpec, existing: list[Partition], now: datetime, lacking: list[Period]
     ) -> None:
         """Three gauges to be alerted on; they go where the spans go."""
-        import logfire  # here, because it takes long to load and only a worker gets here
-
         measured = {"ahead": runway(existing, table, now), "missing": len(lacking)}
         if lowest := min((p.lower for p in existing if p.lower), default=None):
             measured["oldest_age"] = (now.astimezone(UTC).date() - lowest.date()).days
         for gauge, value in measured.items():
             unit = "{partition}" if gauge == "missing" else "d"
-            logfire.metric_gauge(f"chronos.partitions.{gauge}", unit=unit).set(value, {"table": table.name})
+            telemetry.gauge(f"chronos.partitions.{gauge}", unit, value, table=table.name)
 
     def _later(self, reason: str, undone: list[str] | None) -> Report:
         """Ask for another attempt; after the last, report what is undone, or fail if nobody could look."""
@@ -425,51 +445,66 @@ class _Attempt:
 
     def _fail(self, reason: str) -> NoReturn:
         logger.error("%s failed: %s", self.job.name, reason)
-        self._report("failed", error=reason)
-        raise JobFailedError(f"{self.job.name} failed: {reason}")
+        raise JobFailedError(f"{self.job.name} failed: {reason}", self._report("failed", error=reason))
 
     def _report(self, status: str, **more: Any) -> Report:
-        """The report, kept in Redis as well; a Redis that does not answer is no reason to fail."""
-        report: Report = {
+        """The report of all tables, and of each."""
+        return {
             "status": status,
-            self.job.did: self.names,
+            self.job.did: [name for turn in self.turns for name in turn.names],
             "contended": [],
             "error": None,
+            **self._when(),
+            **more,
+            "tables": self.tables,
+        }
+
+    def _when(self) -> Report:
+        return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - self.started).total_seconds(), 3),
             "attempts": self.message.attempt,
-            **more,
         }
-        self.lease.renew()
-        if self.lease.lost:
-            logger.warning("%s lost its lease while it ran: %s", self.job.name, self.lease.lost)
-            report["lease_lost"] = self.lease.lost
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        if status == "done":
-            self.succeeded = now
-        if len(self.turns) > 1:
-            report["tables"] = {turn.table: self._of(turn, status, now) for turn in self.turns}
-        kept = {
-            **report,
-            "night": self.night.isoformat(),
-            "task": self.message.task_id,
-            "succeeded": self.succeeded,
-        }
-        try:
-            self.client.set(self.job.last_key, json.dumps(kept))
-        except redis.RedisError as error:
-            logger.warning("the report of %s could not be kept in Redis: %s", self.job.name, error)
-        return report
 
-    def _of(self, turn: _Turn, status: str, now: str) -> Report:
-        """What the report says of one table."""
+    def _keep(self, turn: _Turn) -> Report:
+        """The report of one table, kept in the database; where that cannot be, it is no reason to fail."""
+        before = self.earlier.get(turn.table) or {}
+        if before.get("status") == "done":
+            return before
         unfinished = turn.status == "unfinished"
-        before = self._known(self.last, turn.table) if "tables" in self.last else self.last
-        return {
-            "status": ("retrying" if status == "retrying" else "incomplete") if unfinished else turn.status,
+        status = ("retrying" if self.pause_s is not None else "incomplete") if unfinished else turn.status
+        report: Report = {
+            "status": status,
             self.job.did: turn.names,
             "contended": turn.undone or [],
             "error": turn.reason if turn.status in ("unfinished", "failed") else None,
             "reason": turn.reason if turn.status == "skipped" else None,
-            "succeeded": now if turn.status == "done" else before.get("succeeded"),
+            **self._when(),
+            "night": self.night.isoformat(),
+            "writer": f"{self.message.writer} host={socket.gethostname()} pid={os.getpid()}",
         }
+        if turn.refused:
+            report["refused"] = True
+        if status == "retrying":
+            following = datetime.now(UTC) + timedelta(seconds=self.pause_s or 0)
+            report["next_attempt"] = following.isoformat(timespec="seconds")
+        if turn.located is None:
+            return report
+        kept = reports.Kept(
+            job=self.job.name,
+            run=self.message.task_id,
+            night=self.night,
+            writer=str(report["writer"]),
+            started=self.started,
+            result=status,
+            report=report,
+        )
+        engine = connect_engine(self.settings.database, application_name=f"chronos {self.job.name}")
+        try:
+            with opened(engine) as conn, transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+                # A plain table is none of ours yet, and gets nothing beside it.
+                reports.keep(conn, turn.located, kept, make=turn.status != "skipped")
+        except (DBAPIError, reports.UntrustedError) as error:
+            why = one_line(error)
+            logger.warning("the report of %s for %s was not kept: %s", self.job.name, turn.table, why)
+        return report

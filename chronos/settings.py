@@ -144,12 +144,15 @@ class Settings(BaseSettings):
 
     database_url: SecretStr | None = None
     test_database_url: SecretStr | None = None
-    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    # Empty: there is no Celery, and cron runs `upkeep`.
+    redis_url: SecretStr = SecretStr("")
     testing: bool = False
     logfire_token: SecretStr | None = None
     webhook_log_retention_days: int = Field(default=15, ge=0, le=36_500)
     webhook_log_days_ahead: int = Field(default=30, ge=0, le=3_650)
     beat_timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
+    # What it says may hold a token, as any address of a webhook does.
+    chronos_alert_command: SecretStr | None = None
     chronos_config: Path | None = None
 
     @cached_property

@@ -16,7 +16,7 @@ from rich.text import Text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos import commands
+from chronos import commands, reports
 from chronos.agreement import as_it_is, contradictions
 from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import (
@@ -32,12 +32,13 @@ from chronos.db import connect_engine, execute, is_lock_failure, joined, name, r
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.functions import VERSION
 from chronos.job_lock import connect, holder
-from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due, read_last
+from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due
 from chronos.migration import state as migration_state
 from chronos.migration.attach import check_is_valid
 from chronos.migration.console import counted, for_reading, in_bytes
 from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
+from chronos.reports import History, UntrustedError
 from chronos.settings import CONFIGURATION, Settings
 from chronos.table import Interval, Period, TableSpec, midnight, quoted
 
@@ -61,16 +62,20 @@ _TOO_LATE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What is known of a job: the report of its last run, and who runs it at this moment."""
+    """What is known of a job and a table: what it did, and who runs it by Celery at this moment."""
 
-    report: dict[str, Any]
-    running: str | None
+    history: History
+    running: str | None = None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """That of its last run, empty before the first."""
+        return self.history.last
 
     @property
     def succeeded(self) -> datetime | None:
         """When it last did all that it had to do."""
-        at = self.report.get("succeeded")
-        return datetime.fromisoformat(at) if at else None
+        return self.history.succeeded
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class Status:
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
     ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
-    ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it;
+    ``jobs`` is what the nightly jobs did with this table, None when nobody can tell; ``listed`` tells whether
+    they keep it, ``by_celery`` whether Celery runs them or `upkeep` by cron;
     ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
     ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
     """
@@ -110,6 +116,7 @@ class Status:
     refused_from: datetime | None = None
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
+    by_celery: bool = True
     contradictions: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
@@ -157,13 +164,15 @@ class Status:
 
     @property
     def missing(self) -> list[Period]:
-        """Periods without a partition: between the oldest and the newest, and from now to the days ahead."""
+        """Periods without a partition: of what is kept, between oldest and newest, and of the days ahead."""
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]
         uppers = [p.upper for p in self.partitions if p.upper]
         ahead = self.table.wanted(self.now, back=False)
         first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
+        if self.table.retention_days is not None:  # a drop may leave one behind whose readers go on
+            first = max(first, midnight(self.today - timedelta(days=self.table.retention_days)))
         return missing(self.partitions, self.table.periods(first, end))
 
     @property
@@ -208,7 +217,8 @@ class Status:
                 name: {
                     "last_run": job.report.get("started"),
                     "result": job.report.get("status"),
-                    "last_success": job.report.get("succeeded"),
+                    "last_success": job.succeeded and job.succeeded.isoformat(timespec="seconds"),
+                    "contended_nights": job.history.contended_nights,
                     "running": job.running,
                     "report": job.report or None,
                 }
@@ -264,6 +274,11 @@ class Unknown:
     exit_code: ExitCode
     healthy: bool = False
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.problem,)
+
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {"table": self.table.typed, "state": None, "healthy": False, "problems": [self.problem]}
@@ -292,25 +307,11 @@ class Other:
 
 
 @dataclass(frozen=True)
-class _Jobs:
-    """What Redis has of the nightly jobs; ``unreachable`` says why it has nothing."""
+class _Leases:
+    """Who runs which job by Celery; ``unreachable`` says why nobody can tell."""
 
-    reports: dict[str, JobStatus] | None = None
+    holders: dict[str, str | None] = field(default_factory=dict)
     unreachable: str | None = None
-
-    def of(self, table: TableSpec, settings: Settings) -> dict[str, JobStatus] | None:
-        """What the jobs did with ``table``, which they know by its name in the configuration."""
-        listed = next(
-            (t for t in settings.tables if t.name == table.name and t.schema in (None, table.schema)), table
-        )
-        return self.reports and {name: _of(job, listed.typed) for name, job in self.reports.items()}
-
-
-def _of(job: JobStatus, table: str) -> JobStatus:
-    tables = job.report.get("tables")
-    if tables is None:  # it was the only one
-        return job
-    return replace(job, report={**job.report, **tables[table]} if table in tables else {})
 
 
 def collect(
@@ -320,14 +321,14 @@ def collect(
     listed: bool = True,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Status:
-    """Look at the database and at Redis, and judge; ``clock`` is this machine's.
+    """Look at the database, and at Redis if there is one, and judge; ``clock`` is this machine's.
 
     ``table`` is the first of the settings when it is not given; ``listed`` tells whether the jobs keep it.
     ACCESS SHARE on the tables and nothing more, waited for no longer than 1 s. Redis may be away. Raises
     ChronosError when the table is locked, RefusedError when there is none, it has no such column or no
     database is set, DBAPIError when the server cannot be reached.
     """
-    return _collect(settings, table or settings.tables[0], listed, clock, _ask_redis(settings))
+    return _collect(settings, table or settings.tables[0], listed, clock, _leases(settings))
 
 
 def collect_all(settings: Settings) -> list[Status | Unknown]:
@@ -335,11 +336,11 @@ def collect_all(settings: Settings) -> list[Status | Unknown]:
 
     Raises DBAPIError when the server cannot be reached.
     """
-    jobs = _ask_redis(settings)
+    leases = _leases(settings)
     found: list[Status | Unknown] = []
     for table in settings.tables:
         try:
-            found.append(_collect(settings, table, True, lambda: datetime.now(UTC), jobs))
+            found.append(_collect(settings, table, True, lambda: datetime.now(UTC), leases))
         except ChronosError as error:
             found.append(Unknown(table, str(error), error.exit_code))
     return found
@@ -377,24 +378,25 @@ def collect_others(settings: Settings) -> list[Other]:
     return others
 
 
-def _ask_redis(settings: Settings) -> _Jobs:
+def _leases(settings: Settings) -> _Leases:
+    if not settings.redis_url:
+        return _Leases()
     try:
         with closing(connect(settings)) as client:
-            return _Jobs({job.name: _job_status(client, job) for job in JOBS})
+            return _Leases({job.name: holder(client, job.name) for job in JOBS})
     except (redis.RedisError, ChronosError) as error:
-        return _Jobs(
-            unreachable=f"what the nightly jobs did is unknown: Redis does not answer ({error})",
-        )
+        return _Leases(unreachable=f"Celery cannot run the nightly jobs: Redis does not answer ({error})")
 
 
 def _collect(
-    settings: Settings, wanted: TableSpec, listed: bool, clock: Callable[[], datetime], jobs: _Jobs
+    settings: Settings, wanted: TableSpec, listed: bool, clock: Callable[[], datetime], leases: _Leases
 ) -> Status:
     with connect_engine(settings.database, application_name="chronos status").connect() as conn:
         located = require_located(conn, wanted, settings.listed_in if wanted in settings.tables else None)
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 found = _look(conn, located, settings, clock)
+                jobs, unknown = _jobs(conn, located, leases) if listed else (None, None)
         except DBAPIError as error:
             if not is_lock_failure(error):
                 raise
@@ -402,13 +404,22 @@ def _collect(
                 f"somebody has locked {located.typed} or one of its partitions for more than"
                 f" {_LOCK_TIMEOUT_MS // 1000} s; look at pg_locks, or try again"
             ) from error
-    found = replace(found, listed=listed, jobs=jobs.of(found.table, settings) if listed else None)
-    problems = [
-        *found.contradictions,
-        *judge(found, settings),
-        *([jobs.unreachable] if jobs.unreachable and listed else []),
-    ]
+    found = replace(found, listed=listed, jobs=jobs)
+    problems = [*found.contradictions, *judge(found, settings)]
+    if listed:
+        problems += filter(None, (unknown, leases.unreachable))
     return replace(found, notices=tuple(_notices(found)), problems=tuple(problems))
+
+
+def _jobs(
+    conn: Connection, table: TableSpec, leases: _Leases
+) -> tuple[dict[str, JobStatus] | None, str | None]:
+    """What the jobs did with a table; or why nobody can tell."""
+    try:
+        histories = reports.read(conn, table, [job.name for job in JOBS])
+    except UntrustedError as error:
+        return None, f"what the nightly jobs did is unknown: {error}"
+    return {job: JobStatus(history, leases.holders.get(job)) for job, history in histories.items()}, None
 
 
 def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callable[[], datetime]) -> Status:
@@ -433,7 +444,8 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         functions=_functions(conn, table),
         old_table=_table(conn, table.home, table.old, "r"),
         stray=tuple(_stray(conn, table, partitions, now.date())),
-        next_drop=next_due(DROP, settings, now),
+        next_drop=next_due(DROP, settings, now) if settings.redis_url else now,
+        by_celery=bool(settings.redis_url),
         notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
         contradictions=tuple(contradictions(said, table, settings.listed_in)),
         refused_from=_refused_from(conn, migration) if migration else None,
@@ -492,15 +504,17 @@ def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
 
 
 def _migration_runs(conn: Connection, table: TableSpec) -> bool:
-    """Whether somebody holds the operator's lock at this moment; looks, and takes no lock."""
+    """Whether somebody holds the operator's lock and has not yet to answer; looks, and takes no lock."""
     found: bool = execute(
         conn,
         statement(
-            "SELECT EXISTS (SELECT FROM pg_locks, hashtextextended({text}, 0) AS key"
+            "WITH locks AS (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks"
             " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND classid::bigint = (key >> 32) & 4294967295 AND objid::bigint = key & 4294967295)",
-            text=f"chronos migration of {table.home}.{table}",
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+            " SELECT EXISTS (SELECT FROM locks WHERE key = hashtextextended({runs}, 0))"
+            " AND NOT EXISTS (SELECT FROM locks WHERE key = hashtextextended({asks}, 0))",
+            runs=f"chronos migration of {table.home}.{table}",
+            asks=f"chronos asks about {table.home}.{table}",
         ),
     ).scalar_one()
     return found
@@ -577,10 +591,6 @@ def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], 
 def _any(conn: Connection, query: Any) -> bool:
     found: bool = execute(conn, statement("SELECT EXISTS ({query})", query=query)).scalar_one()
     return found
-
-
-def _job_status(client: redis.Redis, job: Job) -> JobStatus:
-    return JobStatus(read_last(client, job) or {}, holder(client, job.name))
 
 
 def judge(status: Status, settings: Settings) -> list[str]:
@@ -714,7 +724,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     table = status.table
     create = f"SELECT {_qualified(table, table.create_function)}({table.ahead_days});"
     # The outermost day comes due at midnight, and its partition with the next run of the job.
-    settled = last_due(CREATE, settings, status.now - _JOB_TAKES) >= midnight(status.today)
+    settled = _has_run(CREATE, status, settings) >= midnight(status.today)
     ahead_due = table.ahead_days if settled else table.ahead_days - 1
     due = midnight(status.today + timedelta(days=ahead_due + 1))
     newest = max((p.upper for p in status.partitions if p.upper), default=due)
@@ -733,7 +743,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
         yield f"the runway is {counted(status.runway_days, 'day')}, less than {_SHORT_RUNWAY_DAYS}: {create}"
-    last_drop = last_due(DROP, settings, status.now - _JOB_TAKES)
+    last_drop = _has_run(DROP, status, settings)
     overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
         drop = f"SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
@@ -748,6 +758,13 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     yield from status.stray
 
 
+def _has_run(job: Job, status: Status, settings: Settings) -> datetime:
+    """When ``job`` was last to begin and must be through by now; cron has a day."""
+    if status.by_celery:
+        return last_due(job, settings, status.now - _JOB_TAKES)
+    return status.now - _JOB_OVERDUE
+
+
 def _not_listed(status: Status) -> Iterator[str]:
     table = status.table
     yield (
@@ -757,15 +774,19 @@ def _not_listed(status: Status) -> Iterator[str]:
 
 
 def _job_problems(status: Status) -> Iterator[str]:
+    who = (
+        "are a worker and a beat running? (make run-worker, make run-beat)"
+        if status.by_celery
+        else "does cron run it? (python -m chronos upkeep)"
+    )
     for job_name, job in (status.jobs or {}).items():
         since = job.succeeded or (status.migration.fence if status.migration else None)
+        why = job.report.get("error") or job.report.get("reason")
         if since is None or status.now - since > _JOB_OVERDUE:
             when = f"since {job.succeeded:%Y-%m-%d %H:%M} UTC" if job.succeeded else "yet"
-            why = job.report.get("error") or job.report.get("reason")
-            yield (
-                f"{job_name} has not succeeded {when}{f' ({why})' if why else ''};"
-                " are a worker and a beat running? (make run-worker, make run-beat)"
-            )
+            yield f"{job_name} has not succeeded {when}{f' ({why})' if why else ''}; {who}"
+        elif job.report.get("status") == "failed":
+            yield f"{job_name} failed at its last run ({why}); run it again with: python -m chronos upkeep"
         if job.running and "never expires" in job.running:
             yield f"{job_name} is locked for good: {job.running}"
 
@@ -815,7 +836,8 @@ class _Page:
             self.line(f"partitions  {len(status.partitions)}, {status.oldest} to {status.newest}")
             self.line(f"runway      {counted(status.runway_days, 'day')}")
             self.line(f"missing     {_some(status.missing) or 'none'}")
-            self.line(f"next drop   {status.next_drop:%Y-%m-%d %H:%M} UTC: {drops}")
+            when = f"{status.next_drop:%Y-%m-%d %H:%M} UTC" if status.by_celery else "with the next upkeep"
+            self.line(f"next drop   {when}: {drops}")
         if status.old_table:
             rows, size = status.old_table.rows_estimate, status.old_table.bytes
             old = quoted(status.table.old)
@@ -933,6 +955,8 @@ class _Page:
         ]
         if report.get("contended"):
             words.append(f"{len(report['contended'])} left")
+        if str(report.get("writer")).startswith("upkeep"):
+            words.append("by upkeep")
         if job.running:
             words.append(f"running: {job.running}")
         return ", ".join(words) or "-"

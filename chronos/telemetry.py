@@ -44,3 +44,19 @@ def span(template: str, **attributes: Any) -> Iterator[None]:
 
     with logfire.span(template, **attributes):
         yield
+
+
+def gauge(name: str, unit: str, value: float, **attributes: str) -> None:
+    """Measure ``value``, if ``configure`` found somewhere to send it."""
+    if _configured:
+        import logfire
+
+        logfire.metric_gauge(name, unit=unit).set(value, attributes)
+
+
+def flush() -> None:
+    """Send what is still to be sent, before the process ends or waits for its next task."""
+    if _configured:
+        import logfire
+
+        logfire.force_flush()

@@ -5,7 +5,7 @@
 
 Messages are acknowledged once a job has ended (`acks_late`): one whose worker was killed is delivered
 again, after an hour, and runs then or finds that the night is done. There is no result backend: what a
-job did is in the worker's log and, for `python -m chronos status`, in Redis.
+job did is in the worker's log and, for `python -m chronos status`, in the database.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import logfire
 from celery import Celery, Task
 from celery.schedules import crontab
 
-from chronos import jobs, telemetry
+from chronos import alerts, jobs, telemetry
 from chronos.job_lock import TTL_S, connect
 from chronos.settings import get_settings
 
@@ -93,9 +92,15 @@ def _attempt(
     pause = pauses[retries] * random.uniform(0.8, 1.0) if retries < len(pauses) else None
     message = jobs.Message(str(task.request.id), nightly, retries + 1, earlier)
     try:
-        return jobs.attempt(job, settings, message, pause)
+        report = jobs.attempt(job, settings, message, pause)
     except jobs.TryAgainError as error:
         options = {"nightly": nightly, "pauses": list(pauses), "earlier": error.report}
         raise task.retry(kwargs=options, countdown=pause, exc=jobs.JobFailedError(str(error))) from None
+    except jobs.JobFailedError as error:
+        alerts.tell(settings, str(error))
+        raise
     finally:
-        logfire.force_flush()
+        telemetry.flush()
+    if report["status"] != "skipped":
+        alerts.tell(settings)
+    return report

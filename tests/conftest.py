@@ -152,7 +152,7 @@ def redis_url() -> Iterator[str]:
 def client(redis_url: str) -> Iterator[redis.Redis]:
     """A client of that Redis, in which no nightly job has run yet."""
     with connect(Settings(redis_url=SecretStr(redis_url))) as client:
-        keys = [key for job in JOBS for key in (job.name, job.last_key)]
+        keys = [job.name for job in JOBS]
         client.delete(*keys)
         yield client
         client.delete(*keys)

@@ -362,18 +362,28 @@ class Shell:
         """Call a job as the guide says; a worker does it."""
         celery = [sys.executable, "-W", "ignore", "-m", "celery"]
         if self.worker is None:
+            log = self.background.enter_context((self.here / "worker.log").open("wb"))
             self.worker = subprocess.Popen(
-                [*celery, "-A", "chronos.worker", "worker", "--pool=solo", "--without-mingle"],
+                [
+                    *celery,
+                    "-A",
+                    "chronos.worker",
+                    "worker",
+                    "--pool=solo",
+                    "--without-mingle",
+                    "--loglevel=INFO",
+                ],
                 env=self.env,
                 cwd=self.here,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
             self.background.callback(self.worker.wait)
             self.background.callback(self.worker.terminate)
         shown = self.process([*celery, *words[1:]])
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: client.exists(f"{words[-1]}:last"), 60, f"{words[-1]} has run")
+            task = f"[{shown.strip()}] succeeded"
+            wait_until(lambda: task in (self.here / "worker.log").read_text(), 60, f"{words[-1]} has run")
             wait_until(lambda: not client.exists(words[-1]), 60, f"{words[-1]} has given its lock back")
         return shown
 
@@ -424,7 +434,7 @@ def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, 
 @pytest.fixture
 def shell(redis_url: str, pg_bin: Path, tmp_path: Path) -> Iterator[Shell]:
     (tmp_path / "chronos").symlink_to(ROOT / "chronos")
-    keys = [key for job in JOBS for key in (job.name, job.last_key)]
+    keys = [job.name for job in JOBS]
     with redis.Redis.from_url(redis_url) as client, contextlib.ExitStack() as background:
         client.delete(*keys)
         env = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +18,8 @@ from psycopg2.extensions import cursor
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from chronos import reports
+from chronos.db import connect_engine, transaction
 from chronos.demo.embedded import EmbeddedRedis
 from chronos.jobs import (
     CREATE,
@@ -30,11 +34,12 @@ from chronos.jobs import (
     last_due,
     next_due,
 )
+from chronos.reports import History
 from chronos.settings import Settings
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 from tests.conftest import OwnPostgres
 from tests.partitioned import add_partitions, attached, create_tables, install_functions, leaves
-from tests.tables import connected, holding, query
+from tests.tables import connected, exists, holding, query
 from tests.waiting import wait_until
 
 NIGHTLY = Message("a task", nightly=True)
@@ -97,10 +102,15 @@ def url_of(settings: Settings) -> str:
     return settings.database.render_as_string(hide_password=False)
 
 
-def last(client: redis.Redis, job: Job) -> Report:
-    report = json.loads(str(client.get(job.last_key)))
-    assert isinstance(report, dict)
-    return report
+def history(url: str, job: Job, table: str = "webhook_log") -> History:
+    """What the database has of a job and a table of the schema public."""
+    with connect_engine(make_url(url)).connect() as conn, transaction(conn):
+        return reports.read(conn, TableSpec(table, schema="public"), [job.name])[job.name]
+
+
+def last(url: str, job: Job, table: str = "webhook_log") -> Report:
+    """Its last report, empty when there is none."""
+    return history(url, job, table).last
 
 
 @contextmanager
@@ -127,13 +137,13 @@ def test_the_days_ahead_are_made_and_reported(settings: Settings, client: redis.
     assert report["status"] == "done"
     assert report["created"] == made
     assert partitions(url_of(settings))[-3:] == made
-    kept = last(client, CREATE)
-    assert kept | report == kept
-    assert kept["contended"] == []
-    assert kept["error"] is None
+    assert report["tables"] == {"webhook_log": last(url_of(settings), CREATE)}
+    kept = report["tables"]["webhook_log"]
+    assert (kept["status"], kept["created"], kept["contended"], kept["error"]) == ("done", made, [], None)
+    assert re.fullmatch(rf"celery host=\S+ pid={os.getpid()}", kept["writer"])
     assert 0 <= kept["seconds"] < 60
     assert before <= datetime.fromisoformat(kept["started"]) <= datetime.now(UTC)
-    assert datetime.fromisoformat(kept["succeeded"]) >= before
+    assert (history(url_of(settings), CREATE).succeeded or before) > before
     assert client.get(CREATE.name) is None
 
 
@@ -141,7 +151,7 @@ def test_the_expired_day_goes(settings: Settings, client: redis.Redis) -> None:
     add_days(url_of(settings), -7, -3)
     report = attempt(DROP, settings, NIGHTLY, 1.0)
     assert (report["status"], report["dropped"]) == ("done", names(url_of(settings), -7, -6))
-    assert last(client, DROP)["dropped"] == report["dropped"]
+    assert last(url_of(settings), DROP)["dropped"] == report["dropped"]
     assert attempt(DROP, settings, Message("by hand"), 1.0)["dropped"] == []
 
 
@@ -178,20 +188,18 @@ def test_a_night_is_done_once_whatever_the_number_of_messages(
     settings: Settings, client: redis.Redis
 ) -> None:
     attempt(CREATE, settings, NIGHTLY, 1.0)
-    before = client.get(CREATE.last_key)
+    before = last(url_of(settings), CREATE)
     again = attempt(CREATE, settings, Message("the other beat's", nightly=True), 1.0)
     assert again["status"] == "skipped"
     assert "already done for the night of" in again["reason"]
-    assert client.get(CREATE.last_key) == before
+    assert last(url_of(settings), CREATE) == before
     by_hand = attempt(CREATE, settings, Message("by hand"), 1.0)
     assert (by_hand["status"], by_hand["created"]) == ("done", [])
 
 
 def test_the_night_before_does_not_count(settings: Settings, client: redis.Redis) -> None:
     attempt(CREATE, settings, NIGHTLY, 1.0)
-    report = last(client, CREATE)
-    report["night"] = (datetime.fromisoformat(report["night"]) - timedelta(days=1)).date().isoformat()
-    client.set(CREATE.last_key, json.dumps(report))
+    query(url_of(settings), "UPDATE chronos_reports SET night = night - 1")
     assert attempt(CREATE, settings, Message("tonight", nightly=True), 1.0)["status"] == "done"
 
 
@@ -227,7 +235,7 @@ def test_a_foreign_lease_is_left_alone(settings: Settings, client: redis.Redis) 
         "reason": f"{DROP.name} is running already: host=elsewhere pid=1 since=2026-01-01T00:00:00Z",
     }
     assert "elsewhere" in str(client.get(DROP.name))
-    assert client.get(DROP.last_key) is None
+    assert last(url_of(settings), DROP) == {}
 
 
 def test_of_two_at_once_one_runs(settings: Settings, client: redis.Redis) -> None:
@@ -263,7 +271,7 @@ def test_without_the_functions_it_is_skipped(
             [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
             assert record.levelno == logging.WARNING
             assert record.exc_info is None
-            assert last(client, job)["status"] == "skipped"
+            assert not exists(database, "chronos_reports")  # nothing is put beside a plain table
 
 
 # Several tables
@@ -324,8 +332,8 @@ def test_the_failure_of_one_table_does_not_keep_another_from_its_turn(
     query(url, f"CREATE VIEW {taken} AS SELECT 1")
     with pytest.raises(JobFailedError, match=f"the name {taken} is taken"):
         attempt(CREATE, two_tables, NIGHTLY, 1.0)
-    assert last(client, CREATE)["status"] == "failed"
-    assert last(client, CREATE)["created"][-3:] == names(url, 1, 3)
+    assert last(url, CREATE, "events")["status"] == "failed"
+    assert last(url, CREATE)["created"] == names(url, 1, 3)
 
 
 def test_a_table_in_use_does_not_keep_another_from_its_turn(two_tables: TwoTables) -> None:
@@ -357,18 +365,19 @@ def test_a_reader_is_waited_for_and_named(
             with pytest.raises(TryAgainError, match=f"webhook_log is in use by pid {pid}") as stopped:
                 attempt(DROP, settings, message, 1.0)
             earlier = stopped.value.report
-            assert earlier["status"] == last(client, DROP)["status"] == "retrying"
+            assert earlier["status"] == last(url_of(settings), DROP)["status"] == "retrying"
             assert earlier["contended"] == [used]
             assert earlier["dropped"] == names(url, -8, -8) + names(url, -6, -6)
             assert earlier["attempts"] == number
         given_up = attempt(DROP, settings, Message("a task", True, 3, earlier), None)
-        assert given_up["status"] == last(client, DROP)["status"] == "incomplete"
+        assert given_up["status"] == last(url_of(settings), DROP)["status"] == "incomplete"
         assert given_up["contended"] == [used]
         assert len(given_up["dropped"]) == 2
         assert f"pid {pid}" in given_up["error"]
         assert caplog.records[-1].levelno == logging.ERROR
         assert used in caplog.text
-        assert last(client, DROP)["succeeded"] is None
+        assert history(url, DROP).succeeded is None
+        assert history(url, DROP).contended_nights == 1
     report = attempt(DROP, settings, Message("a task", True, 4, earlier), None)
     assert report["status"] == "done"
     assert report["dropped"] == [*names(url, -8, -8), *names(url, -6, -6), used]
@@ -402,7 +411,6 @@ def test_a_server_that_is_away_is_tried_again_and_then_it_fails(
     server.stop()
     with pytest.raises(TryAgainError, match=r"^PostgreSQL does not answer: .*refused") as stopped:
         attempt(CREATE, settings, NIGHTLY, 1.0)
-    assert last(client, CREATE)["status"] == "retrying"
     second = Message("a task", True, 2, stopped.value.report)
     with pytest.raises(JobFailedError) as failed:
         attempt(CREATE, settings, second, None)
@@ -410,11 +418,10 @@ def test_a_server_that_is_away_is_tried_again_and_then_it_fails(
     assert str(failed.value).endswith("(2 attempts)")
     assert "\n" not in str(failed.value)
     assert failed.value.__cause__ is None
-    report = last(client, CREATE)
-    assert (report["status"], report["succeeded"]) == ("failed", None)
+    assert "Traceback" not in caplog.text
     password = make_url(server.url).password
     assert password
-    assert password not in caplog.text + json.dumps(report) + str(failed.value)
+    assert password not in caplog.text + json.dumps(failed.value.report) + str(failed.value)
 
     server.start()
     assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
@@ -442,70 +449,56 @@ def test_what_waiting_does_not_mend_fails_at_once(settings: Settings, client: re
     query(url, f"CREATE VIEW {names(url, 2, 2)[0]} AS SELECT 1")
     with pytest.raises(JobFailedError, match=r"the name webhook_log_y\w+ is taken"):
         attempt(CREATE, settings, NIGHTLY, 1.0)
-    report = last(client, CREATE)
+    report = last(url_of(settings), CREATE)
     assert report["status"] == "failed"
     assert "is taken" in report["error"]
 
 
 def test_a_success_is_remembered_through_failures(settings: Settings, client: redis.Redis) -> None:
     attempt(CREATE, settings, NIGHTLY, 1.0)
-    succeeded = last(client, CREATE)["succeeded"]
+    succeeded = history(url_of(settings), CREATE).succeeded
+    assert succeeded
     query(url_of(settings), "DROP FUNCTION create_future_webhook_log_partitions(int)")
     attempt(CREATE, settings, Message("by hand"), 1.0)
-    assert last(client, CREATE)["status"] == "skipped"
-    assert last(client, CREATE)["succeeded"] == succeeded
+    assert last(url_of(settings), CREATE)["status"] == "skipped"
+    assert history(url_of(settings), CREATE).succeeded == succeeded
 
 
 def test_without_a_database_url_it_fails(redis_url: str, client: redis.Redis) -> None:
     with pytest.raises(JobFailedError, match="DATABASE_URL is not set"):
         attempt(CREATE, Settings(database_url=None, redis_url=SecretStr(redis_url)), NIGHTLY, 1.0)
-    assert last(client, CREATE)["status"] == "failed"
 
 
 # The lease
 
 
-def test_a_lease_lost_in_the_middle_is_reported(
-    settings: Settings, client: redis.Redis, caplog: pytest.LogCaptureFixture
+def test_a_lease_lost_in_the_middle_stops_nothing_and_is_not_touched(
+    settings: Settings, client: redis.Redis
 ) -> None:
-    """The one transaction that was under way is done, and that is all there was to do."""
-    with gated(settings, CREATE) as running:
+    more = make_settings(url_of(settings), settings.redis_url.get_secret_value(), ahead=20)
+    with gated(more, CREATE) as running:
         client.set(CREATE.name, "somebody else")
-    report = running.result()
-    assert report["status"] == "done"
-    assert report["lease_lost"].startswith("the key is somebody else")
-    assert "lost its lease while it ran" in caplog.text
+    assert running.result()["created"] == names(url_of(settings), 1, 20)
     assert client.get(CREATE.name) == "somebody else"
 
 
-def test_after_a_lost_lease_nothing_new_is_begun(settings: Settings, client: redis.Redis) -> None:
-    more = make_settings(url_of(settings), settings.redis_url.get_secret_value(), ahead=20)
-    with gated(more, CREATE) as running:
-        client.delete(CREATE.name)
-    with pytest.raises(TryAgainError, match="the lease was lost") as stopped:
-        running.result()
-    assert stopped.value.report["created"] == names(url_of(settings), 1, 7)
-    assert stopped.value.report["lease_lost"] == "the key is gone"
-
-
-def test_redis_dies_in_the_middle(database: str, redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What was under way is finished, for PostgreSQL's own lock guards it; the report is in the log."""
-    caplog.set_level(logging.INFO)
+def test_without_an_answer_from_redis_the_night_is_done_all_the_same(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL's own lock guards the table, and the database remembers the night."""
     migrate(database, 0, 0)
     with EmbeddedRedis() as server:
         settings = make_settings(database, server.url)
         with gated(settings, CREATE) as running:
             server.stop(kill=True)
         assert running.result()["created"] == names(database, 1, 3)
-        assert "could not be kept in Redis" in caplog.text
-        assert f"{CREATE.name} created {names(database, 1, 1)[0]}" in caplog.text
-        with pytest.raises(TryAgainError, match="Redis does not answer"):
-            attempt(CREATE, settings, NIGHTLY, 1.0)
-        with pytest.raises(JobFailedError, match=r"failed: Redis does not answer: .*refused") as failed:
-            attempt(CREATE, settings, NIGHTLY, None)
+        other = attempt(CREATE, settings, Message("the other beat's", nightly=True), 1.0)
+        assert "already done for the night of" in other["reason"]
+        assert attempt(DROP, settings, NIGHTLY, 1.0)["status"] == "done"
+    assert "it runs without: Redis does not answer" in caplog.text
     password = make_url(server.url).password
     assert password
-    assert password not in str(failed.value) + caplog.text
+    assert password not in caplog.text
 
 
 # The clock

@@ -274,7 +274,7 @@ def test_a_redis_that_refuses(url: str, guarded_redis: str, tmp_path: Path, trac
     wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
     code, shown = run_module(["chronos", "status"], environment(url, wrong), tmp_path)
     assert code == 1
-    assert "what the nightly jobs did is unknown" in shown
+    assert "Celery cannot run the nightly jobs: Redis does not answer" in shown
     assert_secret(shown)
 
 
@@ -321,11 +321,6 @@ def test_a_worker_whose_job_fails(url: str, guarded_redis: str, collector: Colle
     said = log.read_text()
     assert f"{CREATE.name} failed" in said
     assert_secret(said, *collector.received)
-    with redis.Redis.from_url(guarded_redis) as client_of_redis:
-        report = client_of_redis.get(CREATE.last_key)
-        assert isinstance(report, bytes)
-        assert b"authentication failed" in report
-        assert_secret(report)
 
 
 def test_a_worker_that_redis_refuses(url: str, guarded_redis: str, tmp_path: Path) -> None:

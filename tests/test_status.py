@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,15 +25,16 @@ from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
 from chronos.functions import upgrade
 from chronos.job_lock import keep_lease
-from chronos.jobs import CREATE, DROP, JOBS, Message, attempt
+from chronos.jobs import CREATE, DROP, JOBS, Job, JobFailedError, Message, attempt, upkeep
 from chronos.migration.state import Phase, Plan, State, Strategy, create_statement
 from chronos.settings import Settings
 from chronos.status import Status, collect, judge
 from chronos.table import WEBHOOK_LOG, Period, midnight
-from tests.command import chronos, started
+from tests.command import chronos, chronos_environment, started
+from tests.conftest import MakeDatabase
 from tests.partitioned import add_partition, leaves
 from tests.tables import connected, holding, query, value
-from tests.test_jobs import add_days, names
+from tests.test_jobs import add_days, migrate, names
 from tests.test_partition_functions import detach_half_way
 
 MIGRATE = "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
@@ -161,6 +164,36 @@ def test_a_migration_that_nobody_is_at(
     assert the_problem(status, "is half done, and nobody is at it").endswith(command)
     with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy
+
+
+@pytest.mark.parametrize(
+    ("phase", "verb"),
+    [
+        (Phase.RETURNING, ("migrate", "--resume")),
+        (Phase.RETURNING, ("rollback",)),
+        (Phase.FINALIZING, ("finalize",)),
+    ],
+)
+def test_half_done_is_a_problem_while_somebody_sits_at_a_prompt(
+    migrated: str, look: Look, phase: Phase, verb: tuple[str, ...]
+) -> None:
+    query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase.value}'")
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "chronos", *verb],
+        env=chronos_environment(migrated),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        asked = b""
+        while not asked.endswith(b" to go on: "):
+            more = process.stdout.read(1)
+            assert more, process.communicate()
+            asked += more
+        the_problem(look(migrated), "is half done, and nobody is at it")
+        process.communicate(b"no\n", timeout=60)
+    assert process.returncode == 2
 
 
 def test_rows_that_were_not_compared_after_the_swap(migrated: str, look: Look) -> None:
@@ -558,16 +591,24 @@ def test_the_clocks_differ(
     assert collect(settings, clock=lambda: datetime.now(UTC) + timedelta(seconds=50)).healthy
 
 
-def test_a_job_has_not_succeeded_for_long(migrated: str, client: redis.Redis, look: Look) -> None:
-    def report(job_name: str, hours: float) -> None:
-        at = datetime.now(UTC) - timedelta(hours=hours)
-        last = {"status": "failed", "error": "why it failed", "started": at.isoformat()}
-        client.set(f"{job_name}:last", json.dumps({**last, "succeeded": at.isoformat()}))
+def test_a_job_has_not_succeeded_for_long(migrated: str, redis_url: str, look: Look) -> None:
+    for job in JOBS:
+        attempt(job, settings_for(migrated, redis_url), Message("a task"), None)
 
-    report(CREATE.name, 25.9)
-    report(DROP.name, 26.1)
-    the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(why it failed\);")
-    client.delete(DROP.last_key)
+    def age(job: Job, hours: float) -> None:
+        query(
+            migrated,
+            "UPDATE chronos_reports SET reported = now() - %s * interval '1 hour' WHERE job = %s",
+            hours,
+            job.name,
+        )
+
+    age(CREATE, 25.9)
+    age(DROP, 26.1)
+    with holding(migrated, f"LOCK TABLE {WEBHOOK_LOG} IN SHARE UPDATE EXCLUSIVE MODE"):
+        attempt(DROP, settings_for(migrated, redis_url), Message("another"), None)
+        the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(.* in use by pid .*\);")
+    query(migrated, "DELETE FROM chronos_reports WHERE job = %s", DROP.name)
     assert look(migrated).healthy  # not yet, but then the swap was a minute ago
     query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
     the_problem(look(migrated), f"^{DROP.name} has not succeeded yet;")
@@ -583,12 +624,86 @@ def test_a_lock_that_is_there_for_good(migrated: str, client: redis.Redis, look:
     the_problem(look(migrated), f"is locked for good: from another time .*DEL {CREATE.name}")
 
 
-def test_without_redis(migrated: str) -> None:
+def test_a_redis_that_does_not_answer_is_a_problem_and_hides_no_report(migrated: str, redis_url: str) -> None:
+    attempt(DROP, settings_for(migrated, redis_url), Message("a task"), None)
     status = collect(settings_for(migrated, "redis://:hush@127.0.0.1:1/0"))
-    assert "hush" not in the_problem(status, "what the nightly jobs did is unknown: Redis does not answer")
+    assert "hush" not in the_problem(status, "Celery cannot run the nightly jobs: Redis does not answer")
     found = status.as_json()
-    assert found["jobs"] is None
+    assert found["jobs"][DROP.name]["result"] == "done"
     assert found["partitions"] == 46
+
+
+def test_with_no_redis_set_status_judges_by_the_reports_and_is_healthy(migrated: str) -> None:
+    cron = settings_for(migrated, "")
+    assert collect(cron).healthy
+    query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
+    create, drop = collect(cron).problems
+    for job, problem in ((CREATE, create), (DROP, drop)):
+        assert problem.startswith(f"{job.name} has not succeeded yet; does cron run it?")
+    assert upkeep(cron, 0, lambda _: False)[DROP.name]["status"] == "done"
+    status = collect(cron)
+    assert status.healthy, status.problems
+    assert status.jobs
+    assert status.jobs[DROP.name].report["writer"].startswith("upkeep host=")
+
+
+def test_a_job_that_failed_last_night_is_a_problem_at_once(migrated: str, redis_url: str, look: Look) -> None:
+    settings = settings_for(migrated, redis_url)
+    attempt(DROP, settings, Message("a task"), None)
+    query(migrated, f"CREATE VIEW {names(migrated, 31, 31)[0]} AS SELECT 1")
+    with pytest.raises(JobFailedError):
+        attempt(
+            CREATE, Settings(**{**settings.model_dump(), "webhook_log_days_ahead": 31}), Message("x"), None
+        )
+    the_problem(look(migrated), rf"^{CREATE.name} failed at its last run \(.*: the name .* is taken")
+
+
+def test_reports_of_a_database_that_this_one_was_copied_from_are_not_its_own(
+    database: str, redis_url: str, make_database: MakeDatabase, pg_bin: Path
+) -> None:
+    """A rehearsal in what pg_dump has taken from production: the rows come along, and do not count."""
+    migrate(database, -2, 30)
+    production = settings_for(database, redis_url)
+    for job in JOBS:
+        attempt(job, production, Message("a task"), None)
+    rehearsal = make_database()
+    text = subprocess.run([pg_bin / "pg_dump", as_libpq(database)], capture_output=True, check=True).stdout
+    subprocess.run(
+        [pg_bin / "psql", "-qX", "-v", "ON_ERROR_STOP=1", as_libpq(rehearsal)], input=text, check=True
+    )
+    assert value(rehearsal, "SELECT count(*) FROM chronos_reports") == 2
+    status = collect(settings_for(rehearsal, redis_url))
+    assert status.jobs
+    assert {name: job.report for name, job in status.jobs.items()} == {job.name: {} for job in JOBS}
+    assert [problem.partition(" has")[0] for problem in status.problems] == [job.name for job in JOBS]
+    nightly = Message("tonight", nightly=True)
+    assert attempt(CREATE, settings_for(rehearsal, redis_url), nightly, None)["status"] == "done"
+    assert collect(production).healthy
+
+
+def as_libpq(url: str) -> str:
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+@pytest.mark.parametrize(
+    "kind", ["TABLE chronos_reports (job text)", "VIEW chronos_reports AS SELECT 1 AS job"]
+)
+def test_a_strangers_table_of_that_name_is_neither_read_nor_written(
+    migrated: str, redis_url: str, look: Look, kind: str
+) -> None:
+    stranger = f"stranger_{uuid.uuid4().hex}"
+    query(migrated, f"CREATE ROLE {stranger}; GRANT CREATE ON SCHEMA public TO {stranger}")
+    try:
+        query(migrated, f"SET ROLE {stranger}; CREATE {kind}")
+        assert attempt(CREATE, settings_for(migrated, redis_url), Message("a task"), None)["status"] == "done"
+        the_problem(
+            look(migrated), rf"^what the nightly jobs did is unknown: \S+ belongs to {stranger}, not to"
+        )
+        assert look(migrated).as_json()["jobs"] is None
+    finally:
+        query(migrated, f"DROP OWNED BY {stranger}; DROP ROLE {stranger}")
+    attempt(CREATE, settings_for(migrated, redis_url), Message("a task"), None)
+    assert look(migrated).healthy
 
 
 def test_a_quoted_schema(migrated: str, look: Look) -> None:

@@ -26,6 +26,7 @@ from chronos.table import Interval, TableSpec
 from tests.command import Run, chronos
 from tests.partitioned import install_functions
 from tests.tables import connected, exists, holding, query, relations, value
+from tests.test_jobs import history, last
 from tests.waiting import wait_until
 
 ORDERS = '"Sales"."Order Events"'
@@ -506,7 +507,8 @@ def test_a_quoted_table_of_another_schema_goes_all_the_way(database: str, config
     assert f"{ORDERS}: migrated" in status.stdout
     assert 'no chronos.toml lists "Sales"."Order Events", so the nightly jobs do not keep it' in status.stdout
     env = configure(orders.as_toml())
-    assert json.loads(chronos(database, "status", "--json", env=env).stdout)["jobs"] is None
+    jobs = json.loads(chronos(database, "status", "--json", env=env).stdout)["jobs"]
+    assert {job["last_run"] for job in jobs.values()} == {None}
     assert orders.as_toml() in status.stdout
     assert "are current already" in chronos(database, "upgrade-functions", ORDERS).stdout
 
@@ -606,12 +608,6 @@ def five(
     return Settings(database_url=SecretStr(database), redis_url=SecretStr(redis_url))
 
 
-def last(client: redis.Redis, job: Job) -> Report:
-    report = json.loads(str(client.get(job.last_key)))
-    assert isinstance(report, dict)
-    return report
-
-
 def kept(report: Report, job: Job) -> dict[str, tuple[str, int]]:
     return {name: (table["status"], len(table[job.did])) for name, table in report["tables"].items()}
 
@@ -630,13 +626,14 @@ def test_a_night_keeps_four_tables_when_the_fifth_is_broken(
         f" {FIVE[2].partition(FIVE[2].period(datetime.now(UTC) - timedelta(days=9)))}",
     )
     for job, count in ((CREATE, 2), (DROP, 1)):
-        with pytest.raises(JobFailedError, match=r"failed: public\.table_2: cannot "):
+        with pytest.raises(JobFailedError, match=r"failed: public\.table_2: cannot ") as failed:
             attempt(job, five, Message("tonight", nightly=True), 1.0)
-        report = last(client, job)
+        report = failed.value.report
         assert report["status"] == "failed"
         assert len(report[job.did]) == 4 * count
         assert kept(report, job) == {**others(count), "public.table_2": ("failed", 0)}
-        assert report["tables"]["public.table_2"]["succeeded"] is None
+        assert last(database, job, "table_1") == report["tables"]["public.table_1"]
+        assert history(database, job, "table_2").succeeded is None
     found = json.loads(
         chronos(database, "status", "--json", env={"REDIS_URL": five.redis_url.get_secret_value()}).stdout
     )

@@ -39,8 +39,8 @@ from chronos.jobs import CREATE, DROP, JOBS, Job, Report, last_due
 from chronos.settings import Settings, get_settings
 from chronos.table import WEBHOOK_LOG
 from tests.conftest import OwnPostgres
-from tests.tables import holding, query
-from tests.test_jobs import ASLEEP, GATE, add_days, migrate, names, partitions
+from tests.tables import exists, holding, query
+from tests.test_jobs import ASLEEP, GATE, add_days, last, migrate, names, partitions
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[1]
@@ -155,12 +155,6 @@ def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
         return str(app.send_task(job.name, kwargs=options, queue="chronos").id)
 
 
-def last(client: redis.Redis, job: Job) -> Report:
-    report = json.loads(str(client.get(job.last_key) or "{}"))
-    assert isinstance(report, dict)
-    return report
-
-
 # The schedule
 
 
@@ -266,8 +260,8 @@ def test_two_workers_and_two_beats_do_each_job_once(
     assert Counter((job, result["status"]) for job, result in results()) == {
         (job.name, status): 1 for job in JOBS for status in ("done", "skipped")
     }
-    assert last(client, CREATE)["created"] == names(database, 1, 3)
-    assert last(client, DROP)["dropped"] == names(database, -7, -6)
+    assert last(database, CREATE)["created"] == names(database, 1, 3)
+    assert last(database, DROP)["dropped"] == names(database, -7, -6)
     assert client.get(CREATE.name) is client.get(DROP.name) is None
     assert client.llen("chronos") == 0
 
@@ -321,7 +315,11 @@ def collecting() -> Iterator[Collector]:
 
 
 def test_a_long_night(
-    start: StartCelery, own_postgres: OwnPostgres, client: redis.Redis, broker: EmbeddedRedis
+    start: StartCelery,
+    own_postgres: OwnPostgres,
+    client: redis.Redis,
+    broker: EmbeddedRedis,
+    tmp_path: Path,
 ) -> None:
     """Everything that can be in a worker's way, one after another; nothing of it needs a restart."""
     server = own_postgres()
@@ -330,7 +328,13 @@ def test_a_long_night(
     with collecting() as collector:
         # One process for all of it: a new one would be up to five seconds in coming.
         one = ("w", url, broker, "--max-tasks-per-child=100")
-        worker = start_worker(start, *one, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+        alert = tmp_path / "alert"
+        worker = start_worker(
+            start,
+            *one,
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+            CHRONOS_ALERT_COMMAND=f"cat > {alert}",
+        )
         worker.wait_for("consumer: Cannot connect to redis")
         broker.start()
         worker.wait_for("ready")
@@ -343,7 +347,7 @@ def test_a_long_night(
         query(url, f"DROP FUNCTION {DROP.function(WEBHOOK_LOG)}(int)")
         skipped = worker.result(send(broker, DROP, nightly=True))
         assert f"the function {DROP.function(WEBHOOK_LOG)} is not installed" in skipped["reason"]
-        assert worker.printed().count("is not installed") == 2  # the warning, and the result
+        assert worker.printed().count("is not installed") == 3  # the warning, and twice the result
         assert collector.metrics == {}
 
         # A reader in a long transaction, while the application writes.
@@ -352,9 +356,9 @@ def test_a_long_night(
         with LiveWriter(url, threads=2, rate=100) as writer:
             with holding(url, "SELECT count(*) FROM webhook_log"):
                 task = send(broker, DROP, nightly=True, pauses=[0.1] * 100)
-                wait_until(lambda: last(client, DROP).get("attempts", 0) >= 3, PATIENCE, "it tries again")
-                assert last(client, DROP)["status"] == "retrying"
-                assert last(client, DROP)["contended"] == names(url, -9, -6)
+                wait_until(lambda: last(url, DROP).get("attempts", 0) >= 3, PATIENCE, "it tries again")
+                assert last(url, DROP)["status"] == "retrying"
+                assert last(url, DROP)["contended"] == names(url, -9, -6)
                 assert client.get(DROP.name) is None or "host=" in str(client.get(DROP.name))
             report = worker.result(task)
         assert report["status"] == "done"
@@ -377,6 +381,7 @@ def test_a_long_night(
         task = send(broker, CREATE, nightly=True, pauses=[0.1, 0.1])
         line = worker.wait_for(rf"\[{task}\] raised expected: JobFailedError")
         assert re.search(r"PostgreSQL does not answer: connection to .* \(3 attempts\)", line)
+        assert "PostgreSQL does not answer" in json.loads(alert.read_text())["problems"][0]["problem"]
         task = send(broker, CREATE, nightly=True, pauses=[0.2] * 100)
         worker.wait_for(rf"\[{task}\] retry: Retry in")
         server.start()
@@ -435,13 +440,17 @@ def test_killed_in_the_middle(
     [tag] = (tag for tag in client.hkeys("unacked") if create in str(client.hget("unacked", tag)))
     client.zadd("unacked_index", {str(tag): 0})  # an hour later
     another = start_worker(start, "another", database, broker)
-    wait_until(lambda: last(client, CREATE), PATIENCE, "the message is delivered again")
-    assert last(client, CREATE)["task"] == create
-    assert last(client, CREATE)["created"] == names(database, 1, 3)
-    wait_until(lambda: last(client, DROP), PATIENCE, "the job is tried again")
-    assert last(client, DROP)["task"] == drop
-    assert last(client, DROP)["dropped"] == names(database, -7, -6)
+    wait_until(lambda: done_by(database, CREATE, create), PATIENCE, "the message is delivered again")
+    assert last(database, CREATE)["created"] == names(database, 1, 3)
+    wait_until(lambda: done_by(database, DROP, drop), PATIENCE, "the job is tried again")
+    assert last(database, DROP)["dropped"] == names(database, -7, -6)
     assert another.popen.poll() is other.popen.poll() is None
+
+
+def done_by(url: str, job: Job, task: str) -> bool:
+    """Whether this task has reported that the job is done."""
+    asked = "SELECT 1 FROM chronos_reports WHERE job = %s AND run = %s AND result = 'done'"
+    return exists(url, "chronos_reports") and bool(query(url, asked, job.name, task))
 
 
 def begin(client: redis.Redis, broker: EmbeddedRedis, job: Job, url: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from chronos.migration.changes import (
 )
 from chronos.migration.context import Migration, match, read_plain
 from chronos.migration.old_and_new import renamed_by_hand
-from chronos.migration.operator import Operator, going_on_with, sole_operator
+from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
     Plan,
@@ -90,7 +90,8 @@ def finish(
                 _require_verified(found)
             if shape is not None and found.phase is Phase.MIGRATED:
                 _require_dispensable(conn, shape, found, retention_days)
-        confirm(found, there)
+        with asking(conn, table):
+            confirm(found, there)
         with transaction(conn):
             found = take_over(conn, found)
             # Somebody may have thought about it for long, and retention was at work meanwhile.

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.locate import require_located
-from chronos.db import execute, no_transaction_timeout, one_line, opened, statement
+from chronos.db import execute, no_transaction_timeout, one_line, opened, statement, transaction
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
 from chronos.locks import Locks, Patience
 from chronos.migration.console import Output
@@ -87,6 +87,18 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
                 " nothing was changed. Wait until they are done"
             )
         yield conn, located
+
+
+@contextmanager
+def asking(conn: Connection, table: TableSpec) -> Iterator[None]:
+    """While the block asks a person, ``status`` sees that nobody is at work on the located ``table`` yet.
+
+    It holds another advisory lock, in a transaction without a snapshot that ends with the block.
+    """
+    with transaction(conn):
+        key = statement("hashtextextended({text}, 0)", text=f"chronos asks about {table.home}.{table}")
+        execute(conn, statement("SELECT pg_advisory_xact_lock_shared({key})", key=key))
+        yield
 
 
 @contextmanager

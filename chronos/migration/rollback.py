@@ -14,6 +14,7 @@ from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from chronos import reports
 from chronos.catalog.ddl import (
     bound_check,
     foreign_key_statements,
@@ -65,7 +66,7 @@ from chronos.migration.obstacles import (
     old_table_emptied,
     require_nothing_kept,
 )
-from chronos.migration.operator import Operator, going_on_with, sole_operator
+from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
 from chronos.migration.state import (
     Phase,
     State,
@@ -110,7 +111,8 @@ def undo(
                 require_nothing_kept(conn, table)
             in_the_way = obstacles(conn, found) if found.phase.swapped and not by_hand else []
         _require_none(table, in_the_way, force=force)
-        confirm(found)
+        with asking(conn, table):
+            confirm(found)
         with transaction(conn):
             found = take_over(conn, found)
         command = rollback_command(table)
@@ -499,6 +501,7 @@ def _functions_back(migration: Migration) -> None:
         if definition not in standing.values():
             execute(conn, sql.SQL(definition))
     execute(conn, drop_unused_statement(migration.table))
+    execute(conn, reports.drop_unused_statement(migration.table))
 
 
 def _leaves(migration: Migration) -> list[str]:

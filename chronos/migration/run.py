@@ -56,7 +56,13 @@ from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
 from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
 from chronos.migration.obstacles import require_nothing_kept
-from chronos.migration.operator import Operator, StopRequestedError, going_on_with, sole_operator
+from chronos.migration.operator import (
+    Operator,
+    StopRequestedError,
+    asking,
+    going_on_with,
+    sole_operator,
+)
 from chronos.migration.report import write_report
 from chronos.migration.rollback import roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, Strategy, phase_statement
@@ -233,7 +239,8 @@ def _take_over(
                 f" only; nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
                 f" with: {start_command(table)}"
             )
-    confirm(found)
+    with asking(conn, found.table):
+        confirm(found)
     with transaction(conn):
         found = states.take_over(conn, found)
         return Migration(engine, conn, operator, found, read_plain(conn, found))

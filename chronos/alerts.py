@@ -1,0 +1,206 @@
+"""Tell people once that something is wrong, and once that it is over, by a command of their own.
+
+CHRONOS_ALERT_COMMAND is run by /bin/sh, as a line of a crontab is, and gets JSON on its standard input: what
+has appeared, what is gone, and every problem there is. Nothing of it is ever part of the command, so nothing
+has to be quoted. It has TIMEOUT_S seconds and is then killed, with what it has started. Whatever becomes of
+it, the run that called it goes on; what could not be told is told after the next run.
+
+What was told last is kept beside the reports (reports.py), a row for each table. A problem stays the same
+while its numbers, dates, names of partitions and reasons change: "the runway is 5 days" is not told again
+when it is 4.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from chronos import reports
+from chronos.db import connect_engine, execute, one_line, opened, statement, transaction
+from chronos.errors import ChronosError
+from chronos.settings import Settings
+from chronos.table import TableSpec
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 30.0
+
+_JOB = "alert"
+_RUN = "told"
+_LOCK_TIMEOUT_MS = 500
+# It needs none of these, and what it prints or sends is out of our hands.
+_NOT_FOR_THE_COMMAND = {
+    "DATABASE_URL",
+    "TEST_DATABASE_URL",
+    "REDIS_URL",
+    "LOGFIRE_TOKEN",
+    "CHRONOS_ALERT_COMMAND",
+}
+
+Problems = dict[str, str]  # the kind of a problem -> its text
+
+
+@dataclass
+class _Found:
+    """What is wrong with a table; ``home`` is the table beside which it is remembered, None: nowhere."""
+
+    name: str
+    home: TableSpec | None
+    make: bool
+    problems: Problems
+    told: Problems
+
+    def listed(self, kinds: set[str]) -> list[dict[str, str]]:
+        """These problems, as the command gets them."""
+        known = {**self.told, **self.problems}
+        return [{"table": self.name, "problem": known[kind]} for kind in sorted(kinds)]
+
+
+def tell(settings: Settings, failed: str | None = None) -> None:
+    """Look at every table, and run the command if a problem has appeared or is gone. Raises nothing.
+
+    ``failed`` says why the run that has just ended did, in case the database cannot be asked. Locks: an
+    advisory one, so that two runs do not tell the same.
+    """
+    if settings.chronos_alert_command is None:
+        return
+    try:
+        _tell(settings, failed)
+    except Exception as error:  # an alert never harms the upkeep
+        logger.error("the alert could not be given: %s: %s", type(error).__name__, one_line(error))
+
+
+def _tell(settings: Settings, failed: str | None) -> None:
+    from chronos.status import collect_all  # here, for only who is to be alerted needs what it imports
+
+    try:
+        found = [
+            _Found(
+                one.table.typed,
+                one.table if one.table.schema else None,
+                getattr(one, "partitioned", False),
+                {kind_of(problem): problem for problem in one.problems},
+                {},
+            )
+            for one in collect_all(settings)
+        ]
+    except (DBAPIError, ChronosError) as error:
+        problem = failed or f"cannot tell how the tables are: {one_line(error)}"
+        _run(settings, [_Found("", None, False, {kind_of(problem): problem}, {})])
+        return
+    if failed and not any(one.problems for one in found):
+        found.append(_Found("", None, False, {kind_of(failed): failed}, {}))
+    home = next((one.home for one in found if one.home), None)
+    for one in found:
+        if one.home is None and home is not None:
+            one.home = TableSpec(one.name, schema=home.schema)
+    engine = connect_engine(settings.database, application_name="chronos alert")
+    with opened(engine) as conn, transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+        lock = statement("SELECT pg_try_advisory_xact_lock(hashtextextended('chronos alert', 0))")
+        if not execute(conn, lock).scalar_one():
+            logger.info("another run is giving the alert")
+            return
+        for one in found:
+            one.told = _told(conn, one.home)
+        if not _run(settings, found):
+            return
+        for one in found:
+            _remember(conn, one)
+
+
+def kind_of(problem: str) -> str:
+    """What stays of a problem when its numbers, dates, names of partitions and reasons change."""
+    text = re.sub(r"\([^()]*(\([^()]*\)[^()]*)*\)", "()", problem)
+    text = re.sub(r"\d(?:[\d,.:TZ+-]*\d)?", "#", text)
+    text = re.sub(r"#(?: #)+", "#", text)
+    one = r"[^\s,.:;]*#[^\s,.:;]*"
+    return re.sub(rf"({one})(?:, {one})*(?: and # more)?", r"\1", text)
+
+
+def _told(conn: Connection, home: TableSpec | None) -> Problems:
+    if home is None:
+        return {}
+    try:
+        return reports.find(conn, home, _JOB, _RUN).get("problems") or {}
+    except reports.UntrustedError:
+        return {}
+
+
+def _remember(conn: Connection, one: _Found) -> None:
+    if one.home is None or not (one.problems or one.told):
+        return
+    now = datetime.now(UTC)
+    told = reports.Kept(
+        job=_JOB,
+        run=_RUN,
+        night=now.date(),
+        writer=f"alert host={socket.gethostname()} pid={os.getpid()}",
+        started=now,
+        result="told",
+        report={"problems": one.problems},
+    )
+    try:
+        with conn.begin_nested():
+            reports.keep(conn, one.home, told, make=one.make)
+    except (DBAPIError, reports.UntrustedError) as error:
+        logger.warning("what was told of %s cannot be remembered: %s", one.name, one_line(error))
+
+
+def _run(settings: Settings, found: list[_Found]) -> bool:
+    """Whether what has changed is told, be it for nothing has."""
+    appeared = [each for one in found for each in one.listed(one.problems.keys() - one.told.keys())]
+    gone = [each for one in found for each in one.listed(one.told.keys() - one.problems.keys())]
+    if not (appeared or gone):
+        return True
+    text = json.dumps(
+        {
+            "database": settings.database.database,
+            "server": settings.database.host,
+            "checked_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "healthy": not any(one.problems for one in found),
+            "appeared": appeared,
+            "gone": gone,
+            "problems": [each for one in found for each in one.listed(set(one.problems))],
+        },
+        indent=2,
+    )
+    assert settings.chronos_alert_command is not None
+    if fault := _call(settings.chronos_alert_command.get_secret_value(), text):
+        logger.error("CHRONOS_ALERT_COMMAND %s; the alert is given again after the next run", fault)
+        return False
+    return True
+
+
+def _call(command: str, text: str) -> str | None:
+    """What went wrong, None if nothing did. What the command prints may be secret, and goes nowhere."""
+    try:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            env={k: v for k, v in os.environ.items() if k.upper() not in _NOT_FOR_THE_COMMAND},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+    except OSError as error:
+        return f"cannot be started: {error.strerror}"
+    with process:
+        try:
+            process.communicate(text, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return f"did not end within {TIMEOUT_S:g} s and was killed"
+    return f"ended with exit code {process.returncode}" if process.returncode else None
