@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy.engine import Connection
 
-from chronos.catalog.partitions import attached, missing
+from chronos.catalog.partitions import attached, detached, missing
 from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
@@ -69,10 +69,12 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
             forcible=True,
         )
     if gone := dropped_since(conn, found):
+        still = [d.name for d in detached(conn, table) if d.name in set(map(table.partition, gone))]
+        where = f"only detached, attach first: {', '.join(still)}" if still else "in no other table"
         yield Obstacle(
             "dropped-since-the-swap",
-            f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
-            " no other table",
+            f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
+            f" {where}",
             forcible=True,
         )
     if emptied := list(_emptied_partitions(conn, found, shape)):
