@@ -166,7 +166,7 @@ WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
 
 
 def grace_days(conn: Connection, table: TableSpec) -> int:
-    """For how many days the function that drops leaves a partition detached. In ``db.transaction``; no lock."""
+    """For how many days the function that drops leaves a partition detached. No lock."""
     query = statement(_GRACE, schema=table.home, function=table.drop_function)
     found: int = execute(conn, query).scalar_one()
     return found

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chronos import commands
 from chronos.agreement import as_it_is, contradictions
+from chronos.catalog import citus
 from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import (
     Detached,
@@ -90,7 +91,8 @@ class Status:
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
     ``detached`` are the former partitions that wait for their drop, ``grace_days`` for how long the function
-    leaves a partition so. ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
+    leaves a partition so. ``in_citus``: Citus manages the table, and sizes are those of all its nodes.
+    ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
     ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it;
     ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
     ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
@@ -113,6 +115,7 @@ class Status:
     refused_from: datetime | None = None
     detached: tuple[Detached, ...] = ()
     grace_days: int = 0
+    in_citus: bool = False
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
     contradictions: tuple[str, ...] = ()
@@ -206,6 +209,7 @@ class Status:
             "functions_installed": set(self.functions) == set(self.table.functions),
             "old_table": vars(self.old_table) if self.old_table else None,
             "history": self._history_as_json(),
+            "citus": self.in_citus,
             "detached": [
                 {"name": d.name, "bytes": d.bytes, "drop_on": d.drop_on and d.drop_on.isoformat()}
                 for d in self.detached
@@ -429,6 +433,9 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
     ours = before + (clock() - before) / 2
     migration = migration_state.read(conn, table, only_to_show=True)
     partitions = tuple(attached(conn, table))
+    if in_citus := citus.manages(conn, table.home, table.name):
+        sizes = citus.sizes(conn, table.home, table.name)
+        partitions = tuple(replace(p, bytes=sizes.get(p.name, p.bytes)) for p in partitions)
     return Status(
         server=f"{settings.database.database} on {settings.database.host or 'a local socket'}",
         table=table,
@@ -448,6 +455,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         refused_from=_refused_from(conn, migration) if migration else None,
         detached=tuple(detached(conn, table)),
         grace_days=grace_days(conn, table),
+        in_citus=in_citus,
     )
 
 
@@ -731,7 +739,8 @@ def _function_problems(status: Status) -> Iterator[str]:
 def _detached_problems(status: Status, last_drop: date) -> Iterator[str]:
     if late := [d for d in status.detached if d.drop_on and d.drop_on <= last_drop]:
         tables = ", ".join(f"{quoted(d.schema)}.{quoted(d.name)}" for d in late)
-        yield f"detached, due and still there: {_some([d.name for d in late])}. Drop them: DROP TABLE {tables};"
+        names = _some([d.name for d in late])
+        yield f"detached, due and still there: {names}. Drop them: DROP TABLE {tables};"
 
 
 def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
@@ -831,6 +840,8 @@ class _Page:
         status = self.status
         self.line(f"{status.table.typed}: {status.state}", "bold")
         self.line(f"database    {status.server}")
+        if status.in_citus:
+            self.line("citus       the table is distributed; sizes are those of all nodes")
         if status.copied:
             self.line("copied      {} of {} periods".format(*status.copied))
         if status.state == "ready":

@@ -1,4 +1,4 @@
-"""`grace_days`: an expired partition is detached first and dropped later, and only if nobody has touched it."""
+"""`grace_days`: an expired partition is detached first, and dropped later if nobody has touched it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ON_DAY = (
 
 @pytest.fixture
 def own(database: str) -> Iterator[connection]:
-    """A connection to a table with the partitions -18 to 0 and functions that leave a partition seven days."""
+    """A connection to a table with the partitions -18 to 0; a detached one waits for seven days."""
     with connected(database, autocommit=False) as conn:
         cur = conn.cursor()
         create_tables(cur)
@@ -87,7 +87,7 @@ def test_an_expired_partition_is_detached_today_and_dropped_after_the_grace(own:
 
 
 def test_a_detached_table_comes_back_as_it_was_and_then_stays(own: connection) -> None:
-    """Attached again, and detached by hand afterwards: by then it is somebody's, whatever its comment says."""
+    """Attached again, and detached by hand: by then it is somebody's, whatever its comment says."""
     cur = own.cursor()
     [back, *others] = detach(own)
     day = today(cur) - timedelta(days=18)
@@ -215,10 +215,8 @@ def overdue(url: str, table: str) -> None:
     """As if it had been detached a week and a day earlier."""
     query(
         url,
-        "DROP TABLE {0}; BEGIN; CREATE TABLE {0} (n int); COMMENT ON TABLE {0} IS"
-        " 'chronos: detached from public.webhook_log, to be dropped on 2025-01-01; to keep it'; COMMIT".format(
-            table
-        ),
+        f"DROP TABLE {table}; BEGIN; CREATE TABLE {table} (n int); COMMENT ON TABLE {table} IS"
+        " 'chronos: detached from public.webhook_log, to be dropped on 2025-01-01; to keep it'; COMMIT",
     )
 
 

@@ -20,7 +20,7 @@ from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.migration.attach import rows_beyond
 from chronos.migration.changes import emptied_by_hand, notes_are_taken, truncated
-from chronos.migration.checks import Finding
+from chronos.migration.checks import Finding, citus_table
 from chronos.migration.context import match, names
 from chronos.migration.state import Phase, Plan, State
 from chronos.table import Period, TableSpec
@@ -42,6 +42,12 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
     shape = read_shape(conn, found.table, found.table.name)
     others = _of_an_attached_table if found.plan.attaches else _of_a_copied_table
     return [*_of_either(conn, found), *others(conn, found, shape)]
+
+
+def require_no_citus(conn: Connection, table: TableSpec) -> None:
+    """Raise RefusedError when Citus manages the table, the old one, the new one, or a sequence of theirs."""
+    if found := citus_table(conn, table):
+        raise RefusedError(f"{'; '.join(map(str, found))}; nothing was changed")
 
 
 def _of_either(conn: Connection, found: State) -> Iterator[Obstacle]:

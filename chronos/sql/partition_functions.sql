@@ -247,6 +247,7 @@ DECLARE
     today     CONSTANT date := (as_of AT TIME ZONE 'UTC')::date;
     grace     CONSTANT integer := coalesce(nullif(current_setting('chronos.grace_days', true), ''), '0');
     mark      CONSTANT text := format('chronos: detached from %I.%I, to be dropped on ', schema_name, table_name);
+    citus     CONSTANT boolean := to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL;
     snapshot  CONSTANT boolean := current_setting('transaction_isolation') IN ('repeatable read', 'serializable');
     state     regclass;         -- the table that says how far a migration has come, if there is one
     migration record;
@@ -312,7 +313,7 @@ BEGIN
 
     -- Citus locks the parent on every node when one of its leaves is locked: the parent's comes first there,
     -- and no leaf is waited for while everybody waits for us.
-    IF to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN
+    IF citus THEN
         wait := 'NOWAIT';
         EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
@@ -384,7 +385,9 @@ BEGIN
             IF leaf.waits THEN
                 EXECUTE format('ALTER TABLE %I.%I DETACH PARTITION %s', schema_name, table_name, leaf.qualified);
                 -- They would keep the rows that they refer to from being deleted. ATTACH brings them back.
-                FOR key IN SELECT conname FROM pg_constraint WHERE conrelid = leaf.relid AND contype = 'f' LOOP
+                -- Citus cannot drop them: their names on the shards are not those that it looks for.
+                FOR key IN SELECT conname FROM pg_constraint
+                           WHERE conrelid = leaf.relid AND contype = 'f' AND NOT citus LOOP
                     EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', leaf.qualified, key);
                 END LOOP;
                 EXECUTE format('COMMENT ON TABLE %s IS %L', leaf.qualified,
