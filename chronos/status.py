@@ -91,7 +91,7 @@ class Status:
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
     ``detached`` are the former partitions that wait for their drop, ``grace_days`` for how long the function
-    leaves a partition so. ``in_citus``: Citus manages the table, and sizes are those of all its nodes.
+    leaves a partition so. ``in_citus`` is what the table is to Citus; sizes are those of all its nodes.
     ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
     ``jobs`` is what the nightly jobs did with this table; ``listed`` tells whether they keep it;
     ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
@@ -115,7 +115,7 @@ class Status:
     refused_from: datetime | None = None
     detached: tuple[Detached, ...] = ()
     grace_days: int = 0
-    in_citus: bool = False
+    in_citus: str | None = None
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
     contradictions: tuple[str, ...] = ()
@@ -841,7 +841,7 @@ class _Page:
         self.line(f"{status.table.typed}: {status.state}", "bold")
         self.line(f"database    {status.server}")
         if status.in_citus:
-            self.line("citus       the table is distributed; sizes are those of all nodes")
+            self.line(f"citus       the table is {status.in_citus}; sizes are those of all nodes")
         if status.copied:
             self.line("copied      {} of {} periods".format(*status.copied))
         if status.state == "ready":

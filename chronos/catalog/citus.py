@@ -10,14 +10,16 @@ from chronos.db import execute, statement
 _IS_THERE = "SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
 
 _MANAGES = """
-SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_partition
-               WHERE logicalrelid = to_regclass(format('%I.%I', {schema}, {table})))
+SELECT CASE WHEN partmethod = 'n' THEN 'local' ELSE 'distributed' END FROM pg_catalog.pg_dist_partition
+WHERE logicalrelid = to_regclass(format('%I.%I', {schema}, {table}))
 """
 
-# A sequence of a table stays among the objects that Citus knows for as long as it knows the table.
+# undistribute_table leaves the sequence of a table among the objects that Citus knows.
 _OBSTACLES = """
 SELECT CASE WHEN c.relkind = 'S'
-            THEN format('Citus manages the sequence %s of %s', c.oid::regclass, {table})
+            THEN format('Citus manages the sequence %s, and lets nobody alter it; after undistribute_table of'
+                        ' its table: SELECT citus_unmark_object_distributed(''pg_class''::regclass,'
+                        ' %L::regclass, 0, false);', c.oid::regclass, c.oid::regclass)
             ELSE format('Citus manages the table %s; as long as it does, neither its name nor its rows may be'
                         ' exchanged: SELECT undistribute_table(%L, cascade_via_foreign_keys => true);',
                         c.oid::regclass, c.oid::regclass) END
@@ -44,11 +46,14 @@ def is_there(conn: Connection) -> bool:
     return found
 
 
-def manages(conn: Connection, schema: str, table: str) -> bool:
-    """Whether Citus manages the table. To be called inside ``db.transaction``; no lock."""
+def manages(conn: Connection, schema: str, table: str) -> str | None:
+    """What the table is to Citus: `distributed`, `local` for one that is merely known to it, None: nothing.
+
+    To be called inside ``db.transaction``; no lock.
+    """
     if not is_there(conn):
-        return False
-    found: bool = execute(conn, statement(_MANAGES, schema=schema, table=table)).scalar_one()
+        return None
+    found: str | None = execute(conn, statement(_MANAGES, schema=schema, table=table)).scalar()
     return found
 
 
