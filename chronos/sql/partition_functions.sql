@@ -312,9 +312,11 @@ BEGIN
     END IF;
 
     -- Citus locks the parent on every node when one of its leaves is locked: the parent's comes first there,
-    -- and no leaf is waited for while everybody waits for us.
+    -- and no leaf is waited for while everybody waits for us. Nor does a node wait longer for a shard.
     IF citus THEN
         wait := 'NOWAIT';
+        PERFORM set_config('citus.propagate_set_commands', 'local', true);
+        SET LOCAL lock_timeout = '200ms';
         EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
 
