@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import redis
@@ -14,11 +15,14 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from chronos.db import connect_engine
+from chronos.demo.rows import create_webhook_log
+from chronos.errors import RefusedError
 from chronos.functions import upgrade
 from chronos.jobs import DROP, JobFailedError, Message, TryAgainError, attempt
 from chronos.settings import Settings
 from chronos.status import Status, collect
 from chronos.table import WEBHOOK_LOG
+from tests.command import chronos
 from tests.partitioned import (
     add_partitions,
     attached,
@@ -259,3 +263,32 @@ def test_a_function_with_another_grace_than_the_configuration_drops_nothing(
     assert attempt(DROP, longer, Message("a task"), 1.0)["status"] == "done"
     due = value(database, "SELECT (now() AT TIME ZONE 'UTC')::date + 30")
     assert {d.drop_on for d in look(longer).detached} == {due}
+
+
+def test_a_rollback_says_which_days_since_the_swap_are_only_detached(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 100)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    with connected(database, autocommit=False) as conn:
+        [written_since] = leaves(conn.cursor(), 0, 0)
+    query(
+        database,
+        "BEGIN; SET LOCAL chronos.grace_days = '7';"
+        " SELECT chronos_drop_partitions('public', 'webhook_log', 0, now() + interval '1 day'); COMMIT",
+    )
+    refused = chronos(database, "rollback", "--yes")
+    assert refused.returncode == 2
+    assert f"no other table than those that wait detached; attach them first: {written_since}" in " ".join(
+        refused.stderr.split()
+    )
+
+
+def test_the_configuration_sets_the_grace_of_each_table_and_refuses_a_negative_one(tmp_path: Path) -> None:
+    file = tmp_path / "chronos.toml"
+    file.write_text('[[tables]]\nname = "events"\ncolumn = "at"\ngrace_days = 7\n')
+    [events] = Settings(chronos_config=file).tables
+    assert events.grace_days == GRACE
+    file.write_text(events.as_toml())
+    assert Settings(chronos_config=file).tables == (events,)
+    file.write_text('[[tables]]\nname = "events"\ncolumn = "at"\ngrace_days = -1\n')
+    with pytest.raises(RefusedError, match="events, grace_days: Input should be greater than or equal to 0"):
+        _ = Settings(chronos_config=file).tables

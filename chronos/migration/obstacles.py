@@ -76,11 +76,11 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
         )
     if gone := dropped_since(conn, found):
         still = [d.name for d in detached(conn, table) if d.name in set(map(table.partition, gone))]
-        where = f"only detached, attach first: {', '.join(still)}" if still else "in no other table"
+        where = f" than those that wait detached; attach them first: {', '.join(still)}" if still else ""
         yield Obstacle(
             "dropped-since-the-swap",
-            f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are"
-            f" {where}",
+            f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
+            f" no other table{where}",
             forcible=True,
         )
     if emptied := list(_emptied_partitions(conn, found, shape)):
