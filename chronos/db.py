@@ -172,6 +172,9 @@ def sqlstate(error: BaseException) -> str | None:
 
 def is_lock_failure(error: BaseException) -> bool:
     """Whether a transaction failed for want of a lock, so that trying again may succeed."""
+    # This is how Citus says that another node could not do its part, be it for a lock or for a connection.
+    if "failure on connection marked as essential" in str(error):
+        return True
     return sqlstate(error) in (errorcodes.LOCK_NOT_AVAILABLE, errorcodes.DEADLOCK_DETECTED)
 
 

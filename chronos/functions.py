@@ -49,7 +49,14 @@ def function_statements(shape: TableShape) -> list[Statement]:
 
 def installation(table: TableSpec, owner: str) -> list[Statement]:
     """The functions for a table of ``owner``; its own pair belongs to the current user as yet."""
-    return [_script(file, table, owner) for file in ("shared_functions_check.sql", "partition_functions.sql")]
+    files = ("shared_functions_check.sql", "partition_functions.sql")
+    grace = statement(
+        "ALTER FUNCTION {function}(integer) SET chronos.grace_days = {days}",
+        function=name(table.home, table.drop_function),
+        days=str(table.grace_days),
+    )
+    # Kept with the function, so that whoever calls it by hand cannot forget it.
+    return [*(_script(file, table, owner) for file in files), *([grace] if table.grace_days else [])]
 
 
 def _script(file: str, table: TableSpec, owner: str) -> Statement:
@@ -149,6 +156,30 @@ def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
     names = joined([statement("{f}", f=function) for function in table.functions])
     rows = execute(conn, statement(_DEFINITIONS, schema=table.home, names=names)).all()
     return dict(rows)
+
+
+_GRACE = r"""
+SELECT coalesce(max(substring(setting FROM '^chronos\.grace_days=(\d+)$')::integer), 0)
+FROM pg_proc p, unnest(p.proconfig) AS setting
+WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
+"""
+
+
+def grace_days(conn: Connection, table: TableSpec) -> int:
+    """For how many days the function that drops leaves a partition detached. No lock."""
+    query = statement(_GRACE, schema=table.home, function=table.drop_function)
+    found: int = execute(conn, query).scalar_one()
+    return found
+
+
+def grace_disagrees(table: TableSpec, installed: int) -> str | None:
+    """What to do when the function has another ``grace_days`` than the configuration; None: it has not."""
+    if installed == table.grace_days:
+        return None
+    return (
+        f"{quoted(table.drop_function)} was installed with grace_days = {installed}, and the configuration"
+        f" says {table.grace_days}; as the owner of {table.typed}, run: {commands.upgrade_functions(table)}"
+    )
 
 
 _DROP_UNUSED = """

@@ -33,7 +33,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos import commands, reports, telemetry
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import locate
-from chronos.catalog.partitions import Partition, attached, droppable, missing, runway
+from chronos.catalog.partitions import Partition, attached, detached, droppable, missing, runway
 from chronos.db import (
     connect_engine,
     execute,
@@ -47,6 +47,7 @@ from chronos.db import (
     transaction,
 )
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError
+from chronos.functions import grace_days, grace_disagrees
 from chronos.job_lock import LeaseHeldError, connect, keep_lease
 from chronos.locks import lock_holders
 from chronos.reports import Report as Report
@@ -379,8 +380,22 @@ class _Attempt:
             for days in [*range(step, table.ahead_days, step), table.ahead_days]:
                 yield self._call(conn, table, days)
         elif table.retention_days is not None:
-            while names := self._call(conn, table, table.retention_days):
-                yield names
+            with transaction(conn):
+                if reason := grace_disagrees(table, grace_days(conn, table)):
+                    raise RefusedError(f"{reason}; nothing was dropped")
+            yield from self._drops(conn, table, table.retention_days)
+
+    def _drops(self, conn: Connection, table: TableSpec, days: int) -> Iterator[list[str]]:
+        """Call again for as long as a call drops something, or detaches something to be dropped later."""
+        waiting: list[str] | None = None if table.grace_days else []
+        while True:
+            names, before = self._call(conn, table, days), waiting
+            if table.grace_days:
+                with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
+                    waiting = [d.name for d in detached(conn, table)]
+            if not names and waiting == before:
+                return
+            yield names
 
     def _call(self, conn: Connection, table: TableSpec, days: int) -> list[str]:
         with transaction(conn):
@@ -402,7 +417,7 @@ class _Attempt:
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 now: datetime = execute(conn, statement("SELECT now()")).scalar_one()
-                existing = attached(conn, table)
+                existing, waiting = attached(conn, table), detached(conn, table)
         except DBAPIError as error:
             if is_lock_failure(error):
                 return []
@@ -412,7 +427,8 @@ class _Attempt:
         if self.job is CREATE:
             return [table.partition(period) for period in lacking]
         today = now.astimezone(UTC).date()
-        return [p.name for p in droppable(existing, today, table.retention_days)]
+        due = [d.name for d in waiting if d.drop_on and d.drop_on <= today]
+        return due + [p.name for p in droppable(existing, today, table.retention_days)]
 
     def _measure(
         self, table: TableSpec, existing: list[Partition], now: datetime, lacking: list[Period]

@@ -30,7 +30,11 @@ from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 
 CONFIGURATION = "chronos.toml"
 # What the environment says of webhook_log, where no file lists tables.
-VARIABLES = {"retention_days": "WEBHOOK_LOG_RETENTION_DAYS", "ahead_days": "WEBHOOK_LOG_DAYS_AHEAD"}
+VARIABLES = {
+    "retention_days": "WEBHOOK_LOG_RETENTION_DAYS",
+    "ahead_days": "WEBHOOK_LOG_DAYS_AHEAD",
+    "grace_days": "WEBHOOK_LOG_GRACE_DAYS",
+}
 _POSTGRES_SCHEMES = {"postgres", "postgresql", "postgresql+psycopg2"}
 
 
@@ -57,6 +61,7 @@ class _Table(BaseModel):
     every: Interval = Field(default=Interval.DAY, strict=False)
     retention_days: int | None = Field(default=None, ge=0, le=36_500)
     ahead_days: int = Field(default=30, ge=0, le=3_650)
+    grace_days: int = Field(default=0, ge=0, le=3_650)
 
     @property
     def spec(self) -> TableSpec:
@@ -67,6 +72,7 @@ class _Table(BaseModel):
             every=self.every,
             retention_days=self.retention_days,
             ahead_days=self.ahead_days,
+            grace_days=self.grace_days,
         )
 
 
@@ -150,6 +156,7 @@ class Settings(BaseSettings):
     logfire_token: SecretStr | None = None
     webhook_log_retention_days: int = Field(default=15, ge=0, le=36_500)
     webhook_log_days_ahead: int = Field(default=30, ge=0, le=3_650)
+    webhook_log_grace_days: int = Field(default=0, ge=0, le=3_650)
     beat_timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
     # What it says may hold a token, as any address of a webhook does.
     chronos_alert_command: SecretStr | None = None

@@ -18,10 +18,13 @@ from sqlalchemy.exc import DBAPIError
 
 from chronos import commands, reports
 from chronos.agreement import as_it_is, contradictions
+from chronos.catalog import citus
 from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import (
+    Detached,
     Partition,
     attached,
+    detached,
     droppable,
     expired,
     expires_on,
@@ -30,7 +33,7 @@ from chronos.catalog.partitions import (
 )
 from chronos.db import connect_engine, execute, is_lock_failure, joined, name, render, statement, transaction
 from chronos.errors import ChronosError, ExitCode, RefusedError
-from chronos.functions import VERSION
+from chronos.functions import VERSION, grace_days, grace_disagrees
 from chronos.job_lock import connect, holder
 from chronos.jobs import CREATE, DROP, JOBS, Job, last_due, next_due
 from chronos.migration import state as migration_state
@@ -92,6 +95,8 @@ class Status:
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``detached`` are the former partitions that wait for their drop, ``grace_days`` for how long the function
+    leaves a partition so. ``in_citus`` is what the table is to Citus; sizes are those of all its nodes.
     ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
     ``jobs`` is what the nightly jobs did with this table, None when nobody can tell; ``listed`` tells whether
     they keep it, ``by_celery`` whether Celery runs them or `upkeep` by cron;
@@ -114,6 +119,9 @@ class Status:
     next_drop: datetime
     notes_waiting: int | None = None
     refused_from: datetime | None = None
+    detached: tuple[Detached, ...] = ()
+    grace_days: int = 0
+    in_citus: str | None = None
     jobs: dict[str, JobStatus] | None = None
     listed: bool = True
     by_celery: bool = True
@@ -210,6 +218,11 @@ class Status:
             "functions_installed": set(self.functions) == set(self.table.functions),
             "old_table": vars(self.old_table) if self.old_table else None,
             "history": self._history_as_json(),
+            "citus": self.in_citus,
+            "detached": [
+                {"name": d.name, "bytes": d.bytes, "drop_on": d.drop_on and d.drop_on.isoformat()}
+                for d in self.detached
+            ],
             "next_drop": {"at": self.next_drop.isoformat(), "partitions": self.next_drops()},
             "jobs": None
             if self.jobs is None
@@ -431,6 +444,9 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
     ours = before + (clock() - before) / 2
     migration = migration_state.read(conn, table, only_to_show=True)
     partitions = tuple(attached(conn, table))
+    if in_citus := citus.manages(conn, table.home, table.name):
+        sizes = citus.sizes(conn, table.home, table.name)
+        partitions = tuple(replace(p, bytes=sizes.get(p.name, p.bytes)) for p in partitions)
     return Status(
         server=f"{settings.database.database} on {settings.database.host or 'a local socket'}",
         table=table,
@@ -449,6 +465,9 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         notes_waiting=_notes_waiting(conn, table, migration) if migration else None,
         contradictions=tuple(contradictions(said, table, settings.listed_in)),
         refused_from=_refused_from(conn, migration) if migration else None,
+        detached=tuple(detached(conn, table)),
+        grace_days=grace_days(conn, table),
+        in_citus=in_citus,
     )
 
 
@@ -693,6 +712,11 @@ def _ready(status: Status) -> str:
 def _notices(status: Status) -> Iterator[str]:
     """What may be typed next, though nothing is wrong."""
     migration = status.migration
+    for kept in (d for d in status.detached if d.drop_on is None):
+        yield (
+            f"retention has detached {kept.name}, and somebody has changed it or its comment since, so it"
+            f" stays; if nobody needs it: DROP TABLE {quoted(kept.schema)}.{quoted(kept.name)};"
+        )
     if migration is not None and migration.plan.attaches and migration.phase is Phase.MIGRATED:
         if not status.by_hand:
             yield f"{what_becomes_of(migration.plan)}. {not_to_be_dropped(migration.table)}"
@@ -718,6 +742,15 @@ def _function_problems(status: Status) -> Iterator[str]:
                 f"{' and '.join(map(quoted, functions))}: {what}; as the owner of {table.typed}, run:"
                 f" {commands.upgrade_functions(table)}"
             )
+    if not lacking and (disagreement := grace_disagrees(table, status.grace_days)):
+        yield disagreement
+
+
+def _detached_problems(status: Status, last_drop: date) -> Iterator[str]:
+    if late := [d for d in status.detached if d.drop_on and d.drop_on <= last_drop]:
+        tables = ", ".join(f"{quoted(d.schema)}.{quoted(d.name)}" for d in late)
+        names = _some([d.name for d in late])
+        yield f"detached, due and still there: {names}. Drop them: DROP TABLE {tables};"
 
 
 def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
@@ -748,6 +781,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     if overdue:
         drop = f"SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
         yield f"expired and still there: {_some([p.name for p in overdue])}. Drop them: {drop}"
+    yield from _detached_problems(status, last_drop.date())
     for partition in status.partitions:
         if partition.detach_pending:
             yield (
@@ -827,6 +861,8 @@ class _Page:
         status = self.status
         self.line(f"{status.table.typed}: {status.state}", "bold")
         self.line(f"database    {status.server}")
+        if status.in_citus:
+            self.line(f"citus       the table is {status.in_citus}; sizes are those of all nodes")
         if status.copied:
             self.line("copied      {} of {} periods".format(*status.copied))
         if status.state == "ready":
@@ -838,6 +874,8 @@ class _Page:
             self.line(f"missing     {_some(status.missing) or 'none'}")
             when = f"{status.next_drop:%Y-%m-%d %H:%M} UTC" if status.by_celery else "with the next upkeep"
             self.line(f"next drop   {when}: {drops}")
+        if waiting := [f"{d.name} (goes on {d.drop_on})" for d in status.detached if d.drop_on]:
+            self.line(f"detached    {_some(waiting)}")
         if status.old_table:
             rows, size = status.old_table.rows_estimate, status.old_table.bytes
             old = quoted(status.table.old)

@@ -101,7 +101,8 @@ class TableSpec:
     """A table that chronos keeps in partitions. ``schema`` is None until the table has been located.
 
     ``column`` is the time column; ``retention_days`` None means that every row is kept and copied;
-    ``ahead_days`` is how far ahead partitions are made.
+    ``ahead_days`` is how far ahead partitions are made; ``grace_days`` for how long an expired partition
+    stays detached before it is dropped, 0: it is dropped at once.
     """
 
     name: str
@@ -110,6 +111,7 @@ class TableSpec:
     retention_days: int | None = None
     ahead_days: int = 30
     schema: str | None = None
+    grace_days: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -248,7 +250,8 @@ class TableSpec:
         lines.append(f"every = {_toml(self.every.value)}")
         if self.retention_days is not None:
             lines.append(f"retention_days = {self.retention_days}")
-        return "\n".join([*lines, f"ahead_days = {self.ahead_days}"])
+        lines.append(f"ahead_days = {self.ahead_days}")
+        return "\n".join([*lines, *([f"grace_days = {self.grace_days}"] if self.grace_days else [])])
 
     def as_json(self) -> dict[str, Any]:
         """For the state of a migration."""
@@ -259,6 +262,7 @@ class TableSpec:
             "retention_days": self.retention_days,
             "ahead_days": self.ahead_days,
             "schema": self.schema,
+            "grace_days": self.grace_days,
         }
 
     @classmethod

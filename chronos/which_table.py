@@ -13,6 +13,7 @@ from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import scheme
 from chronos.db import execute, opened, statement, transaction
 from chronos.errors import RefusedError
+from chronos.functions import grace_days
 from chronos.migration import state as states
 from chronos.settings import CONFIGURATION, VARIABLES, Settings
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec
@@ -158,7 +159,7 @@ def _in_no_file(
                 f"{table.typed} is partitioned, but not by a time column into hours, days, weeks or months,"
                 " and no file lists it; nothing was changed. Chronos cannot keep it"
             )
-        real = replace(table, column=column, every=widths[0])
+        real = replace(table, column=column, every=widths[0], grace_days=grace_days(conn, table))
         if verb in (Verb.STATUS, Verb.UPGRADE_FUNCTIONS):
             return real
         raise RefusedError(

@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 
 from chronos.db import name, statement
 from chronos.demo.embedded import create_database
+from chronos.functions import VERSION
 from chronos.table import Interval, TableSpec, midnight
 from tests.conftest import MakeDatabase
 from tests.partitioned import (
@@ -504,7 +505,7 @@ def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
         assert "search_path=pg_catalog, pg_temp" in settings
         if function.startswith("chronos_"):
             assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
-        assert comment.startswith("chronos 4: ")
+        assert comment.startswith(f"chronos {VERSION}: ")
         # Those of a table run as its owner, whoever was granted them; the shared pair as whoever calls it.
         assert runs_as_owner is not function.startswith("chronos_")
 

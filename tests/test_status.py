@@ -23,7 +23,7 @@ from chronos.db import connect_engine, execute, transaction
 from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
-from chronos.functions import upgrade
+from chronos.functions import VERSION, upgrade
 from chronos.job_lock import keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Job, JobFailedError, Message, attempt, upkeep
 from chronos.migration.state import Phase, Plan, State, Strategy, create_statement
@@ -544,7 +544,7 @@ def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str)
     function = WEBHOOK_LOG.drop_function
     query(migrated, f"COMMENT ON FUNCTION {function}(int) IS {comment}")
     status = look(migrated)
-    the_problem(status, f"^{function}: older than version 3; ")
+    the_problem(status, f"^{function}: older than version {VERSION}; ")
     assert status.as_json()["functions_installed"] is True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
@@ -72,6 +73,50 @@ def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> lis
     )
     rows = execute(conn, statement(_ATTACHED, table=qualified.scalar_one())).all()
     return [Partition(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Detached:
+    """A former partition that retention has detached.
+
+    ``drop_on`` is the UTC day on which it is dropped; None: somebody has changed it since, and it stays.
+    """
+
+    name: str
+    schema: str
+    bytes: int
+    drop_on: date | None
+
+
+# The same rule as in sql/partition_functions.sql, where it is explained.
+_DETACHED = """
+SELECT c.relname, n.nspname, coalesce(pg_total_relation_size(c.oid), 0),
+       CASE WHEN c.xmin = d.xmin THEN substr(d.description, length(mark) + 1, 10) END
+FROM format('chronos: detached from %I.%I, to be dropped on ', {schema}, {table}) AS mark
+JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objsubid = 0
+JOIN pg_class c ON c.oid = d.objoid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_class t ON t.oid = to_regclass(format('%I.%I', {schema}, {table}))
+WHERE starts_with(d.description, mark) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+  AND pg_has_role(c.relowner, t.relowner, 'MEMBER')
+ORDER BY 4, 1
+"""
+
+
+def detached(conn: Connection, spec: TableSpec) -> list[Detached]:
+    """The former partitions of ``spec`` that retention has detached, in the order in which they go.
+
+    To be called inside ``db.transaction``. ACCESS SHARE on each, for its size.
+    """
+    found = []
+    for table, schema, size, day in execute(
+        conn, statement(_DETACHED, schema=spec.home, table=spec.name)
+    ).all():
+        drop_on = None
+        with suppress(TypeError, ValueError):
+            drop_on = date.fromisoformat(day)
+        found.append(Detached(table, schema, size, drop_on))
+    return found
 
 
 _COLUMN = """

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos import commands
-from chronos.catalog import ddl
+from chronos.catalog import citus, ddl
 from chronos.catalog.dependents import dependents
 from chronos.catalog.shape import Index, TableShape
 from chronos.catalog.shape import read as read_shape
@@ -738,6 +738,16 @@ def _dependent_schema(subject: Subject) -> Iterator[str]:
         )
 
 
+def citus_table(conn: Connection, spec: TableSpec) -> list[Finding]:
+    """What of the table Citus manages: it goes into no exchange of names, in no direction."""
+    found = citus.obstacles(conn, spec.home, spec.name, spec.old, spec.new)
+    return [Finding("citus-table", text) for text in found]
+
+
+def _citus_table(subject: Subject) -> Iterator[str]:
+    return (finding.text for finding in citus_table(subject.conn, subject.spec))
+
+
 def _shared_functions(subject: Subject) -> Iterator[str]:
     if reason := distrusted(subject.conn, subject.shape):
         yield reason
@@ -1113,6 +1123,7 @@ WHERE oid = {oid} AND NOT has_table_privilege(relowner, oid, 'DELETE')
   AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = c.oid AND contype = 'f')""",
     ),
     Check("other-roles", Kind.STRUCTURE, _other_roles),
+    Check("citus-table", Kind.STRUCTURE, _citus_table),
     Check("shared-functions", Kind.STRUCTURE, _shared_functions),
     Check("dependent-not-owned", Kind.STRUCTURE, _dependent_not_owned),
     Check("dependent-schema", Kind.STRUCTURE, _dependent_schema),

@@ -25,6 +25,7 @@ from chronos.migration.changes import (
     written_by_hand,
 )
 from chronos.migration.context import Migration, match, read_plain
+from chronos.migration.obstacles import require_no_citus
 from chronos.migration.old_and_new import renamed_by_hand
 from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
 from chronos.migration.state import (
@@ -76,6 +77,7 @@ def finish(
             found = states.read(conn, table)
             if found is None or found.phase not in (Phase.MIGRATED, Phase.FINALIZING):
                 raise RefusedError(_why_not(table, found))
+            require_no_citus(conn, table)
             if undone_by_hand(conn, found):
                 raise RefusedError(
                     f"{table} was put back by hand; nothing was changed."

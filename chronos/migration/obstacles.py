@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy.engine import Connection
 
-from chronos.catalog.partitions import attached, missing
+from chronos.catalog.partitions import attached, detached, missing
 from chronos.catalog.shape import TableShape, differences
 from chronos.catalog.shape import read as read_shape
 from chronos.catalog.slots import senders
@@ -21,7 +21,7 @@ from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.migration.attach import rows_beyond
 from chronos.migration.changes import emptied_by_hand, notes_are_taken, truncated
-from chronos.migration.checks import Finding
+from chronos.migration.checks import Finding, citus_table
 from chronos.migration.context import match, names
 from chronos.migration.state import Phase, Plan, State
 from chronos.table import Period, TableSpec
@@ -43,6 +43,12 @@ def obstacles(conn: Connection, found: State) -> list[Obstacle]:
     shape = read_shape(conn, found.table, found.table.name)
     others = _of_an_attached_table if found.plan.attaches else _of_a_copied_table
     return [*_of_either(conn, found), *others(conn, found, shape)]
+
+
+def require_no_citus(conn: Connection, table: TableSpec) -> None:
+    """Raise RefusedError when Citus manages the table, the old one, the new one, or a sequence of theirs."""
+    if found := citus_table(conn, table):
+        raise RefusedError(f"{'; '.join(map(str, found))}; nothing was changed")
 
 
 def _of_either(conn: Connection, found: State) -> Iterator[Obstacle]:
@@ -78,10 +84,12 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
             forcible=True,
         )
     if gone := dropped_since(conn, found):
+        still = [d.name for d in detached(conn, table) if d.name in set(map(table.partition, gone))]
+        where = f" than those that wait detached; attach them first: {', '.join(still)}" if still else ""
         yield Obstacle(
             "dropped-since-the-swap",
             f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
-            " no other table",
+            f" no other table{where}",
             forcible=True,
         )
     if emptied := list(_emptied_partitions(conn, found, shape)):

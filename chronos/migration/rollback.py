@@ -64,6 +64,7 @@ from chronos.migration.obstacles import (
     not_ours,
     obstacles,
     old_table_emptied,
+    require_no_citus,
     require_nothing_kept,
 )
 from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
@@ -106,6 +107,7 @@ def undo(
                     f"{table.old} is being dropped, there is no way back; nothing was changed."
                     f" Finish with: {finalize_command(table)}"
                 )
+            require_no_citus(conn, table)
             by_hand = undone_by_hand(conn, found)
             if by_hand:
                 require_nothing_kept(conn, table)

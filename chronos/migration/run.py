@@ -55,7 +55,7 @@ from chronos.migration.console import RowCount, Summary
 from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
 from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
-from chronos.migration.obstacles import require_nothing_kept
+from chronos.migration.obstacles import require_no_citus, require_nothing_kept
 from chronos.migration.operator import (
     Operator,
     StopRequestedError,
@@ -218,6 +218,7 @@ def _take_over(
             raise RefusedError(
                 f"there is nothing to resume; nothing was changed. Start with: {start_command(table)}"
             )
+        require_no_citus(conn, table)
         if (found.phase is Phase.MIGRATED and found.verified) or found.phase is Phase.FINALIZING:
             raise RefusedError(
                 f"{table} is migrated already; nothing was changed. See {status_command(table)}"

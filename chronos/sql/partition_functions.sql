@@ -5,6 +5,10 @@
 --     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
 --     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
 --
+-- With grace_days, the second detaches what is older, and drops it that many days later. The comment of a
+-- detached table says so. Nothing but that comment makes it ours, and only for as long as nobody changes the
+-- comment or the table.
+--
 -- What both have in common. A day is a UTC day, whatever the zone of the server, and however much time one
 -- partition holds. What exists is read from the catalog's bounds, never from a name. Neither waits more than
 -- 200 ms for a lock, so that nobody queues behind it for longer; then it raises lock_not_available and has
@@ -87,6 +91,9 @@ DECLARE
     privilege record;
     attach    text[] := '{}'; -- the statements that put the new partitions in their place
 BEGIN
+    -- Citus lets one transaction change several tables when it goes to their shards one after another.
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true)
+    WHERE current_setting('citus.multi_shard_modify_mode', true) IS NOT NULL;
     IF days_ahead IS NULL OR days_ahead < 0 THEN
         RAISE EXCEPTION 'days_ahead must be 0 or more, not %', coalesce(days_ahead::text, 'NULL')
             USING ERRCODE = 'invalid_parameter_value';
@@ -218,7 +225,10 @@ END
 $chronos$;
 
 -- Drops the partitions whose last instant lies before the day that is retention_days before as_of, and returns
--- their names.
+-- their names. With chronos.grace_days, which the wrapper sets, it detaches these, and drops the ones that it
+-- detached so many days ago. A plain DETACH, for the partition is locked already, and it commits together with
+-- the comment that says when the table goes. CONCURRENTLY would have to wait for every older transaction,
+-- cannot run in a function, refuses a default partition, and leaves a half detached one when it is cut off.
 CREATE OR REPLACE FUNCTION @schema@.chronos_drop_partitions(
     schema_name text, table_name text, retention_days integer, as_of timestamptz
 )
@@ -235,16 +245,23 @@ DECLARE
     most      CONSTANT integer := 31;
     parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
     today     CONSTANT date := (as_of AT TIME ZONE 'UTC')::date;
+    grace     CONSTANT integer := coalesce(nullif(current_setting('chronos.grace_days', true), ''), '0');
+    mark      CONSTANT text := format('chronos: detached from %I.%I, to be dropped on ', schema_name, table_name);
+    citus     CONSTANT boolean := to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL;
+    snapshot  CONSTANT boolean := current_setting('transaction_isolation') IN ('repeatable read', 'serializable');
     state     regclass;         -- the table that says how far a migration has come, if there is one
     migration record;
     leaf      record;
+    key       name;             -- a foreign key of a detached table
     wait      text := '';       -- NOWAIT once a partition has cost us the whole of lock_timeout
     doomed    text[] := '{}';   -- locked, qualified and quoted
     contended text[] := '{}';   -- somebody is using these
     needed    text[] := '{}';   -- something else in the database hangs on these
-    dropped   boolean := false;
+    done      boolean := false; -- something was dropped or detached
     detail    text;
 BEGIN
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true)  -- as above
+    WHERE current_setting('citus.multi_shard_modify_mode', true) IS NOT NULL;
     IF retention_days IS NULL OR retention_days < 0 THEN
         RAISE EXCEPTION 'retention_days must be 0 or more, not %', coalesce(retention_days::text, 'NULL')
             USING ERRCODE = 'invalid_parameter_value';
@@ -273,7 +290,7 @@ BEGIN
     WHERE s.oid = to_regclass(format('%I.%I', schema_name, table_name || '_migration'))
       AND s.relkind = 'r' AND pg_has_role(s.relowner, t.relowner, 'MEMBER');
     IF state IS NOT NULL THEN
-        IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        IF snapshot THEN
             RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions '
                 'only', table_name
                 USING ERRCODE = 'invalid_transaction_state';
@@ -294,12 +311,25 @@ BEGIN
         END;
     END IF;
 
+    -- Citus locks the parent on every node when one of its leaves is locked: the parent's comes first there,
+    -- and no leaf is waited for while everybody waits for us. Nor does a node wait longer for a shard.
+    IF citus THEN
+        wait := 'NOWAIT';
+        PERFORM set_config('citus.propagate_set_commands', 'local', true);
+        SET LOCAL lock_timeout = '200ms';
+        EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
+    END IF;
+
     -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
     -- The partition that reaches furthest into the future stays in any case: a table without any
     -- refuses every insert.
+    -- A detached table is due on the day that its comment says. It is still ours as long as the table and
+    -- its comment were last changed together, by the same (sub)transaction, which is the one that detached
+    -- it: whoever attaches it again, or changes either, keeps it. An old snapshot does not tell that.
     FOR leaf IN
-        SELECT p.name, p.qualified
-        FROM (SELECT c.relname::text AS name,
+        SELECT p.relid, p.name, p.qualified, NULL::xid AS detached_by, p.upper_bound
+        FROM (SELECT c.oid AS relid,
+                     c.relname::text AS name,
                      c.oid::regclass::text AS qualified,
                      c.relkind,
                      b.upper_bound,
@@ -313,7 +343,16 @@ BEGIN
               WHERE i.inhparent = parent AND NOT i.inhdetachpending
                 AND bound IS NOT NULL) p  -- the default partition has no bounds
         WHERE p.upper_bound <= today - retention_days AND p.from_newest > 1 AND p.relkind IN ('r', 'p')
-        ORDER BY p.upper_bound
+        UNION ALL
+        SELECT c.oid, c.relname::text, c.oid::regclass::text, c.xmin, '-infinity'
+        FROM pg_description d
+        JOIN pg_class c ON c.oid = d.objoid AND c.xmin = d.xmin
+        JOIN pg_class t ON t.oid = parent
+        WHERE d.classoid = 'pg_class'::regclass AND d.objsubid = 0 AND starts_with(d.description, mark)
+          AND substr(d.description, length(mark) + 1, 10) COLLATE "C" <= today::text
+          AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+          AND pg_has_role(c.relowner, t.relowner, 'MEMBER') AND NOT snapshot
+        ORDER BY upper_bound, name
     LOOP
         IF cardinality(doomed) = most THEN
             RAISE NOTICE 'more partitions have expired than one call drops (%); call again', most;
@@ -323,40 +362,59 @@ BEGIN
         -- others go on, and the lock that stops everybody comes last and is given back first.
         BEGIN
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE %s', leaf.qualified, wait);
-            doomed := doomed || leaf.qualified;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             wait := 'NOWAIT';
             contended := contended || leaf.name;
+            CONTINUE;
         END;
+        IF leaf.detached_by IS NULL OR EXISTS (
+            SELECT FROM pg_description d JOIN pg_class c ON c.oid = d.objoid AND c.xmin = d.xmin
+            WHERE c.oid = leaf.relid AND d.classoid = 'pg_class'::regclass AND d.objsubid = 0
+              AND c.xmin = leaf.detached_by) THEN
+            doomed := doomed || leaf.qualified;
+        END IF;
     END LOOP;
 
-    IF doomed <> '{}' THEN
+    IF EXISTS (SELECT FROM pg_class WHERE oid = ANY (doomed::regclass[]) AND relispartition) THEN
         EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
     FOR leaf IN
-        SELECT d.qualified, c.relname::text AS name
+        SELECT d.qualified, c.oid AS relid, c.relname::text AS name, c.relispartition AND grace > 0 AS waits
         FROM unnest(doomed) WITH ORDINALITY d(qualified, nr) JOIN pg_class c ON c.oid = d.qualified::regclass
         ORDER BY d.nr
     LOOP
         BEGIN
-            EXECUTE 'DROP TABLE ' || leaf.qualified;
-            dropped := true;
-            RETURN NEXT leaf.name;
-        EXCEPTION WHEN dependent_objects_still_exist THEN
+            IF leaf.waits THEN
+                EXECUTE format('ALTER TABLE %I.%I DETACH PARTITION %s', schema_name, table_name, leaf.qualified);
+                -- They would keep the rows that they refer to from being deleted. ATTACH brings them back.
+                -- Citus cannot drop them: their names on the shards are not those that it looks for.
+                FOR key IN SELECT conname FROM pg_constraint
+                           WHERE conrelid = leaf.relid AND contype = 'f' AND NOT citus LOOP
+                    EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', leaf.qualified, key);
+                END LOOP;
+                EXECUTE format('COMMENT ON TABLE %s IS %L', leaf.qualified,
+                               mark || today + grace || '; to keep it, change this comment');
+                RAISE NOTICE '% is detached, and will be dropped on %', leaf.name, today + grace;
+            ELSE
+                EXECUTE 'DROP TABLE ' || leaf.qualified;
+                RETURN NEXT leaf.name;
+            END IF;
+            done := true;
+        EXCEPTION WHEN dependent_objects_still_exist OR foreign_key_violation THEN
             GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL;
             needed := needed || replace(detail, E'\n', '; ');
         END;
     END LOOP;
 
     -- An error would undo what has been dropped, so there is one only when that is nothing.
-    IF contended <> '{}' AND NOT dropped THEN
+    IF contended <> '{}' AND NOT done THEN
         RAISE EXCEPTION 'cannot drop expired partitions, somebody is using them: %', array_to_string(contended, ', ')
             USING ERRCODE = 'lock_not_available', HINT = 'Nothing was dropped; call again later.';
     ELSIF contended <> '{}' THEN
         RAISE WARNING 'somebody is using these expired partitions, they stay until the next call: %',
             array_to_string(contended, ', ');
     END IF;
-    IF needed <> '{}' AND NOT dropped THEN
+    IF needed <> '{}' AND NOT done THEN
         RAISE EXCEPTION 'cannot drop expired partitions: %', array_to_string(needed, '; ')
             USING ERRCODE = 'dependent_objects_still_exist',
                   HINT = 'Nothing was dropped; drop what depends on them, then call again.';
@@ -374,7 +432,8 @@ COMMENT ON FUNCTION @#create_shared@ IS
     'days later, one each hour, day, week or month; create_future_..._partitions of the table calls it';
 COMMENT ON FUNCTION @#drop_shared@ IS
     'chronos @#version@: drops the partitions of a table that end before the day that is retention_days before '
-    'as_of (UTC); drop_old_..._partitions of the table calls it';
+    'as_of (UTC), or detaches them now and drops them chronos.grace_days days later; drop_old_..._partitions of '
+    'the table calls it';
 
         $shared$;
         FOREACH shared IN ARRAY ARRAY[@'create_shared'@, @'drop_shared'@] LOOP
@@ -427,5 +486,6 @@ COMMENT ON FUNCTION @schema@.@create_function@(integer) IS
 COMMENT ON FUNCTION @schema@.@drop_function@(integer) IS
     'chronos @#version@: drops the partitions that end before the day that is retention_days old (UTC), at most 31 '
     'in a call, never the newest, and none while a migration is on its way back or not compared to its end; '
-    'returns their names. ACCESS EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
+    'returns their names. With chronos.grace_days it detaches them now, and drops them so many days later. ACCESS '
+    'EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
     ' without a lock, having changed nothing.';
