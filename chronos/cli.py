@@ -313,6 +313,13 @@ def cli() -> None:
     "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
 )
 @click.option(
+    "--sql",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="With --dry-run: write the plan's SQL to this file, for psql.",
+)
+@click.option("--verbose", is_flag=True, help="With --dry-run: all of the plan, not one screen.")
+@click.option(
     "--strategy",
     type=click.Choice([strategy.value for strategy in Strategy]),
     default=Strategy.COPY.value,
@@ -381,6 +388,8 @@ def migrate(
     ahead_days: int | None,
     strategy: str,
     dry_run: bool,
+    sql: Path | None,
+    verbose: bool,
     yes: bool,
     resume: bool,
     hold: bool,
@@ -402,7 +411,8 @@ def migrate(
 
     \b
     Examples:
-      python -m chronos migrate --dry-run > plan.sql
+      python -m chronos migrate --dry-run
+      python -m chronos migrate --dry-run --sql plan.sql
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
       python -m chronos migrate --yes --report report.json
       python -m chronos migrate --hold
@@ -411,12 +421,22 @@ def migrate(
       python -m chronos migrate sales.events --column created_at --every week
     """
     with _errors_as_lines(), _operator(max_lock_wait) as operator:
+        if (sql is not None or verbose) and not dry_run:
+            raise RefusedError("--sql and --verbose are for --dry-run; nothing was changed")
         described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
         context = _context(Verb.RESUME if resume else Verb.MIGRATE, table, described, _other_options())
         with opened(context.engine) as conn:
             require_agreement(conn, require_located(conn, context.table), context.settings.listed_in)
         if dry_run:
-            print_plan(context.engine, context.table, Console(), operator.patience, Strategy(strategy))
+            print_plan(
+                context.engine,
+                context.table,
+                Console(),
+                operator.patience,
+                Strategy(strategy),
+                sql_file=sql,
+                verbose=verbose,
+            )
             return
 
         def announce(table: TableSpec, facts: str, what: str) -> None:

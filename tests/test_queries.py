@@ -106,17 +106,20 @@ WORKLOAD = [
     prunes("SELECT * FROM (SELECT id, timestamp AS at FROM webhook_log) s WHERE s.at >= now()"),
     prunes("WITH l AS (SELECT * FROM webhook_log) SELECT * FROM l WHERE timestamp >= now()"),
     prunes(
-        "WITH l AS (SELECT * FROM webhook_log WHERE timestamp > now()) SELECT * FROM l a, l b WHERE a.id = b.id"
+        "WITH l AS (SELECT * FROM webhook_log WHERE timestamp > now())"
+        " SELECT * FROM l a, l b WHERE a.id = b.id"
     ),
     prunes(
         "SELECT * FROM seen s WHERE EXISTS (SELECT FROM webhook_log w WHERE w.id = s.n AND timestamp > now())"
     ),
     prunes("SELECT * FROM recent WHERE at BETWEEN now() - interval '3 days' AND now()"),
     prunes(
-        "SELECT * FROM (SELECT timestamp, count(*) FROM webhook_log GROUP BY timestamp) c WHERE timestamp > now()"
+        "SELECT * FROM (SELECT timestamp, count(*) FROM webhook_log GROUP BY timestamp) c"
+        " WHERE timestamp > now()"
     ),
     prunes(
-        "SELECT * FROM (SELECT timestamp t, id FROM webhook_log UNION ALL SELECT at, n FROM seen) u WHERE t > now()"
+        "SELECT * FROM (SELECT timestamp t, id FROM webhook_log UNION ALL SELECT at, n FROM seen) u"
+        " WHERE t > now()"
     ),
     scans_all("SELECT * FROM (SELECT * FROM webhook_log ORDER BY id LIMIT 9) s WHERE timestamp >= now()"),
     scans_all("WITH l AS MATERIALIZED (SELECT * FROM webhook_log) SELECT * FROM l WHERE timestamp >= now()"),
@@ -133,7 +136,8 @@ WORKLOAD = [
     prunes("UPDATE webhook_log SET status = 'sent' WHERE id = 1 AND timestamp = now()", 60),
     prunes("DELETE FROM webhook_log WHERE timestamp < now() - interval '10 days'"),
     prunes(
-        "UPDATE webhook_log l SET status = e.url FROM webhook_endpoint e WHERE e.id = l.id AND timestamp > now()"
+        "UPDATE webhook_log l SET status = e.url FROM webhook_endpoint e"
+        " WHERE e.id = l.id AND timestamp > now()"
     ),
     scans_all("UPDATE webhook_log SET status = 'sent' WHERE id = 1", 1_500),
     scans_all(

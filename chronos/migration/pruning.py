@@ -1,9 +1,9 @@
-"""What a statement asks of the table: whether it lets the server leave partitions out, as the planner sees it.
+"""What a statement asks of the table, and whether it lets the server leave partitions out, as planned.
 
-PostgreSQL's own parser (pglast) takes the statement apart; nothing is run. A partition is left out when the
-time column alone stands on one side of ``<``, ``<=``, ``=``, ``>=`` or ``>``, and on the other something that is
-known when the statement begins: a value, a parameter, ``now()``. Conditions reach the table through aliases,
-joins, subqueries, common table expressions and views as far as the planner lets them.
+PostgreSQL's own parser (pglast) takes the statement apart; nothing is run. A partition is left out when
+the time column alone stands on one side of ``<``, ``<=``, ``=``, ``>=`` or ``>``, and on the other something
+that is known when the statement begins: a value, a parameter, ``now()``. Conditions reach the table through
+aliases, joins, subqueries, common table expressions and views as far as the planner lets them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NONE: frozenset[_Use] = frozenset()
 class Why(Enum):
     """Why no partition is left out, and what to write instead; ``{c}`` is the time column."""
 
-    NOTHING = "no condition on {c}: add AND {c} >= ..., as tight as the caller can"
+    NOTHING = "no condition reaches {c}: add AND {c} >= ..., as tight as the caller can"
     KEY = "looks rows up by key alone: pass the time along, AND {c} = ... (or >= ... AND {c} < ...)"
     LIMIT = "stops early, but plans and locks every partition: add AND {c} >= now() - interval '...'"
     FUNCTION = "{c} stands in an expression: compare the bare column, {c} >= ... AND {c} < ..."
@@ -33,7 +33,6 @@ class Why(Enum):
     OR = "not every arm of the OR bounds {c}: bound it beside the OR, AND {c} >= ..."
     SUBQUERY = "{c} is compared with a subquery, which is known too late: pass its result as a value"
     VOLATILE = "{c} is compared with a volatile function: use now() or a value"
-    OUTSIDE = "the condition on {c} does not reach into the subquery: repeat it there"
     OPERATOR = "this operator on {c} leaves nothing out: use <, <=, =, >= or >"
 
     def advice(self, column: str) -> str:
@@ -172,7 +171,6 @@ class _Use:
             Why.OR,
             Why.JOIN,
             Why.OPERATOR,
-            Why.OUTSIDE,
             Why.LIMIT,
             Why.KEY,
         )

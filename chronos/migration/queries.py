@@ -108,7 +108,9 @@ WITH RECURSIVE found (oid) AS (
     JOIN pg_rewrite w ON w.oid = d.objid AND w.rulename = '_RETURN'
 )
 SELECT n.nspname, c.relname, pg_get_viewdef(c.oid)
-FROM found f JOIN pg_class c ON c.oid = f.oid AND c.relkind = 'v' JOIN pg_namespace n ON n.oid = c.relnamespace
+FROM found f
+JOIN pg_class c ON c.oid = f.oid AND c.relkind = 'v'
+JOIN pg_namespace n ON n.oid = c.relnamespace
 ORDER BY 1, 2
 """
 
@@ -206,8 +208,8 @@ def read_workload(
         ]
         if planner.refused:
             notes.append(
-                f"{planner.refused} statements were not planned: they use something that is not PostgreSQL's own,"
-                " which planning could run"
+                f"{planner.refused} statements were not planned: they use what is not PostgreSQL's own, and"
+                " planning could run it"
             )
         if planner.failed:
             notes.append(f"{planner.failed} statements could not be planned: {planner.failure}")
@@ -297,18 +299,18 @@ class _RefusedStatementError(Exception):
     """A statement that is not planned, because planning could run what somebody else has written."""
 
 
-# Planning evaluates immutable functions of constants, and stable ones for its estimates. Under our rights that
-# may only be PostgreSQL's own, and of the stable ones those that look at nothing but their arguments.
+# Planning evaluates immutable functions of constants, and stable ones for its estimates. Under our rights
+# those may only be PostgreSQL's own, and of the stable ones what looks at nothing but its arguments.
 _HARMLESS = """
 SELECT proname::text FROM pg_proc p
 WHERE pronamespace = 'pg_catalog'::regnamespace
 GROUP BY proname
 HAVING bool_and(provolatile = 'i' OR prokind IN ('a', 'w')
                 OR (provolatile = 's' AND proname IN (
-                    'now', 'transaction_timestamp', 'statement_timestamp', 'date_trunc', 'date_part', 'extract',
-                    'timezone', 'to_char', 'to_timestamp', 'age', 'make_timestamptz', 'generate_series',
-                    'timestamptz', 'timestamp', 'date', 'concat', 'concat_ws', 'format', 'to_json', 'to_jsonb',
-                    'json_build_object', 'jsonb_build_object', 'array_to_string', 'current_setting')))
+                    'now', 'transaction_timestamp', 'statement_timestamp', 'date_trunc', 'date_part',
+                    'extract', 'timezone', 'to_char', 'to_timestamp', 'age', 'make_timestamptz',
+                    'generate_series', 'timestamptz', 'timestamp', 'date', 'concat', 'concat_ws', 'format',
+                    'to_json', 'to_jsonb', 'json_build_object', 'jsonb_build_object', 'array_to_string')))
 """
 
 # Ordinary tables, whose columns are of PostgreSQL's own types, and which no function, operator or rule of
@@ -318,7 +320,8 @@ WITH RECURSIVE wanted (oid) AS (
     SELECT unnest({relations}) UNION SELECT i.inhrelid FROM wanted w JOIN pg_inherits i ON i.inhparent = w.oid
 ), parts (classid, objid, owner) AS (
     SELECT 'pg_class'::regclass::oid, w.oid, w.oid FROM wanted w
-    UNION ALL SELECT 'pg_class'::regclass, i.indexrelid, w.oid FROM wanted w JOIN pg_index i ON i.indrelid = w.oid
+    UNION ALL SELECT 'pg_class'::regclass, i.indexrelid, w.oid
+    FROM wanted w JOIN pg_index i ON i.indrelid = w.oid
     UNION ALL SELECT 'pg_constraint'::regclass, k.oid, w.oid
     FROM wanted w JOIN pg_constraint k ON k.conrelid = w.oid
 )
@@ -437,7 +440,7 @@ class _Planner:
         None for what has no plan of its own. Raises _RefusedStatementError for what must not be planned.
         """
         trees = pruning.parse(text)
-        tree = trees[0] if len(trees) == 1 else None
+        tree: Any = trees[0] if len(trees) == 1 else None
         while kind(tree) in ("PrepareStmt", "DeclareCursorStmt", "ExplainStmt", "CreateTableAsStmt"):
             tree = tree.query
         if kind(tree) not in ("SelectStmt", "UpdateStmt", "DeleteStmt", "MergeStmt"):
@@ -501,7 +504,8 @@ class _Planner:
             statement(
                 _PLAIN,
                 relations=statement(
-                    "(SELECT coalesce(array_agg(to_regclass(r)::oid), '{{}}') FROM unnest({names}::text[]) AS r)",
+                    "(SELECT coalesce(array_agg(to_regclass(r)::oid), '{{}}')"
+                    " FROM unnest({names}::text[]) AS r)",
                     names=relations,
                 ),
             ),
