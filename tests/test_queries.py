@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pglast
+import psycopg2
+import pytest
 from sqlalchemy.engine import Connection
 
 from chronos.db import connect_engine, execute, opened, statement, transaction
+from chronos.demo.binaries import find_postgres
 from chronos.migration import queries
-from chronos.migration.pruning import read
-from chronos.migration.queries import read_workload
+from chronos.migration.pruning import Fact, FactKind, Subject, Why, read
+from chronos.migration.queries import read_workload, workload
 from chronos.settings import postgres_url
 from chronos.table import WEBHOOK_LOG
+from tests.conftest import OwnPostgres
 from tests.partitioned import add_partitions, create_tables
-from tests.tables import connected
+from tests.tables import connected, query
 
 _PARTITIONS = 46
 _LOG = WEBHOOK_LOG.located("public")
@@ -222,3 +227,185 @@ def test_the_planner_agrees_on_the_partitioned_table(database: str) -> None:
         assert one is not None
         assert one.partitions == _PARTITIONS
         assert (one.scanned < _PARTITIONS) == labelled.prunes, labelled.text
+
+
+SUBJECT = Subject(
+    "public", "webhook_log", "timestamp", "timestamptz", ("id", "timestamp", "status"), ("id", "timestamp")
+)
+
+
+def test_each_statement_gets_advice_that_names_what_is_wrong() -> None:
+    found = {
+        text: read(text, SUBJECT).why
+        for text in (
+            "SELECT FROM webhook_log WHERE id = $1",
+            "SELECT FROM webhook_log WHERE timestamp::date = $1",
+            "SELECT FROM webhook_log WHERE (timestamp, id) < ($1, $2)",
+            "SELECT FROM webhook_log ORDER BY timestamp LIMIT $1",
+            "SELECT FROM webhook_log WHERE timestamp > $1 OR id = $2",
+            "SELECT FROM webhook_log WHERE timestamp > $1",
+        )
+    }
+    assert list(found.values()) == [Why.KEY, Why.FUNCTION, Why.ROW, Why.LIMIT, Why.OR, None]
+    assert Why.FUNCTION.advice("at") == (
+        "at stands in an expression: compare the bare column, at >= ... AND at < ..."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        (
+            "DELETE FROM webhook_log WHERE ctid IN (SELECT ctid FROM webhook_log LIMIT $1)",
+            [Fact(FactKind.CTID)],
+        ),
+        ("SELECT o.ctid FROM seen o, webhook_log WHERE timestamp > $1", []),
+        (
+            "INSERT INTO webhook_log (id) VALUES ($1) ON CONFLICT (id) DO UPDATE SET status = $2",
+            [Fact(FactKind.ON_CONFLICT, ("id",))],
+        ),
+        ("INSERT INTO webhook_log (id) VALUES ($1) ON CONFLICT (id, timestamp) DO NOTHING", []),
+        ("INSERT INTO seen (n) VALUES ($1) ON CONFLICT (n) DO NOTHING", []),
+        ("SELECT currval('webhook_log_id_seq')", [Fact(FactKind.SEQUENCE, ("currval",))]),
+        (
+            "SELECT pg_get_serial_sequence('webhook_log', 'id')",
+            [Fact(FactKind.SEQUENCE, ("pg_get_serial_sequence",))],
+        ),
+        ("SELECT count(*) FROM ONLY webhook_log WHERE timestamp > $1", [Fact(FactKind.ONLY)]),
+        ("COPY webhook_log TO STDOUT", [Fact(FactKind.COPY_TO)]),
+        ("COPY webhook_log FROM STDIN", []),
+    ],
+)
+def test_what_fails_or_means_something_else_on_partitions_is_found(text: str, facts: list[Fact]) -> None:
+    assert sorted(read(text, SUBJECT).facts, key=str) == facts
+
+
+def test_a_table_of_the_same_name_elsewhere_is_not_meant(database: str) -> None:
+    query(database, 'CREATE SCHEMA shop; CREATE TABLE shop.webhook_log (id int, "timestamp" timestamptz)')
+    with partitioned(database), reading(database) as conn:
+        subject, _ = queries._subject(conn, _LOG)
+    assert not read("SELECT FROM shop.webhook_log", subject).touches
+    assert not read("WITH webhook_log AS (SELECT 1) SELECT * FROM webhook_log", subject).touches
+    assert read("SELECT FROM webhook_log", subject).touches, "public comes first on the search path"
+
+
+_TRAPS = """
+CREATE FUNCTION trap(x timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE plpgsql AS
+    $$ BEGIN RETURN x; END $$;
+CREATE FUNCTION trap(x timestamptz, y timestamptz) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+    $$ BEGIN RETURN true; END $$;
+CREATE FUNCTION trapped(x int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN true; END $$;
+CREATE OPERATOR <<< (FUNCTION = trap, LEFTARG = timestamptz, RIGHTARG = timestamptz);
+CREATE DOMAIN nasty AS timestamptz CHECK (trap(VALUE) IS NOT NULL);
+CREATE VIEW trapping AS SELECT * FROM webhook_log WHERE timestamp > trap('2026-01-01');
+CREATE TABLE indexed (id bigint, at timestamptz);
+CREATE INDEX ON indexed ((trapped(1)));
+CREATE TABLE ruled (id bigint);
+CREATE RULE r AS ON UPDATE TO ruled DO ALSO DELETE FROM webhook_log WHERE timestamp > trap('2026-01-01');
+CREATE TABLE guarded (id bigint);
+ALTER TABLE guarded ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+CREATE POLICY p ON guarded USING (trapped(1));
+"""
+# The traps are set only once everything stands on them.
+_SET = """
+CREATE OR REPLACE FUNCTION trap(x timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'a trap was run'; END $$;
+CREATE OR REPLACE FUNCTION trap(x timestamptz, y timestamptz) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'a trap was run'; END $$;
+CREATE OR REPLACE FUNCTION trapped(x int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'a trap was run'; END $$;
+"""
+
+
+_TRAPPED = [
+    "SELECT * FROM webhook_log WHERE timestamp > trap('2026-01-01')",
+    "SELECT * FROM webhook_log WHERE timestamp > public.trap('2026-01-01')",
+    "SELECT * FROM webhook_log WHERE timestamp > now() AND '2026-01-01'::timestamptz <<< '2026-01-01'",
+    "SELECT * FROM webhook_log WHERE '2026-01-01' OPERATOR(public.<<<) '2026-01-01'::timestamptz",
+    "SELECT * FROM webhook_log WHERE timestamp > '2026-01-01'::nasty",
+    "SELECT * FROM webhook_log WHERE timestamp > '2026-01-01'::public.nasty",
+    "SELECT * FROM trapping WHERE timestamp > now()",
+    "SELECT * FROM webhook_log l JOIN trapping t USING (id)",
+    "SELECT * FROM webhook_log l JOIN indexed i USING (id)",
+    "SELECT * FROM webhook_log l JOIN guarded g USING (id)",
+    "WITH l AS (SELECT * FROM webhook_log) UPDATE ruled SET id = l.id FROM l",
+    "SELECT table_to_xml('webhook_log', true, true, '') FROM webhook_log",
+    "SELECT * FROM webhook_log; SELECT trap(now())",
+]
+# Those that spring a trap as soon as anybody plans them; the others would when they run.
+_SPRUNG = [_TRAPPED[0], _TRAPPED[6], _TRAPPED[8]]
+
+
+def test_planning_runs_nothing_of_anybody_else(database: str) -> None:
+    with partitioned(database):
+        query(database, _TRAPS + _SET)
+        for text in _SPRUNG:
+            with pytest.raises(psycopg2.Error, match="a trap was run"):
+                query(database, f"EXPLAIN {text}")
+        with reading(database) as conn:
+            subject, _ = queries._subject(conn, _LOG)
+            found = read_workload(conn, subject, rows_of(_TRAPPED), 92, "webhook_log")
+    assert [one.text for one in found.statements] == _TRAPPED
+    assert not [one.text for one in found.statements if one.planned]
+    assert "a trap was run" not in " ".join(found.notes)
+
+
+def test_planning_keeps_no_lock_and_leaves_no_statement_prepared(database: str) -> None:
+    with partitioned(database), reading(database) as conn:
+        subject, _ = queries._subject(conn, _LOG)
+        texts = ["UPDATE webhook_log SET status = $1 WHERE id = $2", "SELECT nothing FROM webhook_log"]
+        found = read_workload(conn, subject, rows_of(texts), 92, "webhook_log")
+        locked = execute(
+            conn,
+            statement(
+                "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation"
+                " WHERE l.pid = pg_backend_pid() AND (c.relname ~ '^webhook_log_y' OR mode ~ 'Exclusive')"
+            ),
+        ).scalar_one()
+        prepared = execute(conn, statement("SELECT count(*) FROM pg_prepared_statements")).scalar_one()
+    assert [one.planned is not None for one in found.statements] == [True, False]
+    assert 'column "nothing" does not exist' in found.notes[0]
+    assert (locked, prepared) == (0, 0)
+
+
+def test_statements_that_are_hidden_or_cut_off_are_counted(database: str) -> None:
+    with partitioned(database), reading(database) as conn:
+        subject, _ = queries._subject(conn, _LOG)
+        texts = ["<insufficient privilege>", "SELECT * FROM webhook_log WHERE id IN ($1,"]
+        found = read_workload(conn, subject, rows_of(texts), 92)
+    assert found.statements == ()
+    assert "GRANT pg_read_all_stats" in found.notes[0]
+    assert "1 statements could not be read" in found.notes[1]
+
+
+def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postgres: OwnPostgres) -> None:
+    there = {"shared_preload_libraries": "pg_stat_statements"}
+    has_it = (find_postgres().parent / "lib" / "pg_stat_statements.so").exists()
+    url = own_postgres(there if has_it else {}).url
+    with partitioned(url):
+        if has_it:
+            query(url, "CREATE SCHEMA elsewhere; CREATE EXTENSION pg_stat_statements SCHEMA elsewhere")
+            for _ in range(3):
+                query(url, "SELECT count(*) FROM webhook_log WHERE id = 5")
+                query(url, "SELECT count(*) FROM webhook_log WHERE timestamp > now()")
+        with reading(url) as conn:
+            found = workload(conn, _LOG, _PARTITIONS, "webhook_log")
+    assert found.locks == _PARTITIONS * 3
+    if has_it:
+        calls = {one.text: (one.calls, one.suffers) for one in found.statements}
+        assert calls["SELECT count(*) FROM webhook_log WHERE id = $1"] == (3, True)
+        assert calls["SELECT count(*) FROM webhook_log WHERE timestamp > now()"] == (3, False)
+        assert 0 < found.suffering[0].share < 1
+    else:
+        assert found.statements == ()
+        assert "CREATE EXTENSION pg_stat_statements" in found.notes[0]
+
+
+def test_without_the_parser_one_line_asks_for_it(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pglast", None)
+    with partitioned(database), reading(database) as conn:
+        found = workload(conn, _LOG, _PARTITIONS)
+    assert found.statements == ()
+    assert found.notes == (
+        "to read the statements takes the package pglast: pip install pglast (the extra plan)",
+    )

@@ -10,14 +10,12 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
-from psycopg2 import sql
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy.engine import URL, Connection, Engine
@@ -40,7 +38,6 @@ from chronos.db import (
     Statement,
     application_path,
     execute,
-    joined,
     name,
     opened,
     our_path,
@@ -72,6 +69,7 @@ from chronos.migration.compare import (
 from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
+from chronos.migration.estimate import Pace, Way, by_attaching, by_copying, measure, recommended, row_bytes
 from chronos.migration.foreign_keys import (
     AT_ONCE,
     adopt_statements,
@@ -81,29 +79,12 @@ from chronos.migration.foreign_keys import (
     leaf_statements,
 )
 from chronos.migration.operator import Operator
-from chronos.migration.queries import OURS, Statistic, Workload, workload
+from chronos.migration.queries import Statistic, Workload, workload
 from chronos.migration.state import Phase, Plan, State, Strategy, phase_statement, verified_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
 
 _WIDTH = 80
-_SAMPLE = 50_000
-# What a row costs, in the times that this server takes to read and hash one, and to sort an entry of an
-# index. Fitted to copies of 0.7 and attaches of 1 million rows, of 200 bytes and of 1.1 kB, with 3 and with
-# 7 indexes, on PostgreSQL 15 and 18: each within a quarter of what was measured.
-_COPY_READS, _COPY_SORTS = 0.8, 0.6
-_ATTACH_READS, _ATTACH_SORTS = 0.035, 0.55
-# Seconds, for all that does not depend on the rows, and for each partition.
-_FIXED_S, _PARTITION_S = 0.1, 0.004
-# What the WAL has of an inserted row besides its values: the record, the row's own header, alignment.
-_ROW_WAL_BYTES = 68
-# What pages of an index shrink to when their WAL is compressed.
-_COMPRESSED = 0.48
-# An entry of the new index is that of the old key and the time, aligned.
-_TIME_BYTES = 8
-# From here on a copy is more than a disk or a night should be asked for without need.
-_LARGE_BYTES = 100 * 2**30
-_LONG_S = 3 * 3600
 # Up to here the rows of each period are counted, beyond it the planner is asked.
 _COUNTABLE = 5_000_000
 # How many findings and statements the screen has room for.
@@ -135,8 +116,8 @@ class Outlook:
     rows: dict[Period, int]
     exact: bool
     pace: Pace | None
-    copying: _Way
-    attaching: _Way
+    copying: Way
+    attaching: Way
     carried: list[tuple[str, str]]
     warnings: list[Finding]
 
@@ -154,9 +135,9 @@ def dry_run(
     """Print the plan of a migration; nothing is changed, and nothing can be.
 
     One screen on a terminal, or all of it where ``verbose``; elsewhere all of it and the SQL as a script,
-    which goes to ``sql_file`` instead where that is given. One read-only transaction: ACCESS SHARE on the table,
-    as a query would take it. Raises RefusedError when something stands in the way of the migration, after all
-    of it has been printed, or when the file cannot be written.
+    which goes to ``sql_file`` instead where that is given. One read-only transaction: ACCESS SHARE on the
+    table, as a query would take it. Raises RefusedError when something stands in the way of the migration,
+    after all of it has been printed, or when the file cannot be written.
     """
     patience = patience or Patience()
     with opened(engine) as conn:
@@ -223,15 +204,15 @@ def _outlook(conn: Connection, found: Survey, migration: Migration, following: l
     if not by_copy.blockers:
         window = replace(migration, state=replace(migration.state, plan=first_plan(by_copy)))
         rows = rows_per_period(window) if exact else _expected_rows(window)
-    pace = _pace(migration)
+    pace = measure(migration)
     copied = sum(rows.values())
     return Outlook(
         plan,
         rows,
         exact,
         pace,
-        _copying(conn, by_copy, copied, pace),
-        _attaching(conn, by_attach, copied, pace),
+        by_copying(conn, by_copy, copied, pace),
+        by_attaching(conn, by_attach, copied, pace),
         carried(conn, shape, plan, following),
         [*warnings(conn, found), *_of_the_shape(shape, plan, following)],
     )
@@ -239,12 +220,19 @@ def _outlook(conn: Connection, found: Survey, migration: Migration, following: l
 
 def _queries(conn: Connection, found: Survey, earlier: State | None) -> Workload | None:
     """The statements that will suffer, planned on the partitioned table where there is one already."""
-    if earlier is not None and earlier.phase in (Phase.COPYING, Phase.READY, Phase.MIGRATED):
-        partitioned = earlier.table.name if earlier.phase.swapped else earlier.table.new
-        return workload(conn, found.spec, len(earlier.plan.periods), partitioned)
+    beside = partitioned_beside(earlier)
+    if earlier is not None and beside is not None:
+        return workload(conn, found.spec, len(earlier.plan.periods), beside)
     if found.shape is None:
         return None
     return workload(conn, found.spec, found.partitions + found.attaches)
+
+
+def partitioned_beside(earlier: State | None) -> str | None:
+    """The name of the partitioned table that an earlier run has built, None when there is none."""
+    if earlier is None or earlier.phase not in (Phase.COPYING, Phase.READY, Phase.MIGRATED):
+        return None
+    return earlier.table.name if earlier.phase.swapped else earlier.table.new
 
 
 def sections(
@@ -649,57 +637,6 @@ def _expected_rows(migration: Migration) -> dict[Period, int]:
     return found
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast this server is, from a sample of the newest rows: seconds to read and hash one, seconds to
-    sort an entry of an index, and the bytes of a row's values.
-    """
-
-    read_s: float
-    sort_s: float
-    row_bytes: float
-
-
-def _pace(migration: Migration) -> Pace | None:
-    """Measured here and now; None without rows. ACCESS SHARE, for less than a second."""
-    shape = migration.shape
-    sample = statement(
-        "(SELECT * FROM {table} ORDER BY {c} DESC LIMIT {limit}) AS s",
-        table=migration.relation(migration.table.name),
-        c=shape.time_column,
-        limit=_SAMPLE,
-    )
-    sizes = joined(
-        [statement("coalesce(pg_column_size({c}), 0)", c=name("s", column.name)) for column in shape.columns],
-        " + ",
-    )
-    ours = sql.SQL(OURS)
-    rows, size = execute(
-        migration.conn,
-        statement(
-            "SELECT {ours} count(*), avg({sizes}) FROM {sample}", ours=ours, sizes=sizes, sample=sample
-        ),
-    ).one()
-    if not rows:
-        return None
-    reading = statement("SELECT {ours} count(md5(s::text)) FROM {sample}", ours=ours, sample=sample)
-    sorting = statement(
-        "SELECT {ours} count(*) FROM (SELECT FROM {sample} ORDER BY md5(format('%s', {key})) COLLATE \"C\""
-        " OFFSET 0) AS o",
-        ours=ours,
-        sample=sample,
-        key=name("s", shape.old_key[0]),
-    )
-    read_s, sort_s = (_seconds(migration.conn, query) / rows for query in (reading, sorting))
-    return Pace(read_s, sort_s, float(size))
-
-
-def _seconds(conn: Connection, query: Statement) -> float:
-    started = time.monotonic()
-    execute(conn, query).all()
-    return time.monotonic() - started
-
-
 class _Report:
     """Prints the plan, as a whole or on one screen; in a ``script`` all but SQL is behind ``--``."""
 
@@ -774,7 +711,7 @@ class _Report:
             self._findings("Warnings", outlook.warnings, _ON_SCREEN["warnings"])
             self.raw("")
             self.table(_both(outlook.copying, outlook.attaching))
-            self._fact("Recommended", _recommended(outlook.copying, outlook.attaching))
+            self._fact("Recommended", recommended(outlook.copying, outlook.attaching))
             self._fact(
                 "Lock wait",
                 f"{self.patience.shortest_s * 1000:.0f} ms an attempt, up to {self.patience.longest_s:g} s"
@@ -805,7 +742,10 @@ class _Report:
             if path is not None:
                 self._fact("SQL", f"none was written to {path}, for there is a blocker")
             return
-        self._fact("SQL", f"in {path}" if path else "--sql FILE writes every statement of it to a file")
+        # Not broken into lines: a path is there to be copied.
+        self.raw(
+            f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement of it to a file'}"
+        )
         if not verbose:
             self._fact("", "--verbose says all of this at length")
 
@@ -878,7 +818,7 @@ class _Report:
         partitions = plan.periods
         first, last = plan.table.partition(partitions[0]), plan.table.partition(partitions[-1])
         self.title(f"{len(partitions)} partitions, {first} to {last}")
-        size = _row_bytes(found, sum(rows.values()))
+        size = row_bytes(found, sum(rows.values()))
         table = Table(plan.table.every.value, box=None, pad_edge=False)
         table.add_column("rows" if exact else "rows (planner's estimate)", justify="right")
         table.add_column("size", justify="right")
@@ -896,11 +836,11 @@ class _Report:
         for line in text.get().splitlines():
             self.raw(f"{self.mark}{line}".rstrip())
 
-    def ways(self, copying: _Way, attaching: _Way) -> None:
+    def ways(self, copying: Way, attaching: Way) -> None:
         """Both strategies side by side, and which is the better one here."""
         self.title("What it takes, one way and the other (estimates)")
         self.table(_both(copying, attaching))
-        self.item("recommended", _recommended(copying, attaching))
+        self.item("recommended", recommended(copying, attaching))
 
     def effort(self, plan: Plan, pace: Pace | None) -> None:
         """Where the durations come from, and who has to wait."""
@@ -967,140 +907,7 @@ def _referred(plan: Plan) -> str:
     return " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What one strategy takes: ``seconds``, ``bytes`` of disk and of ``wal``; ``facts`` are shown of it."""
-
-    seconds: float
-    bytes: float
-    facts: dict[str, str]
-    blockers: tuple[Finding, ...] = ()
-    wal: float = 0.0
-
-
-def _copying(conn: Connection, found: Survey, rows: int, pace: Pace | None) -> _Way:
-    if found.blockers:
-        return _Way(0, 0, {}, found.blockers)
-    table, shape = found.spec, found.shape
-    assert shape is not None
-    seconds = wal = 0.0
-    size = rows * _row_bytes(found, rows)
-    if pace is not None:
-        each = _COPY_READS * pace.read_s + _COPY_SORTS * pace.sort_s * len(shape.indexes)
-        seconds = _FIXED_S + _PARTITION_S * found.partitions + rows * each
-        indexes = execute(conn, statement("SELECT pg_indexes_size({oid}::oid)", oid=shape.oid)).scalar_one()
-        index_bytes = indexes / max(found.rows_estimate, rows, 1) + _TIME_BYTES
-        wal = rows * (pace.row_bytes + _ROW_WAL_BYTES + index_bytes)
-    facts = {
-        "rows copied": f"{rows:,}",
-        "duration": f"about {_duration(seconds)}",
-        "WAL": f"about {in_bytes(wal)}, and notes",
-        "disk now": f"about {in_bytes(size)} more",
-        "until": "finalize",
-        "then": f"about {in_bytes(found.bytes - size)} less than today",
-        f"by {table.every}": "at once",
-        "one partition": "none",
-        "locks before": "writers: the notes begin",
-        "cut-over, ms": "last notes, names",
-    }
-    return _Way(seconds, size, facts, wal=wal)
-
-
-def _attaching(conn: Connection, found: Survey, counted: int, pace: Pace | None) -> _Way:
-    if found.blockers:
-        return _Way(0, 0, {}, found.blockers)
-    table, rows, shape = found.spec, max(found.rows_estimate, counted), found.shape
-    assert shape is not None
-    assert shape.key_index is not None
-    before = after = sorts = 0.0
-    until = "nothing is added"
-    if not attach.has_its_key(first_plan(found)):
-        old, fill_factor = _size_of_index(conn, shape)
-        before = after = old + rows * _TIME_BYTES * 100 / fill_factor
-        until, sorts = f"{table.history} goes", _ATTACH_SORTS
-        if shape.key_index.primary:
-            after, until = before - old, "the swap"
-    seconds = 0.0
-    if pace is not None:
-        seconds = _FIXED_S + _PARTITION_S * found.partitions
-        seconds += rows * (_ATTACH_READS * pace.read_s + sorts * pace.sort_s)
-    wal = before * (_COMPRESSED if _compresses(conn) else 1)
-    goes = expires_on(found.first, table.retention_days)
-    facts = {
-        "rows copied": "none",
-        "duration": f"about {_duration(seconds)}",
-        "WAL": f"about {in_bytes(wal)}",
-        "disk now": f"about {in_bytes(before)} more",
-        "until": until,
-        "then": f"about {in_bytes(after)} more",
-        f"by {table.every}": f"from {found.first:%Y-%m-%d} on",
-        "one partition": f"all before, {f'until {goes}' if goes else 'for good'}",
-        "locks before": "everybody: the check",
-        "cut-over, ms": "names, primary key, ATTACH",
-    }
-    return _Way(seconds, before, facts, wal=wal)
-
-
-def _compresses(conn: Connection) -> bool:
-    """Whether the WAL of an index is written compressed, by the server's setting or by that of the build."""
-    found: bool = execute(
-        conn,
-        statement(
-            "SELECT current_setting('wal_compression') <> 'off' OR ({ours}) IS NOT NULL",
-            ours=statement(attach.COMPRESSION),
-        ),
-    ).scalar_one()
-    return found
-
-
-def _size_of_index(conn: Connection, shape: TableShape) -> tuple[int, int]:
-    """Bytes of the index of the key, and its fill factor in percent."""
-    assert shape.key_index is not None
-    size, fill_factor = execute(
-        conn,
-        statement(
-            "SELECT pg_relation_size(oid), coalesce((SELECT option_value::int"
-            " FROM pg_options_to_table(reloptions) WHERE option_name = 'fillfactor'), 90)"
-            " FROM pg_class WHERE oid = to_regclass(format('%I.%I', {schema}, {index}))",
-            schema=shape.schema,
-            index=shape.key_index.name,
-        ),
-    ).one()
-    return size, fill_factor
-
-
-def _recommended(copying: _Way, attaching: _Way) -> str:
-    """Which strategy, and why; how much room the disk has is known to the operator alone."""
-    if copying.blockers:
-        return f"attach; a copy would be refused: {copying.blockers[0]}"
-    if attaching.blockers:
-        return f"copy; to attach it would be refused: {attaching.blockers[0]}"
-    room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
-    if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
-        return (
-            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
-            " has every period in a partition of its own at once: --strategy copy"
-        )
-    return (
-        "copy, for it has every period in a partition of its own at once; if there is no room for"
-        f" {room}: --strategy attach"
-    )
-
-
-def _row_bytes(found: Survey, counted: int) -> float:
-    """Bytes a row, indexes included; a table never analyzed has no estimate of its rows."""
-    return found.bytes / max(found.rows_estimate, counted, 1)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{max(seconds, 1):.1f}".removesuffix(".0") + " s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _both(copying: _Way, attaching: _Way) -> Table:
+def _both(copying: Way, attaching: Way) -> Table:
     """The two strategies side by side."""
     table = Table("", "copy", "attach", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for what in copying.facts or attaching.facts:
@@ -1128,17 +935,19 @@ def _span(plan: Plan) -> str:
 
 
 def _in_short(found: Workload) -> str:
-    """One line: how many suffer, or why nobody knows."""
+    """In a sentence: how many suffer, or why nobody knows."""
     if not found.statements:
         return found.notes[0] if found.notes else "pg_stat_statements has none on this table yet"
-    suffering = [one for one in found.statements if one.why is not None]
+    count, suffering = len(found.statements), [one for one in found.statements if one.why is not None]
+    changed = sum(bool(one.facts) for one in found.statements)
     share = sum(one.share for one in suffering)
-    if not suffering:
-        return f"each of the {len(found.statements)} on this table leaves partitions out"
-    return (
-        f"{len(suffering)} of {len(found.statements)} on this table leave no partition out: {share:.0%} of the"
-        f" database's time, {found.locks:,} locks a call"
-    )
+    text = f"each of the {count} on this table leaves partitions out"
+    if suffering:
+        text = (
+            f"{len(suffering)} of {count} on this table leave no partition out: {share:.0%} of the"
+            f" database's time, {found.locks:,} locks a call"
+        )
+    return text + (f"; {changed} will fail or mean something else" if changed else "")
 
 
 def _weight(one: Statistic) -> str:
