@@ -275,7 +275,7 @@ def cli() -> None:
     \b
     The usual order:
       python -m chronos demo                see it all on a server of its own
-      python -m chronos migrate --dry-run   the plan and every statement of it
+      python -m chronos migrate --dry-run   the plan; --sql FILE: every statement of it
       python -m chronos migrate             asks for the word MIGRATE
       python -m chronos status              now, and every day
       python -m chronos finalize            after some days; until then: rollback
@@ -309,9 +309,7 @@ def cli() -> None:
     metavar="DAYS",
     help="How many days ahead such a table has partitions.  [default: 30]",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
-)
+@click.option("--dry-run", is_flag=True, help="Print the plan, change nothing; exit 2 on a blocker.")
 @click.option(
     "--sql",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -305,6 +305,9 @@ CREATE RULE r AS ON UPDATE TO ruled DO ALSO DELETE FROM webhook_log WHERE timest
 CREATE TABLE guarded (id bigint);
 ALTER TABLE guarded ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
 CREATE POLICY p ON guarded USING (trapped(1));
+CREATE TABLE defaulting (id bigint, f boolean DEFAULT trapped(1));
+CREATE TABLE counted (id bigint, at timestamptz);
+CREATE STATISTICS ON (trapped(id::int)), (id + 1) FROM counted;
 """
 # The traps are set only once everything stands on them.
 _SET = """
@@ -329,6 +332,8 @@ _TRAPPED = [
     "SELECT * FROM webhook_log l JOIN indexed i USING (id)",
     "SELECT * FROM webhook_log l JOIN guarded g USING (id)",
     "WITH l AS (SELECT * FROM webhook_log) UPDATE ruled SET id = l.id FROM l",
+    "UPDATE defaulting SET f = DEFAULT FROM webhook_log l WHERE l.id = defaulting.id",
+    "SELECT * FROM webhook_log l JOIN counted c USING (id)",
     "SELECT table_to_xml('webhook_log', true, true, '') FROM webhook_log",
     "SELECT * FROM webhook_log; SELECT trap(now())",
 ]
@@ -363,6 +368,8 @@ def test_planning_keeps_no_lock_and_leaves_no_statement_prepared(database: str) 
             ),
         ).scalar_one()
         prepared = execute(conn, statement("SELECT count(*) FROM pg_prepared_statements")).scalar_one()
+        timeout = execute(conn, statement("SHOW statement_timeout")).scalar_one()
+    assert timeout == "0"
     assert [one.planned is not None for one in found.statements] == [True, False]
     assert 'column "nothing" does not exist' in found.notes[0]
     assert (locked, prepared) == (0, 0)
@@ -375,7 +382,7 @@ def test_statements_that_are_hidden_or_cut_off_are_counted(database: str) -> Non
         found = read_workload(conn, subject, rows_of(texts), 92)
     assert found.statements == ()
     assert "GRANT pg_read_all_stats" in found.notes[0]
-    assert "1 statements could not be read" in found.notes[1]
+    assert "1 statement could not be read" in found.notes[1]
 
 
 def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postgres: OwnPostgres) -> None:

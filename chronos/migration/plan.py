@@ -760,7 +760,7 @@ class _Report:
         more = len(found.suffering) - _IN_REPORT
         if more > 0:
             self.say(f"and {more} more")
-        for kind, fact in _facts(found):
+        for kind, fact in list(_facts(found))[:_IN_REPORT]:
             self.say(f"{kind}: {_cut(_one_line(fact.text), 200)}", indent="    ")
         if found.statements:
             for note in found.notes:
@@ -947,6 +947,9 @@ def _in_short(found: Workload) -> str:
             f"{len(suffering)} of {count} on this table leave no partition out: {share:.0%} of the"
             f" database's time, {found.locks:,} locks a call"
         )
+    woken = sum(one.planned is not None and one.planned.jit for one in found.statements)
+    if woken:
+        text += f"; {woken} would wake JIT"
     return text + (f"; {changed} will fail or mean something else" if changed else "")
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos.db import Statement, application_path, execute, joined, name, one_line, our_path, statement
 from chronos.errors import RefusedError
 from chronos.migration import pruning
+from chronos.migration.console import counted
 from chronos.migration.pruning import Fact, Subject, Why, kind, nodes, words
 from chronos.table import TableSpec
 
@@ -199,7 +200,9 @@ def read_workload(
             " GRANT pg_read_all_stats TO CURRENT_USER;"
         )
     if unread:
-        notes.append(f"{unread} statements could not be read; pg_stat_statements may have cut them off")
+        notes.append(
+            f"{counted(unread, 'statement')} could not be read; pg_stat_statements may have cut them off"
+        )
     if partitioned is not None and statements:
         planner = _Planner(conn, subject, partitioned)
         statements = [
@@ -208,11 +211,11 @@ def read_workload(
         ]
         if planner.refused:
             notes.append(
-                f"{planner.refused} statements were not planned: they use what is not PostgreSQL's own, and"
-                " planning could run it"
+                f"{counted(planner.refused, 'statement')} not planned, for planning could run a function or"
+                " an operator that is not PostgreSQL's own"
             )
         if planner.failed:
-            notes.append(f"{planner.failed} statements could not be planned: {planner.failure}")
+            notes.append(f"{counted(planner.failed, 'statement')} could not be planned: {planner.failure}")
     return Workload(subject, tuple(statements), locks, tuple(notes))
 
 
@@ -321,16 +324,20 @@ HAVING bool_and(provolatile = 'i' OR prokind IN ('a', 'w')
 """
 
 # Ordinary tables, whose columns are of PostgreSQL's own types, and which no function, operator or rule of
-# anybody's belongs to: not by an index, a check, a policy, or a table below them.
+# anybody's belongs to: not by an index, a check, a default, statistics, a policy, or a table below them.
 _PLAIN = """
 WITH RECURSIVE wanted (oid) AS (
     SELECT unnest({relations}) UNION SELECT i.inhrelid FROM wanted w JOIN pg_inherits i ON i.inhparent = w.oid
-), parts (classid, objid, owner) AS (
-    SELECT 'pg_class'::regclass::oid, w.oid, w.oid FROM wanted w
-    UNION ALL SELECT 'pg_class'::regclass, i.indexrelid, w.oid
+), parts (classid, objid) AS (
+    SELECT 'pg_class'::regclass::oid, w.oid FROM wanted w
+    UNION ALL SELECT 'pg_class'::regclass, i.indexrelid
     FROM wanted w JOIN pg_index i ON i.indrelid = w.oid
-    UNION ALL SELECT 'pg_constraint'::regclass, k.oid, w.oid
+    UNION ALL SELECT 'pg_constraint'::regclass, k.oid
     FROM wanted w JOIN pg_constraint k ON k.conrelid = w.oid
+    UNION ALL SELECT 'pg_attrdef'::regclass, f.oid
+    FROM wanted w JOIN pg_attrdef f ON f.adrelid = w.oid
+    UNION ALL SELECT 'pg_statistic_ext'::regclass, e.oid
+    FROM wanted w JOIN pg_statistic_ext e ON e.stxrelid = w.oid
 )
 SELECT NOT EXISTS (
     SELECT FROM wanted w JOIN pg_class c ON c.oid = w.oid
