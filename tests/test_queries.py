@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pglast
 import psycopg2
@@ -166,6 +166,11 @@ def partitioned(url: str) -> Iterator[None]:
     yield
 
 
+def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """A plan's nodes."""
+    return [plan, *(node for part in plan.get("Plans", ()) for node in nodes_of(part))]
+
+
 def scanned(url: str) -> dict[Labelled, int]:
     """How many partitions the plan of each statement of the workload has once it starts."""
     found: dict[Labelled, int] = {}
@@ -177,8 +182,9 @@ def scanned(url: str) -> dict[Labelled, int]:
                 cursor.execute(f"DEALLOCATE ALL; PREPARE p AS {labelled.text}")
                 run = f"EXECUTE p({labelled.prepared})"
             cursor.execute(f"EXPLAIN (FORMAT JSON) {run}")
-            words = json.dumps(cursor.fetchall()).split('"')
-            found[labelled] = len({word for word in words if word.startswith("webhook_log_y")})
+            [[explained]] = cursor.fetchall()
+            scans = {node.get("Relation Name") for node in nodes_of(explained[0]["Plan"])}
+            found[labelled] = len([name for name in scans if name and name.startswith("webhook_log_y")])
     return found
 
 
@@ -307,7 +313,7 @@ ALTER TABLE guarded ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
 CREATE POLICY p ON guarded USING (trapped(1));
 CREATE TABLE defaulting (id bigint, f boolean DEFAULT trapped(1));
 CREATE TABLE counted (id bigint, at timestamptz);
-CREATE STATISTICS ON (trapped(id::int)), (id + 1) FROM counted;
+CREATE STATISTICS trapped_statistics ON (trapped(id::int)), (id + 1) FROM counted;
 """
 # The traps are set only once everything stands on them.
 _SET = """
