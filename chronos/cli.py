@@ -276,7 +276,7 @@ def cli() -> None:
     \b
     The usual order:
       python -m chronos demo                see it all on a server of its own
-      python -m chronos migrate --dry-run   the plan and every statement of it
+      python -m chronos migrate --dry-run   the plan; --sql FILE: every statement of it
       python -m chronos migrate             asks for the word MIGRATE
       python -m chronos status              now, and every day
       python -m chronos finalize            after some days; until then: rollback
@@ -310,9 +310,14 @@ def cli() -> None:
     metavar="DAYS",
     help="How many days ahead such a table has partitions.  [default: 30]",
 )
+@click.option("--dry-run", is_flag=True, help="Print the plan, change nothing; exit 2 on a blocker.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print the plan and its SQL, change nothing; exit 2 on a blocker."
+    "--sql",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="With --dry-run: write the plan's SQL to this file, for psql.",
 )
+@click.option("--verbose", is_flag=True, help="With --dry-run: all of the plan, not one screen.")
 @click.option(
     "--strategy",
     type=click.Choice([strategy.value for strategy in Strategy]),
@@ -388,6 +393,8 @@ def migrate(
     ahead_days: int | None,
     strategy: str,
     dry_run: bool,
+    sql: Path | None,
+    verbose: bool,
     yes: bool,
     resume: bool,
     hold: bool,
@@ -410,7 +417,8 @@ def migrate(
 
     \b
     Examples:
-      python -m chronos migrate --dry-run > plan.sql
+      python -m chronos migrate --dry-run
+      python -m chronos migrate --dry-run --sql plan.sql
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
       python -m chronos migrate --yes --report report.json
       python -m chronos migrate --hold
@@ -419,6 +427,8 @@ def migrate(
       python -m chronos migrate sales.events --column created_at --every week
     """
     with _errors_as_lines(), _operator(max_lock_wait) as operator:
+        if (sql is not None or verbose) and not dry_run:
+            raise RefusedError("--sql and --verbose are for --dry-run; nothing was changed")
         described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
         context = _context(Verb.RESUME if resume else Verb.MIGRATE, table, described, _other_options())
         with opened(context.engine) as conn:
@@ -431,6 +441,8 @@ def migrate(
                 operator.patience,
                 Strategy(strategy),
                 frozenset(accept_duplicates),
+                sql_file=sql,
+                verbose=verbose,
             )
             return
 

@@ -7,13 +7,17 @@ import subprocess
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from sqlalchemy.engine import make_url
 
-from chronos.db import connect_engine
-from chronos.migration import plan
+from chronos.db import connect_engine, opened, transaction
+from chronos.demo.rows import create_webhook_log
+from chronos.errors import RefusedError
+from chronos.migration import estimate, plan, queries
+from chronos.migration import state as states
 from chronos.migration.console import Output
 from chronos.migration.operator import Operator
 from chronos.migration.rollback import undo
@@ -359,7 +363,7 @@ def test_the_plan_recommends_attach_where_a_copy_takes_too_much(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query(database, _PLAIN)
-    monkeypatch.setattr(plan, "_LARGE_BYTES", 1_000)
+    monkeypatch.setattr(estimate, "_LARGE_BYTES", 1_000)
     printed = StringIO()
     plan.dry_run(connect_engine(postgres_url(database)), WEBHOOK_LOG, Console(file=printed))
     assert re.search(r"-- recommended: attach, for a copy takes \d+ kB of disk", printed.getvalue())
@@ -434,3 +438,128 @@ def test_a_blocker_gives_commands_and_statements_whole(database: str) -> None:
     assert f'CREATE INDEX CONCURRENTLY ON {table} ("placed at");' in lines
     assert 'DROP INDEX CONCURRENTLY "A Shop With A Long Name"."One Of Each";' in lines
     assert f'CREATE UNIQUE INDEX CONCURRENTLY ON {table} ("nr", "placed at");' in lines
+
+
+def on_a_terminal(url: str, **more: Any) -> list[str]:
+    """The lines of a dry run on a terminal of 80 columns."""
+    printed = StringIO()
+    terminal = Console(file=printed, force_terminal=True, width=80, color_system=None)
+    plan.dry_run(connect_engine(postgres_url(url)), WEBHOOK_LOG, terminal, **more)
+    return printed.getvalue().splitlines()
+
+
+def test_on_a_terminal_the_plan_is_one_screen_without_sql(database: str) -> None:
+    query(
+        database,
+        _PLAIN + "CREATE VIEW latest AS SELECT max(timestamp) FROM webhook_log;"
+        " CREATE PUBLICATION everything FOR ALL TABLES",
+    )
+    lines = on_a_terminal(database)
+    assert len(lines) <= 40
+    assert all(len(line) < 80 for line in lines)
+    text = "\n".join(lines)
+    url = make_url(database)
+    for said in (
+        f"Server      {url.host}, port {url.port}, database",
+        "Blockers    none",
+        "; --verbose has their whole text",
+        "\n  publication-of-all-tables ",
+        "\n  on-conflict ",
+        " copy    ",
+        " attach\n",
+        "WAL            about",
+        "Recommended copy",
+        "Lock wait   100 ms an attempt, up to 1 s",
+        "Queries     pg_stat_statements is not there",
+        "--sql FILE",
+    ):
+        assert said in text, said
+    assert "CREATE TABLE" not in text
+    assert str(url.password) not in text
+
+    whole = "\n".join(on_a_terminal(database, verbose=True))
+    assert "What comes along, and how" in whole
+    assert "[publication-of-all-tables]" in whole
+    assert "--" not in {line[:2] for line in whole.splitlines() if not line.startswith("---")}
+    assert "CREATE TABLE" not in whole
+
+
+def test_on_a_terminal_a_blocker_is_a_line_of_its_own(database: str) -> None:
+    query(database, _PLAIN + "CREATE MATERIALIZED VIEW stale AS SELECT id FROM webhook_log")
+    printed = StringIO()
+    terminal = Console(file=printed, force_terminal=True, width=80, color_system=None)
+    with pytest.raises(RefusedError, match=r"materialized view public\.stale reads webhook_log"):
+        plan.dry_run(connect_engine(postgres_url(database)), WEBHOOK_LOG, terminal)
+    assert re.search(r"Blockers    1; .*\n  [a-z-]+  materialized view public.stale", printed.getvalue())
+
+
+def test_the_sql_goes_to_a_file_and_runs_from_there(database: str, pg_bin: Path, tmp_path: Path) -> None:
+    query(database, _PLAIN)
+    file = tmp_path / "plan.sql"
+    found = chronos(database, "migrate", "--dry-run", "--sql", str(file))
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "CREATE TABLE" not in found.stdout
+    assert f"SQL         in {file}" in found.stdout
+    done = psql(database, pg_bin, file.read_text("utf-8"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert value(database, "SELECT count(*) FROM webhook_log") == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--dry-run", "--sql", "{folder}/no/plan.sql"), "the SQL cannot be written to"),
+        (("--sql", "{folder}/plan.sql", "--yes"), "--sql and --verbose are for --dry-run"),
+        (("--verbose", "--yes"), "--sql and --verbose are for --dry-run"),
+    ],
+)
+def test_sql_that_has_nowhere_to_go_is_refused_and_nothing_is_changed(
+    database: str, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    query(database, _PLAIN)
+    found = chronos(database, "migrate", *(option.format(folder=tmp_path) for option in options))
+    assert found.returncode == 2
+    assert said in found.stderr
+    assert "nothing was changed" in found.stderr
+    assert not exists(database, "webhook_log_old")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_sql_is_written_when_there_is_a_blocker(database: str, tmp_path: Path) -> None:
+    query(database, _PLAIN + "CREATE MATERIALIZED VIEW stale AS SELECT id FROM webhook_log")
+    found = chronos(database, "migrate", "--dry-run", "--sql", str(tmp_path / "plan.sql"))
+    assert found.returncode == 2
+    assert "none was written" in found.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_wal_is_told_before_it_is_written(database: str) -> None:
+    engine = connect_engine(postgres_url(database))
+    create_webhook_log(engine, 40_000)
+    found = script_of_plan(database)
+    [told] = re.findall(r"-- WAL +about (\d+) MB", found)
+    before = value(database, "SELECT pg_current_wal_insert_lsn()")
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    written = value(database, "SELECT (pg_current_wal_insert_lsn() - %s::pg_lsn) / 2 ^ 20", before)
+    assert abs(int(told) / float(written) - 1) < 0.25
+
+
+def test_a_held_migration_has_its_queries_planned_on_the_new_table(database: str) -> None:
+    query(database, _PLAIN)
+    held = chronos(database, "migrate", "--hold", "--yes")
+    assert held.returncode == 0, held.stdout + held.stderr
+    engine = connect_engine(postgres_url(database))
+    with opened(engine) as conn, transaction(conn):
+        located = WEBHOOK_LOG.located("public")
+        earlier = states.read(conn, located)
+        subject, _ = queries._subject(conn, located)
+        assert earlier is not None
+        texts = ("SELECT * FROM webhook_log WHERE id = $1", "SELECT * FROM webhook_log WHERE timestamp > $1")
+        found = queries.read_workload(
+            conn, subject, [(text, 1, 1.0, 0.5) for text in texts], 92, plan.partitioned_beside(earlier)
+        )
+    by_id, by_time = (one.planned for one in found.statements)
+    assert by_id is not None
+    assert by_time is not None
+    assert by_id.scanned == by_id.partitions == 46
+    assert by_time.scanned < 46

@@ -257,7 +257,7 @@ def _validate(migration: Migration, check_stop: CheckStop) -> None:
 
 # An index is all that an attach writes, page by page, and pages shrink to less than half. Not with pglz,
 # which takes longer than the index itself.
-_COMPRESSION = """
+COMPRESSION = """
 SELECT CASE WHEN 'zstd' = ANY(enumvals) THEN 'zstd' WHEN 'lz4' = ANY(enumvals) THEN 'lz4' END
 FROM pg_settings
 WHERE name = 'wal_compression' AND setting = 'off' AND has_parameter_privilege(name, 'SET')
@@ -274,7 +274,7 @@ def _in_the_background(migration: Migration, query: Statement, what: str, check_
         running = running.execution_options(isolation_level="AUTOCOMMIT")
         pid = int(execute(running, statement("SELECT pg_catalog.pg_backend_pid()")).scalar_one())
         with transaction(watching):
-            compression = execute(watching, statement(_COMPRESSION)).scalar()
+            compression = execute(watching, statement(COMPRESSION)).scalar()
         settings = {"statement_timeout": "0", "lock_timeout": "0"}
         if compression:
             settings["wal_compression"] = compression

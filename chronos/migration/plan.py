@@ -1,22 +1,24 @@
 """The dry run: what a migration would do, without doing it, as a report and as SQL that psql can run.
 
 The statements come from the functions that the migration itself runs. All that is printed besides them
-is behind ``--``, so that the output as a whole is a script.
+is behind ``--``, so that the output as a whole is a script. On a terminal there is one screen instead,
+and the script goes into a file.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from uuid import uuid4
 
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import URL, Connection, Engine
 
 from chronos.catalog.ddl import (
     attach_statements,
@@ -67,6 +69,7 @@ from chronos.migration.compare import (
 from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
+from chronos.migration.estimate import Pace, Way, by_attaching, by_copying, measure, recommended, row_bytes
 from chronos.migration.foreign_keys import (
     AT_ONCE,
     adopt_statements,
@@ -76,24 +79,17 @@ from chronos.migration.foreign_keys import (
     leaf_statements,
 )
 from chronos.migration.operator import Operator
+from chronos.migration.queries import Statistic, Workload, workload
 from chronos.migration.state import Phase, Plan, State, Strategy, phase_statement, verified_statement
 from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
 
 _WIDTH = 80
-_SAMPLE = 20_000
-# How much longer it takes to write, index, check and compare a row than to read and hash it. A guess that
-# held on the machines it was tried on; the report says that it is one.
-_COPY_FACTOR = 2
-# The same for a row that only gets into one more index and is checked.
-_ATTACH_FACTOR = 0.3
-# An entry of the new index is that of the old key and the time, aligned.
-_TIME_BYTES = 8
-# From here on a copy is more than a disk or a night should be asked for without need.
-_LARGE_BYTES = 100 * 2**30
-_LONG_S = 3 * 3600
 # Up to here the rows of each period are counted, beyond it the planner is asked.
 _COUNTABLE = 5_000_000
+# How many findings and statements the screen has room for.
+_ON_SCREEN = {"blockers": 8, "warnings": 8, "queries": 3, "width": 120}
+_IN_REPORT = 10
 # More notes than a script can meet.
 _EVERY_NOTE = 1_000_000_000
 
@@ -112,6 +108,20 @@ class Section:
     locks: bool = False
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """All that a plan has to say of a table that can be migrated, read in one transaction."""
+
+    plan: Plan
+    rows: dict[Period, int]
+    exact: bool
+    pace: Pace | None
+    copying: Way
+    attaching: Way
+    carried: list[tuple[str, str]]
+    warnings: list[Finding]
+
+
 def dry_run(
     engine: Engine,
     table: TableSpec,
@@ -119,13 +129,18 @@ def dry_run(
     patience: Patience | None = None,
     strategy: Strategy = Strategy.COPY,
     accepted: frozenset[str] = frozenset(),
+    *,
+    sql_file: Path | None = None,
+    verbose: bool = False,
 ) -> None:
-    """Print the plan of a migration, and then its SQL; nothing is changed, and nothing can be.
+    """Print the plan of a migration; nothing is changed, and nothing can be.
 
-    One read-only transaction: ACCESS SHARE on the table, as a query would take it. Raises RefusedError
-    when something stands in the way of the migration, after all of it has been printed.
+    One screen on a terminal, or all of it where ``verbose``; elsewhere all of it and the SQL as a script,
+    which goes to ``sql_file`` instead where that is given. One read-only transaction: ACCESS SHARE on the
+    table, as a query would take it. Raises RefusedError when something stands in the way of the migration,
+    after all of it has been printed, or when the file cannot be written.
     """
-    report = _Report(console, patience or Patience())
+    patience = patience or Patience()
     with opened(engine) as conn:
         table = require_located(conn, table)
         with transaction(conn):
@@ -137,23 +152,52 @@ def dry_run(
                     f" removes its remains first; for a plan, remove them with: {rollback_command(table)}"
                 )
             found = survey(conn, table, strategy, accepted)
-            report.head(found)
+            queries = _queries(conn, found, earlier)
+            outlook, script = None, io.StringIO()
             if not found.blockers:
-                _plan(engine, conn, found, report)
-    for blocker in found.blockers:
-        report.finding("BLOCKER", blocker)
+                migration = _migration(engine, conn, found)
+                following = dependents(conn, migration.shape.oid)
+                outlook = _outlook(conn, found, migration, following)
+                whole = _Report(Console(file=script, width=console.width), patience)
+                whole.all(found, queries, outlook)
+                whole.script(conn, migration, following, max(outlook.rows, default=None))
+    if sql_file is not None and not found.blockers:
+        _write(sql_file, script.getvalue())
+    if console.is_terminal or sql_file is not None:
+        report = _Report(console, patience, script=False)
+        if verbose:
+            report.all(found, queries, outlook)
+        else:
+            report.screen(engine.url, found, queries, outlook)
+        report.where_the_sql_is(found, sql_file, verbose=verbose)
+    elif found.blockers:
+        _Report(console, patience).all(found, queries, None)
+    else:
+        console.out(script.getvalue(), highlight=False, end="")
     if found.blockers:
         raise RefusedError("; ".join((*map(str, found.blockers), "nothing was changed")))
 
 
-def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> None:
-    shape = found.shape
-    assert shape is not None
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise RefusedError(
+            f"the SQL cannot be written to {path}: {error.strerror}; nothing was changed. Name a file in a"
+            " folder that you may write to"
+        ) from error
+
+
+def _migration(engine: Engine, conn: Connection, found: Survey) -> Migration:
+    """The migration as it would begin; nobody is told anything by it."""
+    assert found.shape is not None
     plan = replace(first_plan(found), functions=tuple(definitions(conn, found.spec).values()))
-    migration = Migration(
-        engine, conn, Operator(Output(report.console)), State(uuid4(), Phase.BUILT, plan), shape
-    )
-    following = dependents(conn, shape.oid)
+    silent = Operator(Output(Console(file=io.StringIO())))
+    return Migration(engine, conn, silent, State(uuid4(), Phase.BUILT, plan), found.shape)
+
+
+def _outlook(conn: Connection, found: Survey, migration: Migration, following: list[Dependent]) -> Outlook:
+    shape, plan = migration.shape, migration.plan
     exact = found.rows_estimate <= _COUNTABLE
     by_copy = found if not found.attaches else survey(conn, found.spec, Strategy.COPY, found.accepted)
     by_attach = found if found.attaches else survey(conn, found.spec, Strategy.ATTACH)
@@ -161,29 +205,35 @@ def _plan(engine: Engine, conn: Connection, found: Survey, report: _Report) -> N
     if not by_copy.blockers:
         window = replace(migration, state=replace(migration.state, plan=first_plan(by_copy)))
         rows = rows_per_period(window) if exact else _expected_rows(window)
-    if plan.attaches:
-        report.history(plan)
-    else:
-        report.window(plan)
-        report.periods(plan, rows, found, exact=exact)
-    rate = _reading_rate(migration)
+    pace = measure(migration)
     copied = sum(rows.values())
-    report.ways(_copying(by_copy, copied, rate), _attaching(conn, by_attach, copied, rate))
-    report.effort(plan, rate)
-    report.title("What comes along, and how")
-    for what, how in carried(conn, shape, plan, following):
-        report.item(what, how)
-    report.title("Warnings")
-    for warning in [*warnings(conn, found), *_of_the_shape(shape, plan, following)]:
-        report.finding("warning", warning)
-    report.title("The SQL, for psql to run as it is while nobody writes")
-    report.say_with_commands(
-        "It can be cut off anywhere: each part of it is a transaction. To carry on where it ended, type:"
-        f" {migrate_command(plan.table)} --resume; to undo what it did: {rollback_command(plan.table)}"
+    return Outlook(
+        plan,
+        rows,
+        exact,
+        pace,
+        by_copying(conn, by_copy, copied, pace),
+        by_attaching(conn, by_attach, copied, pace),
+        carried(conn, shape, plan, following),
+        [*warnings(conn, found), *_of_the_shape(shape, plan, following)],
     )
-    report.raw("\\set ON_ERROR_STOP on")
-    for section in sections(conn, migration, following, max(rows, default=None)):
-        report.section(section, conn)
+
+
+def _queries(conn: Connection, found: Survey, earlier: State | None) -> Workload | None:
+    """The statements that will suffer, planned on the partitioned table where there is one already."""
+    beside = partitioned_beside(earlier)
+    if earlier is not None and beside is not None:
+        return workload(conn, found.spec, len(earlier.plan.periods), beside)
+    if found.shape is None:
+        return None
+    return workload(conn, found.spec, found.partitions + found.attaches)
+
+
+def partitioned_beside(earlier: State | None) -> str | None:
+    """The name of the partitioned table that an earlier run has built, None when there is none."""
+    if earlier is None or earlier.phase not in (Phase.COPYING, Phase.READY, Phase.MIGRATED):
+        return None
+    return earlier.table.name if earlier.phase.swapped else earlier.table.new
 
 
 def sections(
@@ -588,28 +638,14 @@ def _expected_rows(migration: Migration) -> dict[Period, int]:
     return found
 
 
-def _reading_rate(migration: Migration) -> float | None:
-    """Rows a second that this server reads and hashes, from a sample of the newest; None without rows."""
-    started = time.monotonic()
-    rows = execute(
-        migration.conn,
-        statement(
-            "SELECT count(md5(s::text)) FROM (SELECT * FROM {table} ORDER BY {c} DESC LIMIT {limit}) AS s",
-            table=migration.relation(migration.table.name),
-            c=migration.shape.time_column,
-            limit=_SAMPLE,
-        ),
-    ).scalar_one()
-    spent = max(time.monotonic() - started, 1e-3)
-    return rows / spent if rows else None
-
-
 class _Report:
-    """Prints within 80 columns, all but SQL behind ``--``."""
+    """Prints the plan, as a whole or on one screen; in a ``script`` all but SQL is behind ``--``."""
 
-    def __init__(self, console: Console, patience: Patience) -> None:
+    def __init__(self, console: Console, patience: Patience, *, script: bool = True) -> None:
         self.console = console
         self.patience = patience
+        self.mark = "-- " if script else ""
+        self.width = _WIDTH - 3 if script else max(60, min(console.width, _ON_SCREEN["width"]) - 1)
 
     def raw(self, text: str) -> None:
         """A line as it is."""
@@ -617,19 +653,125 @@ class _Report:
 
     def say(self, text: str, indent: str = "") -> None:
         """Some sentences."""
-        for line in textwrap.wrap(text, _WIDTH - 3, subsequent_indent=indent, break_on_hyphens=False) or [""]:
-            self.raw(f"-- {line}".rstrip())
+        for line in textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False) or [""]:
+            self.raw(f"{self.mark}{line}".rstrip())
 
     def say_with_commands(self, text: str, indent: str = "") -> None:
         """Some sentences; each command and each statement in them is on a line of its own, to be copied."""
-        for line in for_reading(text, _WIDTH - 3, indent).splitlines():
-            self.raw(f"-- {line}".rstrip())
+        for line in for_reading(text, self.width, indent).splitlines():
+            self.raw(f"{self.mark}{line}".rstrip())
+
+    def all(self, found: Survey, queries: Workload | None, outlook: Outlook | None) -> None:
+        """Everything but the SQL."""
+        self.head(found)
+        if outlook is not None:
+            plan = outlook.plan
+            if plan.attaches:
+                self.history(plan)
+            else:
+                self.window(plan)
+                self.periods(plan, outlook.rows, found, exact=outlook.exact)
+            self.ways(outlook.copying, outlook.attaching)
+            self.effort(plan, outlook.pace)
+        if queries is not None:
+            self.queries(queries)
+        if outlook is not None:
+            self.title("What comes along, and how")
+            for what, how in outlook.carried:
+                self.item(what, how)
+            self.title("Warnings")
+            for warning in outlook.warnings:
+                self.finding("warning", warning)
+        for blocker in found.blockers:
+            self.finding("BLOCKER", blocker)
+
+    def script(
+        self, conn: Connection, migration: Migration, following: list[Dependent], newest: Period | None
+    ) -> None:
+        """The SQL."""
+        table = migration.table
+        self.title("The SQL, for psql to run as it is while nobody writes")
+        self.say_with_commands(
+            "It can be cut off anywhere: each part of it is a transaction. To carry on where it ended, type:"
+            f" {migrate_command(table)} --resume; to undo what it did: {rollback_command(table)}"
+        )
+        self.raw("\\set ON_ERROR_STOP on")
+        for section in sections(conn, migration, following, newest):
+            self.section(section, conn)
+
+    def screen(self, url: URL, found: Survey, queries: Workload | None, outlook: Outlook | None) -> None:
+        """What has to be known before the word MIGRATE is typed, in 80 columns and about 40 lines."""
+        self._fact("Plan", f"to migrate {found.spec.typed}; nothing was changed")
+        self._fact("Server", _target(url))
+        rows = f"about {counted(found.rows_estimate, 'row')}, {in_bytes(found.bytes)} with indexes"
+        self._fact("Table", f"{rows}; {found.now:%Y-%m-%d %H:%M} UTC by the server's clock")
+        if outlook is not None:
+            self._fact("Partitions", _span(outlook.plan))
+        self._findings("Blockers", found.blockers, _ON_SCREEN["blockers"])
+        if outlook is not None:
+            self._findings("Warnings", outlook.warnings, _ON_SCREEN["warnings"])
+            self.raw("")
+            self.table(_both(outlook.copying, outlook.attaching))
+            self._fact("Recommended", recommended(outlook.copying, outlook.attaching))
+            self._fact(
+                "Lock wait",
+                f"{self.patience.shortest_s * 1000:.0f} ms an attempt, up to {self.patience.longest_s:g} s"
+                " (--max-lock-wait)",
+            )
+        if queries is not None:
+            self._fact("Queries", _in_short(queries))
+            for found_one in queries.suffering[: _ON_SCREEN["queries"]]:
+                self.raw(_cut(f"  {_weight(found_one)}  {_one_line(found_one.text)}", self.width))
+                self.raw(_cut(f"      {_advice(found_one, queries)[0]}", self.width))
+
+    def _fact(self, what: str, text: str) -> None:
+        self.say(f"{what:<12}{text}", indent=" " * 12)
+
+    def _findings(self, what: str, found: Sequence[Finding], most: int) -> None:
+        count = len(found)
+        more = f"{count}; --verbose has their whole text" if count else "none"
+        self._fact(what, more)
+        wide = max((len(one.id) for one in found[:most]), default=0)
+        for one in found[:most]:
+            self.raw(_cut(f"  {one.id:<{wide}}  {_one_line(one.text)}", self.width))
+        if count > most:
+            self.raw(f"  and {count - most} more")
+
+    def where_the_sql_is(self, found: Survey, path: Path | None, *, verbose: bool) -> None:
+        """The last lines of a plan whose SQL is not below it."""
+        if found.blockers:
+            if path is not None:
+                self._fact("SQL", f"none was written to {path}, for there is a blocker")
+            return
+        # Not broken into lines: a path is there to be copied.
+        self.raw(
+            f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement of it to a file'}"
+        )
+        if not verbose:
+            self._fact("", "--verbose says all of this at length")
+
+    def queries(self, found: Workload) -> None:
+        """The statements that will suffer, and what to do about each."""
+        self.title("Which queries will suffer")
+        self.say(_in_short(found))
+        for one in found.suffering[:_IN_REPORT]:
+            self.say(f"{_weight(one)}: {_cut(_one_line(one.text), 300)}", indent="    ")
+            for line in _advice(one, found):
+                self.say(f"    {line}", indent="    ")
+        more = len(found.suffering) - _IN_REPORT
+        if more > 0:
+            self.say(f"and {more} more")
+        for kind, fact in list(_facts(found))[:_IN_REPORT]:
+            self.say(f"{kind}: {_cut(_one_line(fact.text), 200)}", indent="    ")
+        if found.statements:
+            for note in found.notes:
+                self.say_with_commands(note)
 
     def title(self, text: str) -> None:
         """A heading."""
-        self.raw("--")
+        self.raw(self.mark.rstrip())
         self.say(text)
-        self.say("-" * min(len(text), _WIDTH - 3))
+        self.say("-" * min(len(text), self.width))
 
     def item(self, what: str, how: str) -> None:
         """One thing and what is to be said of it."""
@@ -677,7 +819,7 @@ class _Report:
         partitions = plan.periods
         first, last = plan.table.partition(partitions[0]), plan.table.partition(partitions[-1])
         self.title(f"{len(partitions)} partitions, {first} to {last}")
-        size = _row_bytes(found, sum(rows.values()))
+        size = row_bytes(found, sum(rows.values()))
         table = Table(plan.table.every.value, box=None, pad_edge=False)
         table.add_column("rows" if exact else "rows (planner's estimate)", justify="right")
         table.add_column("size", justify="right")
@@ -689,29 +831,26 @@ class _Report:
 
     def table(self, table: Table) -> None:
         """A table within the width."""
-        lines = Console(width=_WIDTH - 3, color_system=None)
+        lines = Console(width=self.width, color_system=None)
         with lines.capture() as text:
             lines.print(table)
         for line in text.get().splitlines():
-            self.raw(f"-- {line}".rstrip())
+            self.raw(f"{self.mark}{line}".rstrip())
 
-    def ways(self, copying: _Way, attaching: _Way) -> None:
+    def ways(self, copying: Way, attaching: Way) -> None:
         """Both strategies side by side, and which is the better one here."""
         self.title("What it takes, one way and the other (estimates)")
-        table = Table("", "copy", "attach", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for what in copying.facts or attaching.facts:
-            table.add_row(what, copying.facts.get(what, "refused"), attaching.facts.get(what, "refused"))
-        self.table(table)
-        self.item("recommended", _recommended(copying, attaching))
+        self.table(_both(copying, attaching))
+        self.item("recommended", recommended(copying, attaching))
 
-    def effort(self, plan: Plan, rate: float | None) -> None:
+    def effort(self, plan: Plan, pace: Pace | None) -> None:
         """Where the durations come from, and who has to wait."""
-        if rate is not None:
+        if pace is not None:
             self.item(
                 "duration",
-                f"going by a sample read here at {rate:,.0f} rows/s, from memory; a copy takes about"
-                f" {_COPY_FACTOR} times as long a row, an index and a check {_ATTACH_FACTOR} times;"
-                f" {plan.table} is complete and in use all the time",
+                f"going by a sample read here at {1 / pace.read_s:,.0f} rows/s and sorted at"
+                f" {1 / pace.sort_s:,.0f} rows/s, from memory, with two workers and nobody else; statistics,"
+                f" gathered at the end, come on top; {plan.table} is complete and in use all the time",
             )
         locks = _locks_of_attach(plan) if plan.attaches else _locks_of_copy(plan)
         self.item(
@@ -769,108 +908,84 @@ def _referred(plan: Plan) -> str:
     return " and ".join(dict.fromkeys(key.table for key in plan.foreign_keys))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What one strategy takes: ``seconds``, ``bytes`` of disk, and the ``facts`` that are shown of it."""
-
-    seconds: float
-    bytes: float
-    facts: dict[str, str]
-    blockers: tuple[Finding, ...] = ()
+def _both(copying: Way, attaching: Way) -> Table:
+    """The two strategies side by side."""
+    table = Table("", "copy", "attach", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for what in copying.facts or attaching.facts:
+        table.add_row(what, copying.facts.get(what, "refused"), attaching.facts.get(what, "refused"))
+    return table
 
 
-def _copying(found: Survey, rows: int, rate: float | None) -> _Way:
-    if found.blockers:
-        return _Way(0, 0, {}, found.blockers)
-    table = found.spec
-    seconds = rows / rate * _COPY_FACTOR if rate else 0
-    size = rows * _row_bytes(found, rows)
-    facts = {
-        "rows copied": f"{rows:,}",
-        "duration": f"about {_duration(seconds)}",
-        "WAL": f"about {in_bytes(size)}, and notes",
-        "disk now": f"about {in_bytes(size)} more",
-        "until": "finalize",
-        "then": f"about {in_bytes(found.bytes - size)} less than today",
-        f"by {table.every}": "at once",
-        "one partition": "none",
-        "locks before": "writers: the notes begin",
-        "cut-over, ms": "last notes, names",
-    }
-    return _Way(seconds, size, facts)
+def _target(url: URL) -> str:
+    """The server, without the password."""
+    user = url.username or "of this system"
+    return f"{url.host or 'local socket'}, port {url.port or 5432}, database {url.database}, user {user}"
 
 
-def _attaching(conn: Connection, found: Survey, counted: int, rate: float | None) -> _Way:
-    if found.blockers:
-        return _Way(0, 0, {}, found.blockers)
-    table, rows, shape = found.spec, max(found.rows_estimate, counted), found.shape
-    assert shape is not None
-    assert shape.key_index is not None
-    before = after = 0.0
-    until = "nothing is added"
-    if not attach.has_its_key(first_plan(found)):
-        old, fill_factor = _size_of_index(conn, shape)
-        before = after = old + rows * _TIME_BYTES * 100 / fill_factor
-        until = f"{table.history} goes"
-        if shape.key_index.primary:
-            after, until = before - old, "the swap"
-    seconds = rows / rate * _ATTACH_FACTOR if rate else 0
-    goes = expires_on(found.first, table.retention_days)
-    facts = {
-        "rows copied": "none",
-        "duration": f"about {_duration(seconds)}",
-        "WAL": f"about {in_bytes(before)}",
-        "disk now": f"about {in_bytes(before)} more",
-        "until": until,
-        "then": f"about {in_bytes(after)} more",
-        f"by {table.every}": f"from {found.first:%Y-%m-%d} on",
-        "one partition": f"all before, {f'until {goes}' if goes else 'for good'}",
-        "locks before": "everybody: the check",
-        "cut-over, ms": "names, primary key, ATTACH",
-    }
-    return _Way(seconds, before, facts)
+def _span(plan: Plan) -> str:
+    table, periods = plan.table, plan.periods
+    span = f"{len(periods)}, {table.partition(periods[0])} to {table.partition(periods[-1])}"
+    if plan.attaches:
+        return f"{span}, and {table.history} for all before {plan.first:%Y-%m-%d %H:%M} UTC"
+    if table.retention_days is None:
+        return f"{span}; every row is copied"
+    return f"{span}; rows since {plan.cutoff:%Y-%m-%d %H:%M} UTC are copied"
 
 
-def _size_of_index(conn: Connection, shape: TableShape) -> tuple[int, int]:
-    """Bytes of the index of the key, and its fill factor in percent."""
-    assert shape.key_index is not None
-    size, fill_factor = execute(
-        conn,
-        statement(
-            "SELECT pg_relation_size(oid), coalesce((SELECT option_value::int"
-            " FROM pg_options_to_table(reloptions) WHERE option_name = 'fillfactor'), 90)"
-            " FROM pg_class WHERE oid = to_regclass(format('%I.%I', {schema}, {index}))",
-            schema=shape.schema,
-            index=shape.key_index.name,
-        ),
-    ).one()
-    return size, fill_factor
+# --- Queries ---
 
 
-def _recommended(copying: _Way, attaching: _Way) -> str:
-    """Which strategy, and why; how much room the disk has is known to the operator alone."""
-    if copying.blockers:
-        return f"attach; a copy would be refused: {copying.blockers[0]}"
-    if attaching.blockers:
-        return f"copy; to attach it would be refused: {attaching.blockers[0]}"
-    room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
-    if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
-        return (
-            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
-            " has every period in a partition of its own at once: --strategy copy"
+def _in_short(found: Workload) -> str:
+    """In a sentence: how many suffer, or why nobody knows."""
+    if not found.statements:
+        return found.notes[0] if found.notes else "pg_stat_statements has none on this table yet"
+    count, suffering = len(found.statements), [one for one in found.statements if one.why is not None]
+    changed = sum(bool(one.facts) for one in found.statements)
+    share = sum(one.share for one in suffering)
+    text = f"each of the {count} on this table leaves partitions out"
+    if suffering:
+        text = (
+            f"{len(suffering)} of {count} on this table leave no partition out: {share:.0%} of the"
+            f" database's time, {found.locks:,} locks a call"
         )
-    return (
-        "copy, for it has every period in a partition of its own at once; if there is no room for"
-        f" {room}: --strategy attach"
-    )
+    woken = sum(one.planned is not None and one.planned.jit for one in found.statements)
+    if woken:
+        text += f"; {woken} would wake JIT"
+    return text + (f"; {changed} will fail or mean something else" if changed else "")
 
 
-def _row_bytes(found: Survey, counted: int) -> float:
-    """Bytes a row, indexes included; a table never analyzed has no estimate of its rows."""
-    return found.bytes / max(found.rows_estimate, counted, 1)
+def _weight(one: Statistic) -> str:
+    return f"{counted(one.calls, 'call')}, {one.share:.1%} of time"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _advice(one: Statistic, found: Workload) -> list[str]:
+    """What to do about a statement, and what the planner made of it."""
+    said = [] if one.why is None else [one.why.advice(found.subject.column)]
+    if one.planned is None:
+        return said
+    planned = one.planned
+    if planned.scanned == planned.partitions:
+        said.append(f"planned: it scans all {planned.partitions} partitions")
+    else:
+        said.append(f"planned: it scans {planned.scanned} of {planned.partitions} partitions")
+    if planned.jit:
+        said.append(
+            f"planned: at a cost of {planned.cost:,.0f} it wakes JIT; set jit = off for the role that runs it"
+        )
+    return said
+
+
+def _facts(found: Workload) -> Iterator[tuple[str, Statistic]]:
+    """Statements that mean something else on a partitioned table, or fail."""
+    for one in found.statements:
+        for fact in one.facts:
+            detail = f" ({', '.join(fact.detail)})" if fact.detail else ""
+            yield f"{_weight(one)}, {fact.kind.value}{detail}", one
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3].rstrip() + "..."

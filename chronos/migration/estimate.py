@@ -1,0 +1,243 @@
+"""What a migration takes, estimated before it begins: time, WAL and disk, for a copy and for an attach.
+
+How fast the server is, a short sample of the table's own rows tells; what a row costs in such units was
+fitted to migrations that were measured (``python -m bench``).
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from psycopg2 import sql
+from sqlalchemy.engine import Connection
+
+from chronos.catalog.partitions import expires_on
+from chronos.catalog.shape import TableShape
+from chronos.db import Statement, execute, joined, name, opened, statement, transaction
+from chronos.migration import attach
+from chronos.migration.checks import Finding, Survey, first_plan
+from chronos.migration.console import in_bytes
+from chronos.migration.context import Migration
+from chronos.migration.queries import OURS
+
+_SAMPLE = 50_000
+# What a row costs, in the times that this server takes to read and hash one, and to sort an entry of an
+# index. Fitted to migrations of 1 million rows, of 200 bytes and of 1.1 kB, with 3 and with 7 indexes, on
+# PostgreSQL 15 and 18, on quiet machines and on busy ones.
+_COPY_READS, _COPY_SORTS = 0.8, 0.5
+_ATTACH_READS, _ATTACH_SORTS = 0.035, 0.55
+# Seconds, for all that does not depend on the rows, and for each partition.
+_FIXED_S, _PARTITION_S = 0.1, 0.004
+# What the WAL has of an inserted row besides its values: the record, the row's own header, alignment.
+_ROW_WAL_BYTES = 68
+# What pages of an index shrink to when their WAL is compressed: numbers that are counted up, all else.
+_COMPRESSED_NUMBERS, _COMPRESSED = 0.48, 0.74
+# An entry of the new index is that of the old key and the time, aligned.
+_TIME_BYTES = 8
+# From here on a copy is more than a disk or a night should be asked for without need.
+_LARGE_BYTES = 100 * 2**30
+_LONG_S = 3 * 3600
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this server is, from a sample of the newest rows: seconds to read and hash one, seconds to
+    sort an entry of an index, and the bytes of a row's values.
+    """
+
+    read_s: float
+    sort_s: float
+    row_bytes: float
+
+
+def measure(migration: Migration) -> Pace | None:
+    """Measured here and now; None without rows.
+
+    Over two connections at a time, as the copy works, so that what else the server has to do counts as it
+    will then. ACCESS SHARE, for a second or two.
+    """
+    shape = migration.shape
+    ours = sql.SQL(OURS)
+    sample = statement(
+        "(SELECT * FROM {table} ORDER BY {c} DESC LIMIT {limit}) AS s",
+        table=migration.relation(migration.table.name),
+        c=shape.time_column,
+        limit=_SAMPLE,
+    )
+    sizes = [statement("coalesce(pg_column_size({c}), 0)", c=name("s", c.name)) for c in shape.columns]
+    sizing = statement(
+        "SELECT {ours} count(*), avg({sizes}) FROM {sample}",
+        ours=ours,
+        sizes=joined(sizes, " + "),
+        sample=sample,
+    )
+    rows, size = execute(migration.conn, sizing).one()
+    if not rows:
+        return None
+    reading = statement("SELECT {ours} count(md5(s::text)) FROM {sample}", ours=ours, sample=sample)
+    sorting = statement(
+        "SELECT {ours} count(*) FROM"
+        " (SELECT {key}, {c} FROM {sample} ORDER BY md5(format('%s', {key})) COLLATE \"C\" OFFSET 0) AS o",
+        ours=ours,
+        sample=sample,
+        key=name("s", shape.old_key[0]),
+        c=shape.time_column,
+    )
+
+    def timed(_: int) -> list[float]:
+        with opened(migration.engine) as conn, transaction(conn):
+            execute(conn, statement("SET TRANSACTION READ ONLY; SET LOCAL jit = off"))
+            # The first run may wait for the disk, which the copy does not: it reads ahead.
+            return [[_seconds(conn, query) for _ in range(2)][1] for query in (reading, sorting)]
+
+    with ThreadPoolExecutor(2, "chronos") as pool:
+        found = list(pool.map(timed, range(2)))
+    read_s, sort_s = (sum(of_each) / len(found) / rows for of_each in zip(*found, strict=True))
+    return Pace(read_s, sort_s, float(size))
+
+
+def _seconds(conn: Connection, query: Statement) -> float:
+    started = time.monotonic()
+    execute(conn, query).all()
+    return time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class Way:
+    """What one strategy takes: ``seconds``, ``bytes`` of disk and of ``wal``; ``facts`` are shown of it."""
+
+    seconds: float
+    bytes: float
+    facts: dict[str, str]
+    blockers: tuple[Finding, ...] = ()
+    wal: float = 0.0
+
+
+def by_copying(conn: Connection, found: Survey, rows: int, pace: Pace | None) -> Way:
+    if found.blockers:
+        return Way(0, 0, {}, found.blockers)
+    table, shape = found.spec, found.shape
+    assert shape is not None
+    seconds = wal = 0.0
+    size = rows * row_bytes(found, rows)
+    if pace is not None:
+        each = _COPY_READS * pace.read_s + _COPY_SORTS * pace.sort_s * len(shape.indexes)
+        seconds = _FIXED_S + _PARTITION_S * found.partitions + rows * each
+        indexes = execute(conn, statement("SELECT pg_indexes_size({oid}::oid)", oid=shape.oid)).scalar_one()
+        index_bytes = indexes / max(found.rows_estimate, rows, 1) + _TIME_BYTES
+        wal = rows * (pace.row_bytes + _ROW_WAL_BYTES + index_bytes)
+    facts = {
+        "rows copied": f"{rows:,}",
+        "duration": f"about {_duration(seconds)}",
+        "WAL": f"about {in_bytes(wal)}, and notes",
+        "disk now": f"about {in_bytes(size)} more",
+        "until": "finalize",
+        "then": f"about {in_bytes(found.bytes - size)} less than today",
+        f"by {table.every}": "at once",
+        "one partition": "none",
+        "locks before": "writers: the notes begin",
+        "cut-over, ms": "last notes, names",
+    }
+    return Way(seconds, size, facts, wal=wal)
+
+
+def by_attaching(conn: Connection, found: Survey, counted: int, pace: Pace | None) -> Way:
+    if found.blockers:
+        return Way(0, 0, {}, found.blockers)
+    table, rows, shape = found.spec, max(found.rows_estimate, counted), found.shape
+    assert shape is not None
+    assert shape.key_index is not None
+    before = after = sorts = 0.0
+    until = "nothing is added"
+    if not attach.has_its_key(first_plan(found)):
+        old, fill_factor = _size_of_index(conn, shape)
+        before = after = old + rows * _TIME_BYTES * 100 / fill_factor
+        until, sorts = f"{table.history} goes", _ATTACH_SORTS
+        if shape.key_index.primary:
+            after, until = before - old, "the swap"
+    seconds = 0.0
+    if pace is not None:
+        seconds = _FIXED_S + _PARTITION_S * found.partitions
+        seconds += rows * (_ATTACH_READS * pace.read_s + sorts * pace.sort_s)
+    wal = before * (_compressed_to(shape) if _compresses(conn) else 1)
+    goes = expires_on(found.first, table.retention_days)
+    facts = {
+        "rows copied": "none",
+        "duration": f"about {_duration(seconds)}",
+        "WAL": f"about {in_bytes(wal)}",
+        "disk now": f"about {in_bytes(before)} more",
+        "until": until,
+        "then": f"about {in_bytes(after)} more",
+        f"by {table.every}": f"from {found.first:%Y-%m-%d} on",
+        "one partition": f"all before, {f'until {goes}' if goes else 'for good'}",
+        "locks before": "everybody: the check",
+        "cut-over, ms": "names, primary key, ATTACH",
+    }
+    return Way(seconds, before, facts, wal=wal)
+
+
+def _compressed_to(shape: TableShape) -> float:
+    types = {column.name: column.type for column in shape.columns}
+    numbers = all(types[column] in ("smallint", "integer", "bigint") for column in shape.old_key)
+    return _COMPRESSED_NUMBERS if numbers else _COMPRESSED
+
+
+def _compresses(conn: Connection) -> bool:
+    """Whether the WAL of an index is written compressed, by the server's setting or by that of the build."""
+    found: bool = execute(
+        conn,
+        statement(
+            "SELECT current_setting('wal_compression') <> 'off' OR ({ours}) IS NOT NULL",
+            ours=statement(attach.COMPRESSION),
+        ),
+    ).scalar_one()
+    return found
+
+
+def _size_of_index(conn: Connection, shape: TableShape) -> tuple[int, int]:
+    """Bytes of the index of the key, and its fill factor in percent."""
+    assert shape.key_index is not None
+    size, fill_factor = execute(
+        conn,
+        statement(
+            "SELECT pg_relation_size(oid), coalesce((SELECT option_value::int"
+            " FROM pg_options_to_table(reloptions) WHERE option_name = 'fillfactor'), 90)"
+            " FROM pg_class WHERE oid = to_regclass(format('%I.%I', {schema}, {index}))",
+            schema=shape.schema,
+            index=shape.key_index.name,
+        ),
+    ).one()
+    return size, fill_factor
+
+
+def recommended(copying: Way, attaching: Way) -> str:
+    """Which strategy, and why; how much room the disk has is known to the operator alone."""
+    if copying.blockers:
+        return f"attach; a copy would be refused: {copying.blockers[0]}"
+    if attaching.blockers:
+        return f"copy; to attach it would be refused: {attaching.blockers[0]}"
+    room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
+    if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
+        return (
+            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
+            " has every period in a partition of its own at once: --strategy copy"
+        )
+    return (
+        "copy, for it has every period in a partition of its own at once; if there is no room for"
+        f" {room}: --strategy attach"
+    )
+
+
+def row_bytes(found: Survey, counted: int) -> float:
+    """Bytes a row, indexes included; a table never analyzed has no estimate of its rows."""
+    return found.bytes / max(found.rows_estimate, counted, 1)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{max(seconds, 1):.1f}".removesuffix(".0") + " s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
