@@ -401,7 +401,7 @@ def test_each_unit_is_as_hardened_as_the_others(service: str) -> None:
     hardening = {
         key for key in other if re.match("Protect|Private|Restrict|System|Capab|NoNew|Memory|UMask", key)
     }
-    assert {"NoNewPrivileges", "ProtectSystem", "CapabilityBoundingSet"} <= hardening
+    assert {"NoNewPrivileges", "ProtectSystem", "PrivateTmp", "CapabilityBoundingSet"} <= hardening
     assert {key: unit(service)[key] for key in hardening} == {key: other[key] for key in hardening}
     assert unit(service)["User"] == unit(service)["Group"] == ["chronos"]
     # Nothing but beat writes a file.
@@ -444,6 +444,7 @@ def test_containers_of_compose_may_write_nothing_but_their_state() -> None:
         assert found["cap_drop"] == ["ALL"]
         assert found["security_opt"] == ["no-new-privileges:true"]
         assert found["volumes"] == ["state:/var/lib/chronos"]
+        assert found["tmpfs"] == ["/tmp"]  # Celery's pool of processes does not start without one
     for service in compose().values():
         assert "ports" not in service
         assert "privileged" not in service
