@@ -14,7 +14,7 @@ from_env_file = $(shell sed -n 's/^$(1)=//p' .env 2>/dev/null | tail -n 1 | sed 
 RESTART_WORKER ?= $(call from_env_file,RESTART_WORKER)
 RESTART_SERVER ?= $(call from_env_file,RESTART_SERVER)
 
-.PHONY: help setup demo test test-faults check format bench run-worker run-beat \
+.PHONY: help setup demo test test-faults check check-deploy format bench run-worker run-beat \
 	restart-worker restart-server clean
 
 help: ## List the targets
@@ -31,10 +31,31 @@ test: $(READY) ## Run the tests on embedded servers (ARGS="-k name", PG_BIN=fold
 test-faults: $(READY) ## Run the slow tests that stop servers and kill processes
 	$(RUN) pytest -m faults -n $(WORKERS) $(ARGS)
 
-check: $(READY) ## Check format, lint and types
+check: check-deploy ## Check format, lint and types, and what is in deploy/
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy $(SOURCES)
+
+# systemdlint asks for Delegate=, which is for units with control groups of their own, and takes a umask for a mode.
+# systemd itself is stricter than it, but not on every machine; the programs named in the units need not be on this one.
+UNITS := $(wildcard deploy/systemd/*.service deploy/systemd/*.timer)
+check-deploy: $(READY) ## Check what is in deploy/ and .github/ against linters and schemas
+	$(VENV)/bin/yamllint --strict deploy .github .pre-commit-config.yaml .yamllint.yaml
+	$(VENV)/bin/hadolint --failure-threshold info deploy/Dockerfile
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(VENV)/bin/kubernetes-validate --strict $(wildcard deploy/kubernetes/*.yaml)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/pre-commit validate-config
+	@echo "systemdlint $(UNITS)"; \
+	found=$$($(VENV)/bin/systemdlint --norootfs $(UNITS) 2>&1); code=$$?; \
+	! echo "$$found" | grep -vE '\[Security\.(Delegate|UMaskOW)\]|^$$' && [ $$code -le 1 ]
+	@if command -v systemd-analyze >/dev/null; then \
+		echo "systemd-analyze verify $(UNITS)"; \
+		copy=$$(mktemp -d) && trap 'rm -r "$$copy"' EXIT && \
+		for unit in $(UNITS); do sed 's|=/opt/chronos/bin/[a-z]*|=/bin/true|' $$unit >"$$copy/$${unit##*/}"; done && \
+		! systemd-analyze verify "$$copy"/* 2>&1 | grep chronos-; \
+	else echo "there is no systemd-analyze here: systemdlint alone has read the units"; fi
 
 format: $(READY) ## Format the code and fix what ruff can fix
 	$(RUN) ruff format .

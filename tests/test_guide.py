@@ -51,7 +51,11 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "PARTITION_MIGRATION_GUIDE.md"
 README = ROOT / "README.md"
-DOCUMENTS = [GUIDE, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS = [
+    GUIDE,
+    README,
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY", "docs/ARCHITECTURE")),
+]
 ROWS = 1_200
 
 # Lines of a bash block that no test can run, and why. Everything else is run.
