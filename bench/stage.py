@@ -120,16 +120,16 @@ class Stage:
     def measure(self, engine: Engine, work: Work) -> Sample:
         """``work`` under the eyes of a live application."""
         with live_application(engine) as waits:
-            before = self._wal()
+            before = self.wal()
             rows, seconds = work(engine)
-            wal = self._wal() - before
+            wal = self.wal() - before
         return Sample(rows, seconds, wal, waits.writer_s, waits.reader_s)
 
     def measure_alone(self, engine: Engine, work: Work) -> Sample:
         """The same with nobody else on the server: for WAL that the application's own would hide."""
-        before = self._wal()
+        before = self.wal()
         rows, seconds = work(engine)
-        return Sample(rows, seconds, self._wal() - before, 0.0, 0.0)
+        return Sample(rows, seconds, self.wal() - before, 0.0, 0.0)
 
     def describe(self) -> list[str]:
         """The machine and the server, a line each."""
@@ -172,7 +172,8 @@ class Stage:
         with self._server.connect() as conn:
             conn.exec_driver_sql(text)
 
-    def _wal(self) -> int:
+    def wal(self) -> int:
+        """The bytes of WAL that the server has written so far."""
         with self._server.connect() as conn:
             text = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
             return int(conn.exec_driver_sql(text).scalar_one())
