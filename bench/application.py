@@ -191,11 +191,13 @@ class _Application:
                 ' WHERE "timestamp" >= %s AND "timestamp" < %s GROUP BY 1',
                 (day - timedelta(days=COUNTED_DAYS[-1]), day),
             )
-            self.days: dict[datetime, int] = {found: rows for found, rows in cur.fetchall()}
+            self.days: dict[datetime, int] = dict(cur.fetchall())
         self.writers = [
             _Writer(self, number, dict(list(stock.items())[number::WRITERS])) for number in range(WRITERS)
         ]
-        self.readers = [_Reader(self, name, read) for name, read in (("day", _count_day), ("newest", _newest))]
+        self.readers = [
+            _Reader(self, name, read) for name, read in (("day", _count_day), ("newest", _newest))
+        ]
 
     def start(self) -> None:
         """Begin, and return when everybody has done something and what is measured begins."""
@@ -266,7 +268,9 @@ class _Writer(_Session):
         self.rows = stock
         self.ledger: dict[int, Known] = {}
         self.missed = 0
-        oldest, youngest = (owner.day - timedelta(days=age) for age in (DELETED_DAYS[-1], DELETED_DAYS[0] - 1))
+        oldest, youngest = (
+            owner.day - timedelta(days=age) for age in (DELETED_DAYS[-1], DELETED_DAYS[0] - 1)
+        )
         self._deletable = [key for key, row in stock.items() if row and oldest <= row[0] < youngest]
         self.chance.shuffle(self._deletable)
 
@@ -295,7 +299,9 @@ class _Writer(_Session):
         key, row = self.chance.choice(list(self.rows.items()))
         assert row is not None
         new = (row[0], "updated", self.chance.randint(200, 599))
-        if self._hit(session, "UPDATE webhook_log SET status = %s, status_code = %s WHERE id = %s", *new[1:], key):
+        if self._hit(
+            session, "UPDATE webhook_log SET status = %s, status_code = %s WHERE id = %s", *new[1:], key
+        ):
             self._note(key, new)
 
     def _delete(self, session: connection) -> None:

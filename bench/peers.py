@@ -30,19 +30,29 @@ IDLE = "no migration"
 
 _DAYS = 20
 _IDLE_S = 10.0
-_DISK_PAUSE_S = 0.2
+_LOOK_PAUSE_S = 0.1
+_LOOK = """
+SELECT pg_database_size(current_database()),
+       EXISTS (SELECT FROM pg_class WHERE relname = 'webhook_log' AND relkind = 'p')
+"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tool once: its rows and seconds, what it wrote in bytes, and what the application met."""
+    """One tool once: its rows, what it wrote in bytes, and what the application met.
+
+    ``seconds`` are those of all its commands, ``whole_s`` those until the partitioned table was in use with
+    every row in its place.
+    """
 
     rows: int
     seconds: float
+    whole_s: float
     wal: int
     disk: int
     differ: int
     account: Account
+    twice: str | None
 
     @property
     def rate(self) -> float:
@@ -101,13 +111,14 @@ def main(rows: int, rounds: int, output: Path, chart: Path) -> None:
                     continue
             mine.runs.append(run)
             say(
-                f"{turn + 1}  {name}: {run.rows:,} rows in {run.seconds:.1f} s; {run.account.short} reads short,"
-                f" {run.account.missed} misses, {len(run.account.errors)} errors, {run.differ} rows differ"
+                f"{turn + 1}  {name}: {run.rows:,} rows in {run.seconds:.1f} s; {run.account.short} reads"
+                f" short, {run.account.missed} misses, {len(run.account.errors)} errors,"
+                f" {run.differ} rows differ"
             )
     minutes = (time.monotonic() - started) / 60
     about += [
-        f"`make bench-peers ROWS={rows}`; taken {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes, {rounds}"
-        " runs each, in rotating order",
+        f"`make bench-peers ROWS={rows}`; taken {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
+        f" {f'{rounds} runs each, in rotating order' if rounds > 1 else 'one run each'}",
     ]
     write_part(output, TITLE, report(about, found, missing))
     draw(chart, f"{rows:,} rows of 1.1 kB made partitioned under a live application", _drawn(found))
@@ -117,39 +128,50 @@ def _idle(engine: Engine) -> None:
     time.sleep(_IDLE_S)
 
 
+@dataclass
+class _Watch:
+    """What was seen of the database: its sizes in bytes, and when webhook_log was partitioned."""
+
+    sizes: list[int] = field(default_factory=list)
+    partitioned: float | None = None
+
+
 def _measured(stage: Stage, engine: Engine, tool: tools.Tool, day: datetime, since: datetime) -> Run:
     tool.prepare(engine)
-    with watched(engine, day) as account, _growing(engine) as sizes:
+    with watched(engine, day) as account, _looking(engine) as seen:
         before = stage.wal()
         started = time.monotonic()
-        tool.migrate(engine)
+        twice = tool.migrate(engine)
         seconds = time.monotonic() - started
         wal = stage.wal() - before
+    whole = seen.partitioned - started if tool.swaps and seen.partitioned else seconds
     with engine.connect() as conn:
         rows = int(conn.exec_driver_sql("SELECT count(*) FROM webhook_log").scalar_one())
     differ = differing(engine, account, since)
-    return Run(rows, seconds, wal, max(sizes) - sizes[0], differ, account)
+    return Run(rows, seconds, whole, wal, max(seen.sizes) - seen.sizes[0], differ, account, twice)
 
 
 @contextmanager
-def _growing(engine: Engine) -> Iterator[list[int]]:
-    """The sizes of the database, in bytes, over the block; WAL is not in them."""
-    sizes: list[int] = []
+def _looking(engine: Engine) -> Iterator[_Watch]:
+    """Look at the database again and again over the block; takes no lock on the table."""
+    seen = _Watch()
     done = threading.Event()
 
     def look() -> None:
         with engine.connect() as conn:
             conn.execution_options(isolation_level="AUTOCOMMIT")
             while True:
-                text = "SELECT pg_database_size(current_database())"
-                sizes.append(int(conn.exec_driver_sql(text).scalar_one()))
-                if done.wait(_DISK_PAUSE_S):
+                size, partitioned = conn.exec_driver_sql(_LOOK).one()
+                seen.sizes.append(int(size))
+                if partitioned and seen.partitioned is None:
+                    seen.partitioned = time.monotonic()
+                if done.wait(_LOOK_PAUSE_S):
                     return
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield sizes
+        yield seen
     finally:
         done.set()
         thread.join()
@@ -158,24 +180,26 @@ def _growing(engine: Engine) -> Iterator[list[int]]:
 def report(about: list[str], found: dict[str, Found], missing: dict[str, str]) -> list[str]:
     """The lines of the part."""
     head = (
-        *("way", "rows", "seconds", "rows/s", "reads short of rows", "from the first to the last of them, s"),
+        *("way", "rows", "seconds", "rows/s", "readers have it all in partitions after, s"),
+        *("reads short of rows", "from the first to the last of them, s"),
         *("updates and deletes that hit nothing", "errors", "writer waited, ms", "reader waited, ms"),
         *("WAL a row", "extra disk at the peak", "rows that differ in the end"),
     )
     lines = [
         *(f"- {line}" for line in about),
-        f"- While each ran, an application of 4 connections made {WRITES_A_SECOND} transactions a second (half"
-        " of them inserts, four in ten updates by id, one a delete) and kept a ledger; one reader counted the"
-        " rows of a past day over and over, one looked for the 20 newest rows. A row differs in the end when"
-        " it is missing, too many, there twice, or not what the ledger says.",
-        "- Seconds are those from the first command to the end of the last, when the partitioned table is in"
-        " use; WAL is that of the application as well, disk is without WAL. Times are medians, waits the"
-        " medians of the longest (the worst of all in brackets), counts the sums of all runs.",
+        f"- While each ran, an application of 4 connections made {WRITES_A_SECOND} transactions a second"
+        " (half of them inserts, four in ten updates by id, one a delete) and kept a ledger; one reader"
+        " counted the rows of a past day over and over, one looked for the 20 newest rows. A row differs in"
+        " the end when it is missing, too many, there twice, or not what the ledger says.",
+        "- Seconds are those from the first command to the end of the last, statistics included. WAL is that"
+        " of the application as well, disk is without WAL. Times are medians, waits the medians of the"
+        " longest (the worst of all in brackets), counts the sums of all runs.",
         "",
         *table(head, [_row(name, mine) for name, mine in found.items() if mine.runs]),
     ]
     notes = [f"- {name} is not there: {how}" for name, how in missing.items()]
     notes += [f"- {name} failed: {error}" for name, mine in found.items() for error in mine.failed]
+    notes += [f"- {name}: {run.twice}" for name, mine in found.items() for run in mine.runs if run.twice]
     notes += [
         f"- {name}, {number} times: {error}"
         for name, mine in found.items()
@@ -188,13 +212,14 @@ def report(about: list[str], found: dict[str, Found], missing: dict[str, str]) -
 
 def _row(name: str, mine: Found) -> list[str]:
     rows = mine.middle(lambda run: run.rows)
-    work = [""] * 3
+    work = [""] * 4
     written = [""] * 2
     if name != IDLE:
         work = [
             f"{rows:,.0f}",
             f"{mine.middle(lambda run: run.seconds):.1f}",
             f"{mine.middle(lambda run: run.rate):,.0f}",
+            f"{mine.middle(lambda run: run.whole_s):.1f}",
         ]
         written = [
             f"{mine.middle(lambda run: run.wal) / rows:,.0f} B",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 PAST_DAYS = 15
 AHEAD_DAYS = 30
@@ -29,14 +30,16 @@ class ToolError(Exception):
 class Tool:
     """One way to make webhook_log partitioned.
 
-    ``missing`` says, in one line, how to get what is not there, None when all is; ``migrate`` does the work;
-    ``prepare`` what is done once for a database.
+    ``missing`` says, in one line, how to get what is not there, None when all is; ``prepare`` is done once
+    for a database; ``migrate`` does the work and returns what it had to do twice, if anything. ``swaps``
+    tools have every row in its place when the partitioned table takes the name, others when they are done.
     """
 
     name: str
-    migrate: Callable[[Engine], None]
+    migrate: Callable[[Engine], str | None]
     missing: Callable[[Engine], str | None] = lambda engine: None
     prepare: Callable[[Engine], None] = lambda engine: None
+    swaps: bool = False
 
 
 # pgslice (README, "Steps")
@@ -54,7 +57,10 @@ def _pgslice_program() -> list[str] | None:
 
 
 def _pgslice_missing(engine: Engine) -> str | None:
-    how = "`gem install pgslice`, or a checkout of github.com/ankane/pgslice named by PGSLICE with ruby-pg and ruby-thor"
+    how = (
+        "`gem install pgslice`; or PGSLICE=folder of a checkout of github.com/ankane/pgslice, with ruby,"
+        " ruby-pg and ruby-thor installed"
+    )
     program = _pgslice_program()
     if program is None:
         return how
@@ -112,6 +118,8 @@ END
 $$;
 ALTER TABLE webhook_log ATTACH PARTITION webhook_log_default DEFAULT
 """
+# It fails when the application inserts into the day that is being moved; the rows are then where they were.
+_PARTMAN_CALLS = 20
 _PARTMAN_MOVE = "CALL partman.partition_data_proc('public.webhook_log', p_batch := 1000, p_wait := 0)"
 _PARTMAN_END = (
     "VACUUM ANALYZE webhook_log",
@@ -138,15 +146,28 @@ def _partman_prepare(engine: Engine) -> None:
         conn.exec_driver_sql("CREATE EXTENSION pg_partman SCHEMA partman")
 
 
-def _partman(engine: Engine) -> None:
+def _partman(engine: Engine) -> str | None:
     with _autocommit(engine) as conn:
         conn.exec_driver_sql("SET TIME ZONE 'UTC'")
         for text in _PARTMAN_PARENT.format(ahead=AHEAD_DAYS).split(";\n"):
             conn.exec_driver_sql(text)
         conn.exec_driver_sql(f"BEGIN; {_PARTMAN_EXCHANGE}; COMMIT")
-        conn.exec_driver_sql(_PARTMAN_MOVE)
+        failed = 0
+        while True:
+            try:
+                conn.exec_driver_sql(_PARTMAN_MOVE)
+            except DBAPIError as error:
+                failed += 1
+                said = str(error.orig).partition("\n")[0]
+                if failed == _PARTMAN_CALLS:
+                    raise ToolError(f"CALL partition_data_proc failed {failed} times: {said}") from None
+            else:
+                break
         for text in _PARTMAN_END:
             conn.exec_driver_sql(text)
+    return (
+        f"CALL partition_data_proc failed {failed} times before it went through: {said}" if failed else None
+    )
 
 
 # pg-partsmith: it drains a DEFAULT partition, so the table is made one first.
@@ -202,17 +223,23 @@ def _partsmith(engine: Engine) -> None:
 # chronos
 
 
-def _chronos(*options: str) -> Callable[[Engine], None]:
-    def migrate(engine: Engine) -> None:
-        root = str(Path(__file__).resolve().parents[1])
-        environment = {"DATABASE_URL": _url(engine), "TESTING": "false", "PYTHONPATH": root}
-        _run([sys.executable, "-m", "chronos", "migrate", "webhook_log", "--yes", *options], environment)
-
-    return migrate
+def chronos(engine: Engine, *words: str) -> None:
+    """Run a command of this project on webhook_log."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {"DATABASE_URL": _url(engine), "TESTING": "false", "PYTHONPATH": root}
+    _run([sys.executable, "-m", "chronos", words[0], "webhook_log", "--yes", *words[1:]], environment)
 
 
-COPY = Tool("chronos migrate", _chronos())
-ATTACH = Tool("chronos migrate --strategy attach", _chronos("--strategy", "attach"))
+def _copy(engine: Engine) -> None:
+    chronos(engine, "migrate")
+
+
+def _attach(engine: Engine) -> None:
+    chronos(engine, "migrate", "--strategy", "attach")
+
+
+COPY = Tool("chronos migrate", _copy, swaps=True)
+ATTACH = Tool("chronos migrate --strategy attach", _attach, swaps=True)
 PGSLICE = Tool("pgslice", _pgslice, _pgslice_missing)
 PARTMAN = Tool("pg_partman, partition_data_proc", _partman, _partman_missing, _partman_prepare)
 PARTSMITH = Tool("pg-partsmith backfill", _partsmith, _partsmith_missing)
