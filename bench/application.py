@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 import threading
 import time
 from collections import deque
@@ -154,6 +155,7 @@ def watched(engine: Engine, day: datetime) -> Iterator[Account]:
 
 
 def _live(url: str, day: datetime, orders: Pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who measures: the pipe then ends
     application = _Application(url, day)
     application.start()
     orders.send(None)

@@ -266,10 +266,14 @@ def _goals(found: dict[str, Found]) -> Iterator[tuple[str, str, str]]:
         yield goal(f"{name}: longest writer wait beyond the usual", beyond * 1000, at_most=25, unit=" ms")
 
 
-def _drawn(found: dict[str, Found]) -> dict[str, tuple[float, int]]:
-    """By way: rows a second, and reads that missed rows."""
+def _drawn(found: dict[str, Found]) -> dict[str, tuple[float, int, int]]:
+    """By way: rows a second, reads that missed rows, and rows that differ in the end."""
     return {
-        name: (mine.middle(lambda run: run.rate), mine.total(lambda run: run.account.short))
+        name: (
+            mine.middle(lambda run: run.rate),
+            mine.total(lambda run: run.account.short),
+            mine.total(lambda run: run.differ),
+        )
         for name, mine in found.items()
         if name != IDLE and mine.runs
     }

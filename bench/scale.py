@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 from psycopg2 import OperationalError as DriverError
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import OperationalError
 
 from bench.report import RESULTS, say, table, write_part
@@ -115,8 +115,8 @@ def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
         return
     if progress and (progress.rows, progress.strategy) != (rows, strategy):
         click.echo(
-            f"a run with {progress.rows:,} rows and --strategy {progress.strategy} is under way: go on with it"
-            f" (ROWS={progress.rows}), or throw it away: python -m bench.scale --discard",
+            f"a run with {progress.rows:,} rows and --strategy {progress.strategy} is under way: go on with"
+            f" it (ROWS={progress.rows}), or throw it away: python -m bench.scale --discard",
             err=True,
         )
         sys.exit(2)
@@ -128,7 +128,7 @@ def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
             progress.save(PLACE)
     else:
         say(f"going on with {rows:,} rows where the last run stopped")
-    engine = connect_engine(progress.url)
+    engine = connect_engine(make_url(progress.url))
     with engine.connect() as conn:
         conn.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
         _make(conn, progress)
@@ -147,7 +147,7 @@ def _found(place: Path) -> Progress | None:
         return None
     progress = Progress(**json.loads(place.read_text("utf-8")))
     try:
-        with connect_engine(progress.url).connect():
+        with connect_engine(make_url(progress.url)).connect():
             return progress
     except (OperationalError, DriverError):
         say("the server of the last run is gone, and its rows with it: from the beginning")
@@ -254,14 +254,17 @@ def _write(
     output: Path, about: list[str], progress: Progress, migrated: int, before: int, after: int
 ) -> None:
     """The newest run, and a line for each that was before it."""
-    head = ("run", "rows", "minutes", "rows/s", "steps 3 and 5, s", "WAL", "disk before", "disk after")
-    head += ("writer waited, ms", "reader waited, ms", "calls")
+    head = (
+        *("run", "rows", "minutes", "rows/s", "steps 3 and 5, s", "WAL", "disk before", "disk after"),
+        *("writer waited, ms", "reader waited, ms", "calls"),
+    )
     run = (
         f"{datetime.now(UTC):%Y-%m-%d}, {progress.strategy}",
         f"{migrated:,}",
         f"{progress.migrating_s / 60:.1f}",
         f"{migrated / progress.migrating_s:,.0f}",
-        f"{progress.steps.get('3', 0) + progress.steps.get('5', 0):.0f}",
+        # A call that was cut off has told no times.
+        f"{progress.steps['3'] + progress.steps['5']:.0f}" if progress.calls == 1 else "",
         f"{progress.wal / 1e9:.1f} GB",
         f"{before / 1e9:.1f} GB",
         f"{after / 1e9:.1f} GB",

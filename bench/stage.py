@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,6 +236,7 @@ def live_application(engine: Engine) -> Iterator[Waits]:
 
 
 def _application(url: str, orders: Pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who measures: the pipe then ends
     with _Reader(url) as reader, LiveWriter(url, threads=WRITERS, rate=WRITES_A_SECOND) as writer:
         writer.catch_up()
         warm = len(writer.commits)
