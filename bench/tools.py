@@ -118,9 +118,16 @@ END
 $$;
 ALTER TABLE webhook_log ATTACH PARTITION webhook_log_default DEFAULT
 """
-# It fails when the application inserts into the day that is being moved; the rows are then where they were.
-_PARTMAN_CALLS = 20
 _PARTMAN_MOVE = "CALL partman.partition_data_proc('public.webhook_log', p_batch := 1000, p_wait := 0)"
+# The procedure fails when the application inserts into the day that is being moved, and the rows are back
+# where they were. After so many times that day is moved while writers wait.
+_PARTMAN_CALLS = 3
+_PARTMAN_LOCKED = """
+BEGIN;
+LOCK TABLE webhook_log IN SHARE ROW EXCLUSIVE MODE;
+SELECT partman.partition_data_time('public.webhook_log', p_batch_count := 10);
+COMMIT
+"""
 _PARTMAN_END = (
     "VACUUM ANALYZE webhook_log",
     "SELECT partman.run_maintenance('public.webhook_log')",
@@ -152,21 +159,23 @@ def _partman(engine: Engine) -> str | None:
         for text in _PARTMAN_PARENT.format(ahead=AHEAD_DAYS).split(";\n"):
             conn.exec_driver_sql(text)
         conn.exec_driver_sql(f"BEGIN; {_PARTMAN_EXCHANGE}; COMMIT")
-        failed = 0
-        while True:
+        said = ""
+        for _ in range(_PARTMAN_CALLS):
             try:
                 conn.exec_driver_sql(_PARTMAN_MOVE)
             except DBAPIError as error:
-                failed += 1
                 said = str(error.orig).partition("\n")[0]
-                if failed == _PARTMAN_CALLS:
-                    raise ToolError(f"CALL partition_data_proc failed {failed} times: {said}") from None
             else:
+                said = ""
                 break
+        if said:
+            conn.exec_driver_sql(_PARTMAN_LOCKED)
         for text in _PARTMAN_END:
             conn.exec_driver_sql(text)
+    if not said:
+        return None
     return (
-        f"CALL partition_data_proc failed {failed} times before it went through: {said}" if failed else None
+        f"the day in use was moved under a lock, as the procedure had failed {_PARTMAN_CALLS} times ({said})"
     )
 
 
