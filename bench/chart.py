@@ -11,7 +11,7 @@ _WHOLE, _SHORT = "#2a78b5", "#c8483c"
 
 
 def draw(path: Path, title: str, ways: dict[str, tuple[float, int, int]]) -> None:
-    """Bars, as SVG: by way, the rows a second that it moved; red where reads missed rows or rows differed.
+    """Bars, as SVG: by way, the rows a second that it moved; red where reads missed rows or rows differ.
 
     ``ways`` has those three figures. The numbers are in the labels as well, for whoever sees no colours.
     """
@@ -30,7 +30,7 @@ def draw(path: Path, title: str, ways: dict[str, tuple[float, int, int]]) -> Non
     chart = pygal.HorizontalBar(
         style=style,
         title=title,
-        x_title="rows a second, all commands; red: reads missed rows, or rows were wrong in the end",
+        x_title="rows a second; red: rows missed or wrong",
         show_x_labels=False,
         show_x_guides=False,
         show_legend=False,
