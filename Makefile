@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
 # As many tests at a time as there are cores; each process has servers of its own.
 WORKERS ?= auto
 SOURCES := $(wildcard chronos tests bench docs)
@@ -14,7 +15,7 @@ from_env_file = $(shell sed -n 's/^$(1)=//p' .env 2>/dev/null | tail -n 1 | sed 
 RESTART_WORKER ?= $(call from_env_file,RESTART_WORKER)
 RESTART_SERVER ?= $(call from_env_file,RESTART_SERVER)
 
-.PHONY: help setup demo test test-faults check check-deploy format bench run-worker run-beat \
+.PHONY: help setup demo test test-faults check check-deploy format bench bench-peers bench-scale run-worker run-beat \
 	restart-worker restart-server clean
 
 help: ## List the targets
@@ -63,6 +64,12 @@ format: $(READY) ## Format the code and fix what ruff can fix
 
 bench: $(READY) ## Measure speed, WAL and stalls (ROWS=1000000)
 	@$(RUN) bench $(if $(ROWS),--rows $(ROWS)) $(ARGS)
+
+bench-peers: $(BENCH_READY) ## Measure beside pgslice, pg_partman, pg-partsmith (ROWS=500000)
+	@$(RUN) bench.peers $(if $(ROWS),--rows $(ROWS)) $(ARGS)
+
+bench-scale: $(READY) ## Migrate a very large table; once stopped it goes on (ROWS=72000000)
+	@$(RUN) bench.scale $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 
 # restart-worker leaves a .restart file and ends the process politely; the loop then starts it anew,
 # in the same terminal and with the new code.
@@ -114,4 +121,8 @@ $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(BENCH_READY): $(READY) requirements-bench.txt
+	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""``python -m bench --rows N``: measure, and write what was found to bench/results.md."""
+"""``python -m bench --rows N``: measure the migration and what comes after it; see bench/results.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -17,13 +17,13 @@ from typing import TypeVar
 import click
 from sqlalchemy.engine import Engine
 
-from bench import ways
+from bench import living, tools, ways
+from bench.report import RESULTS, goal, goals, rotated, say, table, write_part
 from bench.stage import WRITERS, WRITES_A_SECOND, Sample, Stage, Work, opened_stage
 
 K = TypeVar("K")
-V = TypeVar("V")
 
-RESULTS = Path(__file__).with_name("results.md")
+TITLE = "What the migration costs"
 DAYS = 20
 IDLE = "no migration"
 REWRITE = "plain rewrite: CREATE TABLE AS, key, indexes, foreign key"
@@ -48,7 +48,8 @@ DELETE = f"DELETE in batches of {ways.DELETE_BATCH:,}"
 DROP = "drop_old_webhook_log_partitions"
 PLAIN = "the plain table"
 NOTED = "the plain table with notes"
-INSERTS = 20_000
+MIGRATED = "the partitioned table with notes, before finalize"
+FINALIZED = "the partitioned table, after finalize"
 SIZES = (0.25, 0.5, 1, 2)
 
 
@@ -61,7 +62,8 @@ class Results:
     adoption: ways.Adoption = field(default_factory=ways.Adoption)
     retention: dict[str, list[Sample]] = field(default_factory=dict)
     growth: dict[int, list[Sample]] = field(default_factory=dict)
-    insert_s: dict[str, float] = field(default_factory=dict)
+    inserts: dict[str, list[living.Inserts]] = field(default_factory=dict)
+    queries: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
 
 @click.command()
@@ -78,11 +80,11 @@ def main(rows: int, quick: bool, output: Path) -> None:
     results = Results()
     with opened_stage() as stage:
         about = stage.describe()
-        _say(f"making {rows:,} rows")
+        say(f"making {rows:,} rows")
         _copies(stage, rows, rounds, results, idle_s=2.0 if quick else 10.0)
         _strategies(stage, rows, results)
         _retention(stage, rows, rounds, results)
-        _notes(stage, rows, rounds, results)
+        _living(stage, int(rows * SIZES[0]), results)
         _growth(stage, [int(rows * size) for size in SIZES], rounds, results)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
@@ -95,14 +97,12 @@ def main(rows: int, quick: bool, output: Path) -> None:
         f"Load of the machine before, its last minute: {load:.1f}; afterwards {os.getloadavg()[0]:.1f}",
         f"Most memory that the process of the migration ever had: {memory:.0f} MB",
     ]
-    text = report(about, results)
-    output.write_text(text, "utf-8")
-    click.echo(text)
+    write_part(output, TITLE, report(about, results))
 
 
 def _copies(stage: Stage, rows: int, rounds: int, results: Results, idle_s: float) -> None:
     template = stage.template(rows, DAYS)
-    for turn, (name, way) in _rotated([(IDLE, _idle(idle_s)), *WAYS.items()], rounds):
+    for turn, (name, way) in rotated([(IDLE, _idle(idle_s)), *WAYS.items()], rounds):
         with stage.clone(template) as engine:
             sample = stage.measure(engine, way)
         _note(results.copies, turn, name, sample)
@@ -120,7 +120,7 @@ def _strategies(stage: Stage, rows: int, results: Results) -> None:
     """The same rows, all of them within retention, by copy and by attach; three times, for it is quick."""
     template = stage.template(rows, DAYS - 6, narrow=True)
     both: list[tuple[str, Work]] = [(IDLE, _idle(5)), (COPY, ways.whole_copy), (ATTACH, results.adoption)]
-    for turn, (name, way) in _rotated(both, 3):
+    for turn, (name, way) in rotated(both, 3):
         with stage.clone(template) as engine:
             sample = stage.measure(engine, way)
         _note(results.strategies, turn, name, sample)
@@ -133,7 +133,7 @@ def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
     ways.our_copy()(stage.engine(migrated))
     ways.drop_day(stage.engine(migrated), 15)  # cut off by the window, so not a full one
     both = [(DELETE, (plain, ways.delete_day)), (DROP, (migrated, ways.drop_day))]
-    for turn, (name, (template, remove)) in _rotated(both, rounds):
+    for turn, (name, (template, remove)) in rotated(both, rounds):
         with stage.clone(template) as engine:
             alone = stage.measure_alone(engine, partial(remove, age=14))
             live = stage.measure(engine, partial(remove, age=13))
@@ -141,53 +141,50 @@ def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
         _note(results.retention, turn, name, sample)
 
 
-def _notes(stage: Stage, rows: int, rounds: int, results: Results) -> None:
-    """What a note adds to an insert, with nobody else about."""
-    with stage.clone(stage.template(rows, DAYS)) as engine:
-        for what in (PLAIN, NOTED):
-            if what == NOTED:
-                ways.begin_notes(engine)
-            ways.insert_seconds(engine, INSERTS)  # warm
-            costs = [ways.insert_seconds(engine, INSERTS) for _ in range(rounds)]
-            results.insert_s[what] = statistics.median(costs)
-            _say(f"an insert into {what}: {results.insert_s[what] * 1e6:.0f} microseconds")
+def _living(stage: Stage, rows: int, results: Results) -> None:
+    """Inserts and queries before, during and after, with nobody else about; three times, as it is quick."""
+    states = {PLAIN: stage.template(rows, DAYS)}
+    for what, command in (
+        (NOTED, ("migrate", "--hold")),
+        (MIGRATED, ("migrate", "--resume")),
+        (FINALIZED, ("finalize",)),
+    ):
+        states[what] = stage.keep(list(states.values())[-1], command[-1].strip("-"))
+        tools.chronos(stage.engine(states[what]), *command)
+        stage.vacuum(states[what])
+    for turn, (what, template) in rotated(list(states.items()), 3):
+        with stage.clone(template) as engine:
+            cost = living.inserts(engine, seconds=2)
+            asked = living.queries(engine)
+        results.inserts.setdefault(what, []).append(cost)
+        results.queries.setdefault(what, []).append(asked)
+        say(
+            f"{turn + 1}  {what}: an insert takes {cost.median_s * 1000:.2f} ms,"
+            f" {cost.server_s * 1e6:.0f} microseconds of them the server's own; {cost.rate:,.0f} a second"
+        )
 
 
 def _growth(stage: Stage, sizes: list[int], rounds: int, results: Results) -> None:
-    for turn, (rows, _) in _rotated([(rows, None) for rows in sizes], rounds):
+    for turn, (rows, _) in rotated([(rows, None) for rows in sizes], rounds):
         with stage.clone(stage.template(rows, DAYS)) as engine:
             sample = stage.measure(engine, ways.our_copy())
         _note(results.growth, turn, rows, sample)
 
 
-def _rotated(items: Sequence[tuple[K, V]], rounds: int) -> Iterable[tuple[int, tuple[K, V]]]:
-    """Each item once a round; every round begins with another, so that none is always first."""
-    for turn in range(rounds):
-        start = turn * len(items) // rounds
-        for item in (*items[start:], *items[:start]):
-            yield turn, item
-
-
 def _note(samples: dict[K, list[Sample]], turn: int, what: K, sample: Sample) -> None:
     samples.setdefault(what, []).append(sample)
-    _say(
+    say(
         f"{turn + 1}  {what}: {sample.rows:,} rows in {sample.seconds:.2f} s,"
         f" longest wait {sample.writer_s * 1000:.0f} ms"
     )
 
 
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def report(about: list[str], results: Results) -> str:
-    """The results in Markdown."""
+def report(about: list[str], results: Results) -> list[str]:
+    """The lines of the part."""
     copies = {name: _median(samples) for name, samples in results.copies.items()}
     rewrite, idle = copies[REWRITE], copies[IDLE]
     order = [IDLE, *WAYS]
     lines = [
-        "# What the migration costs",
-        "",
         *(f"- {line}" for line in about),
         f"- While each ran, {WRITERS} connections inserted {WRITES_A_SECOND} rows a second and one read"
         " today's newest 50 rows over and over; the longest that one of them had to wait is shown, the"
@@ -226,6 +223,7 @@ def report(about: list[str], results: Results) -> str:
             f"| {name} | {median.rows:,} | {median.seconds:.3f} | {median.wal / 1000:,.0f} kB"
             f" | {_waits(median, results.retention[name])} |"
         )
+    lines += _living_with_it(results)
     lines += [
         "",
         "## Growth",
@@ -239,35 +237,83 @@ def report(about: list[str], results: Results) -> str:
     ours, counted = copies[OURS], copies[COUNTS]
     smallest, largest = growth[min(growth)], growth[max(growth)]
     beyond = (ours.writer_s - idle.writer_s) * 1000
-    slower = (results.insert_s[NOTED] - results.insert_s[PLAIN]) * 1e6
+    insert_s = {what: _middle(costs, lambda c: c.median_s) for what, costs in results.inserts.items()}
+    server_s = {what: _middle(costs, lambda c: c.server_s) for what, costs in results.inserts.items()}
+    slower = (server_s[NOTED] - server_s[PLAIN]) * 1e6
     waited = (chosen[ATTACH].writer_s - chosen[IDLE].writer_s) * 1000
-    goals = [
-        _goal("rate of the copy / plain rewrite", ours.rate / rewrite.rate, at_least=1.0),
-        _goal("rate of the copy / pgslice's manner", ours.rate / copies[PGSLICE].rate, at_least=2),
-        _goal("longest writer wait beyond the usual", beyond, at_most=25, unit=" ms"),
-        _goal("a live insert while notes are taken, microseconds more", slower, at_most=60),
-        _goal(
+    measured = [
+        goal("rate of the copy / plain rewrite", ours.rate / rewrite.rate, at_least=1.0),
+        goal("rate of the copy / pgslice's manner", ours.rate / copies[PGSLICE].rate, at_least=2),
+        goal("longest writer wait beyond the usual", beyond, at_most=25, unit=" ms"),
+        goal("a live insert while notes are taken, microseconds more", slower, at_most=60),
+        goal(
             "comparing contents / the rest of steps 3 and 5", ours.seconds / counted.seconds - 1, at_most=0.5
         ),
-        _goal("time of attach / of the copy", chosen[ATTACH].seconds / chosen[COPY].seconds, at_most=0.25),
-        _goal("WAL of attach / of the copy", chosen[ATTACH].wal / chosen[COPY].wal, at_most=0.05),
-        _goal("longest writer wait at attach beyond the usual", waited, at_most=50, unit=" ms"),
-        _goal("rate at the largest size / at the smallest", largest.rate / smallest.rate, at_least=0.9),
-        _goal("WAL of DELETE / of the drop", removals[DELETE].wal / removals[DROP].wal, at_least=100),
-        _goal("longest writer wait at the drop", removals[DROP].writer_s * 1000, at_most=50, unit=" ms"),
+        goal("time of attach / of the copy", chosen[ATTACH].seconds / chosen[COPY].seconds, at_most=0.25),
+        goal("WAL of attach / of the copy", chosen[ATTACH].wal / chosen[COPY].wal, at_most=0.05),
+        goal("longest writer wait at attach beyond the usual", waited, at_most=50, unit=" ms"),
+        goal(
+            "an insert after finalize / into the plain table",
+            insert_s[FINALIZED] / insert_s[PLAIN],
+            at_most=1.15,
+        ),
+        goal("rate at the largest size / at the smallest", largest.rate / smallest.rate, at_least=0.9),
+        goal("WAL of DELETE / of the drop", removals[DELETE].wal / removals[DROP].wal, at_least=100),
+        goal("longest writer wait at the drop", removals[DROP].writer_s * 1000, at_most=50, unit=" ms"),
     ]
-    lines += ["", "## In short", "", "| what | measured | goal |", "|---|--:|--:|"]
-    return "\n".join(lines + goals) + "\n"
+    return [*lines, *goals(measured)]
 
 
-def _goal(
-    what: str, found: float, *, at_least: float = 0, at_most: float | None = None, unit: str = ""
-) -> str:
-    """A line that says what was found, what was wanted, and whether that was missed."""
-    limit = f"at least {at_least:g}" if at_most is None else f"at most {at_most:g}"
-    missed = found < at_least if at_most is None else found > at_most
-    shown = f"{found:,.0f}" if abs(found) >= 10 else f"{found:.2f}"
-    return f"| {what} | {shown}{unit} | {limit}{unit}{', missed' if missed else ''} |"
+def _middle(costs: list[living.Inserts], of: Callable[[living.Inserts], float]) -> float:
+    return statistics.median(map(of, costs))
+
+
+def _living_with_it(results: Results) -> list[str]:
+    """What an insert and a query cost in each state of the table."""
+    by = "pgbench" if living.pgbench() else "psycopg2"
+    states = list(results.inserts)
+    return [
+        "",
+        "## Living with it",
+        "",
+        f"{min(results.growth):,} rows, vacuumed and analyzed, nobody else about; medians of 3. An insert is"
+        f" a transaction of its own that waits for the disk ({by}, {living.CLIENTS} connections); the"
+        " server's share is that of one among 20,000 in a loop on the server.",
+        "",
+        *table(
+            (
+                "an insert into",
+                "median, ms",
+                "99 of 100 below, ms",
+                "inserts/s",
+                "server's share, microseconds",
+            ),
+            [
+                (
+                    what,
+                    f"{_middle(costs, lambda c: c.median_s) * 1000:.2f}",
+                    f"{_middle(costs, lambda c: c.late_s) * 1000:.2f}",
+                    f"{_middle(costs, lambda c: c.rate):,.0f}",
+                    f"{_middle(costs, lambda c: c.server_s) * 1e6:.0f}",
+                )
+                for what, costs in results.inserts.items()
+            ],
+        ),
+        "",
+        *table(
+            ("a query, planning included, median in ms", *states),
+            [
+                (
+                    query,
+                    *(
+                        f"{statistics.median(run[query] for run in results.queries[what]) * 1000:.2f}"
+                        for what in states
+                    ),
+                )
+                for query in living.QUERIES
+            ],
+        ),
+    ]
 
 
 def _beside_each_other(results: Results) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,12 @@ class Stage:
         self._create(name, template)
         return name
 
+    def vacuum(self, database: str) -> None:
+        """As autovacuum leaves it when nobody writes any more."""
+        with self.engine(database).connect() as conn:
+            conn.execution_options(isolation_level="AUTOCOMMIT")
+            conn.exec_driver_sql("VACUUM ANALYZE webhook_log")
+
     def engine(self, database: str) -> Engine:
         """An engine for a database of this server."""
         return connect_engine(self._url.set(database=database))
@@ -120,16 +127,16 @@ class Stage:
     def measure(self, engine: Engine, work: Work) -> Sample:
         """``work`` under the eyes of a live application."""
         with live_application(engine) as waits:
-            before = self._wal()
+            before = self.wal()
             rows, seconds = work(engine)
-            wal = self._wal() - before
+            wal = self.wal() - before
         return Sample(rows, seconds, wal, waits.writer_s, waits.reader_s)
 
     def measure_alone(self, engine: Engine, work: Work) -> Sample:
         """The same with nobody else on the server: for WAL that the application's own would hide."""
-        before = self._wal()
+        before = self.wal()
         rows, seconds = work(engine)
-        return Sample(rows, seconds, self._wal() - before, 0.0, 0.0)
+        return Sample(rows, seconds, self.wal() - before, 0.0, 0.0)
 
     def describe(self) -> list[str]:
         """The machine and the server, a line each."""
@@ -172,7 +179,8 @@ class Stage:
         with self._server.connect() as conn:
             conn.exec_driver_sql(text)
 
-    def _wal(self) -> int:
+    def wal(self) -> int:
+        """The bytes of WAL that the server has written so far."""
         with self._server.connect() as conn:
             text = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
             return int(conn.exec_driver_sql(text).scalar_one())
@@ -228,6 +236,7 @@ def live_application(engine: Engine) -> Iterator[Waits]:
 
 
 def _application(url: str, orders: Pipe) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who measures: the pipe then ends
     with _Reader(url) as reader, LiveWriter(url, threads=WRITERS, rate=WRITES_A_SECOND) as writer:
         writer.catch_up()
         warm = len(writer.commits)

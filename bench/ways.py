@@ -27,17 +27,6 @@ _OFFSET_BATCH = 1_000
 _OFFSET_ROWS = 50_000
 _PGSLICE_BATCH = 10_000
 
-_INSERTS = """
-DO $$
-BEGIN
-    FOR n IN 1..{rows} LOOP
-        INSERT INTO webhook_log (status, status_code, "timestamp", webhook_endpoint_id)
-        VALUES ('measured', 200, clock_timestamp(), 1);
-    END LOOP;
-END
-$$
-"""
-
 _WINDOW = "\"timestamp\" >= now() - interval '15 days'"
 
 _REWRITE = (
@@ -164,20 +153,6 @@ def _migrated(engine: Engine, options: Options) -> tuple[int, dict[int, float]]:
         )
         found = json.loads(report.read_text("utf-8"))
     return found["rows_copied"] or 0, {step["step"]: step["seconds"] for step in found["steps"]}
-
-
-def insert_seconds(engine: Engine, rows: int) -> float:
-    """What one insert costs, in seconds: ``rows`` of them, a statement each, in one transaction."""
-    with _autocommit(engine) as conn:
-        started = time.monotonic()
-        conn.exec_driver_sql(_INSERTS.format(rows=rows))
-        return (time.monotonic() - started) / rows
-
-
-def begin_notes(engine: Engine) -> None:
-    """Everything up to the swap: what is written is noted from here on."""
-    options = Options(hold=True)
-    migrate(engine, WEBHOOK_LOG, options, Operator(Output(Console(file=io.StringIO()))), lambda found: None)
 
 
 def _into_finished(engine: Engine, fill: Callable[[Connection], None]) -> tuple[int, float]:
