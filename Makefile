@@ -3,8 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+# Made when everything, or what a deployment needs, is installed.
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+RUNTIME := $(VENV)/.runtime
 # As many tests at a time as there are cores; each process has servers of its own.
 WORKERS ?= auto
 SOURCES := $(wildcard chronos tests bench docs)
@@ -15,13 +18,16 @@ from_env_file = $(shell sed -n 's/^$(1)=//p' .env 2>/dev/null | tail -n 1 | sed 
 RESTART_WORKER ?= $(call from_env_file,RESTART_WORKER)
 RESTART_SERVER ?= $(call from_env_file,RESTART_SERVER)
 
-.PHONY: help setup demo test test-faults check check-deploy format bench bench-peers bench-scale run-worker run-beat \
+.PHONY: help setup setup-runtime demo test test-faults check check-deploy format bench bench-peers bench-scale \
+	run-worker run-beat \
 	restart-worker restart-server clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY) ## Create .venv with everything pinned in it (PYTHON=python3.12)
+setup: $(READY) ## Create .venv, or bring it up to date, with all that is pinned (PYTHON=python3.12)
+
+setup-runtime: $(RUNTIME) ## The same for a deployment: only what worker and commands need
 
 demo: $(READY) ## Run the migration on an embedded PostgreSQL (ARGS=--keep)
 	@$(RUN) chronos demo $(ARGS)
@@ -81,10 +87,10 @@ define run_celery
 	done
 endef
 
-run-worker: $(READY) ## Run the Celery worker in this terminal (ARGS=--concurrency=2)
+run-worker: $(RUNTIME) ## Run the Celery worker in this terminal (ARGS=--concurrency=2)
 	$(call run_celery,worker,--loglevel=INFO $(ARGS))
 
-run-beat: $(READY) ## Run Celery beat, the nightly schedule, in this terminal
+run-beat: $(RUNTIME) ## Run Celery beat, the nightly schedule, in this terminal
 	$(call run_celery,beat,--loglevel=INFO --schedule=.run/beat-schedule $(ARGS))
 
 restart-worker: ## Restart worker and beat: by RESTART_WORKER, else those of run-worker and run-beat
@@ -111,18 +117,25 @@ else
 		"command line) to the command that restarts it, e.g. RESTART_SERVER='systemctl restart myapp'" >&2; exit 1
 endif
 
-clean: ## Remove .venv and every cache
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## Remove every cache; .venv stays, for a worker may run from it
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): requirements.txt requirements-dev.txt
+# Packages are installed in place: a worker may be running from $(VENV), and no target clears it.
+$(READY): requirements-dev.txt $(RUNTIME)
+	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(RUNTIME): requirements.txt | $(VENV)/bin/pip
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/bin/pip:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "chronos needs Python 3.11 or newer, and $(PYTHON) is older: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	$(PYTHON) -m venv $(VENV)
 
 $(BENCH_READY): $(READY) requirements-bench.txt
-	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(INSTALL) -r requirements-bench.txt
 	@touch $@

@@ -21,7 +21,7 @@ from rich.console import Console
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos import commands, telemetry
+from chronos import __version__, commands, telemetry
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import require_located
 from chronos.db import connect_engine, is_lock_failure, one_line, opened, transaction
@@ -76,7 +76,7 @@ def _errors_as_lines() -> Iterator[None]:
     except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
         _say(
             f"unexpected {type(error).__name__}: {one_line(error)}."
-            " What state the tables are in: python -m chronos status"
+            f" What state the tables are in: {commands.status()}"
         )
         sys.exit(ExitCode.FAILED)
 
@@ -270,6 +270,7 @@ def _no_job_keeps(table: TableSpec, settings: Settings) -> str:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="chronos", message="%(prog)s %(version)s")
 def cli() -> None:
     """Native partitions for big live tables: migrate, look, go back, tidy up.
 
@@ -771,4 +772,4 @@ def _say_others(others: Sequence[Other]) -> None:
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:
     """Run the command line; returns only by SystemExit."""
-    cli.main(args=arguments, prog_name="python -m chronos", **extra)
+    cli.main(args=arguments, prog_name=commands.PROGRAM, **extra)

@@ -5,13 +5,18 @@ A command names its table, in quotes where the shell needs them, unless it is th
 
 from __future__ import annotations
 
+import sys
+from pathlib import PurePath
 from shlex import quote
 
 from chronos.errors import RefusedError
 from chronos.settings import get_settings
 from chronos.table import WEBHOOK_LOG, TableSpec
 
-SCRIPT = "python -m chronos.scripts.migrate_to_partitioned_webhook_log"
+# As it was started: where pipx or uvx has put the command, this Python is not the one that a shell finds.
+INSTALLED = PurePath(sys.argv[0]).name == "chronos"
+PROGRAM = "chronos" if INSTALLED else "python -m chronos"
+SCRIPT = f"{PROGRAM} migrate" if INSTALLED else f"{PROGRAM}.scripts.migrate_to_partitioned_webhook_log"
 
 
 def migrate(table: TableSpec) -> str:
@@ -44,7 +49,7 @@ def finalize(table: TableSpec) -> str:
 
 def status(table: TableSpec | None = None) -> str:
     """The command that says how things stand: with every configured table, or with one that is in no file."""
-    command = "python -m chronos status"
+    command = f"{PROGRAM} status"
     return command if table is None or _listed(table) else f"{command} {quote(table.typed)}"
 
 
@@ -54,7 +59,7 @@ def upgrade_functions(table: TableSpec) -> str:
 
 
 def _verb(verb: str, table: TableSpec) -> str:
-    command = f"python -m chronos {verb}"
+    command = f"{PROGRAM} {verb}"
     return command if _only(table) else f"{command} {quote(table.typed)}"
 
 

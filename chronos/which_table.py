@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import scheme
+from chronos.commands import PROGRAM
 from chronos.db import execute, opened, statement, transaction
 from chronos.errors import RefusedError
 from chronos.functions import grace_days
@@ -97,7 +98,7 @@ def which_table(
             names = ", ".join(table.typed for table in settings.tables)
             raise RefusedError(
                 f"name a table: {source} lists {names}; nothing was changed."
-                f" For example: python -m chronos {verb} {quote(settings.tables[0].typed)}"
+                f" For example: {PROGRAM} {verb} {quote(settings.tables[0].typed)}"
             )
         typed = settings.tables[0]
     else:
@@ -210,4 +211,4 @@ def _migrate_command(conn: Connection, table: TableSpec, described: Description,
         **described.given,
     }
     words = (f"--{what.replace('_', '-')} {quote(str(value))}" for what, value in given.items())
-    return " ".join((f"python -m chronos migrate {quote(table.typed)}", *words, *filter(None, [options])))
+    return " ".join((f"{PROGRAM} migrate {quote(table.typed)}", *words, *filter(None, [options])))

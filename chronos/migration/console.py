@@ -49,7 +49,8 @@ def ago(age: timedelta) -> str:
 # A word in the quotes of a shell. A table is such a word, or one without quotes that SQL would take.
 _QUOTED = r"""'[^']*'(?:"'"'[^']*')*"""
 _COMMAND = (
-    r"python -m chronos[\w.]*(?: (?:(?:migrate|rollback|finalize|status|upgrade-functions)"
+    r"(?:python -m chronos[\w.]*|\bchronos(?= (?:migrate|rollback|finalize|status|upgrade-functions)\b))"
+    r"(?: (?:(?:migrate|rollback|finalize|status|upgrade-functions)"
     rf"(?: (?:{_QUOTED}|\w+\.\w+|webhook_log\b))?))?"
     rf"(?: --(?:column|every|retention-days|ahead-days|strategy|batch-size|workers|verify|rate-limit"
     rf"|max-replica-lag|max-lock-wait|report) (?:{_QUOTED}|[\w./-]*\w)| --[a-z-]+)*"

@@ -1,0 +1,1 @@
+"""chronos beside other tools: each module needs the tool that it is named after."""
