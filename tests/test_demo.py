@@ -369,7 +369,7 @@ def test_ctrl_c_before_it_leaves_nothing(moment: str) -> None:
 def test_bars_for_a_terminal_without_blocks() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     day = date(2026, 7, 1)
-    run._chart([run._Partition(day, 1_000, 0), run._Partition(day, 500, 0)], Output(Console(file=file)))
+    run._chart([(day, 1_000), (day, 500)], Output(Console(file=file)))
     file.seek(0)
     assert file.read() == f"2026-07-01      1,000  {'#' * 50}\n2026-07-01        500  {'#' * 25}\n"
 
