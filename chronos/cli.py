@@ -627,7 +627,9 @@ def demo(rows: int, strategy: str, keep: bool) -> None:
       python -m chronos demo --rows 1000000 --keep
       python -m chronos demo --strategy attach
     """
-    from chronos.demo.run import demo as run_demo  # here, for no other verb needs what it imports
+    # Here, for no other verb needs what it imports.
+    from chronos.demo.run import DemoOutput
+    from chronos.demo.run import demo as run_demo
 
     def confirm(url: URL, found: Survey) -> None:
         facts, what = _announcement(found)
@@ -636,7 +638,7 @@ def demo(rows: int, strategy: str, keep: bool) -> None:
             _ask("MIGRATE")
 
     with _errors_as_lines():
-        run_demo(rows, keep=keep, confirm=confirm, output=Output(), strategy=Strategy(strategy))
+        run_demo(rows, keep=keep, confirm=confirm, output=DemoOutput(), strategy=Strategy(strategy))
 
 
 @cli.command()

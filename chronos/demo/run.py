@@ -30,7 +30,7 @@ from chronos.errors import ChronosError, InterruptedRunError
 from chronos.locks import Locks
 from chronos.migration import state as states
 from chronos.migration.checks import Survey
-from chronos.migration.console import Output
+from chronos.migration.console import Output, Summary
 from chronos.migration.operator import Operator, handled
 from chronos.migration.run import Options, migrate
 from chronos.migration.state import Strategy
@@ -45,9 +45,18 @@ _LATE_SHARE = 0.02
 _DAYS_AHEAD = 60
 _RETENTION_DAYS = 10
 _COUNTED_DAYS = 14  # within retention: rows that are there before and after
-_BAR_WIDTH = 50
+_BAR_WIDTH = 22
 
 Confirm = Callable[[URL, Survey], None]
+
+
+class DemoOutput(Output):
+    """The demo has a summary of its own, and is to fit on two screens."""
+
+    def summary(self, found: Summary) -> None:
+        """Only what the migration cost the server."""
+        self.line()
+        self.cost(found)
 
 
 def demo(
@@ -71,9 +80,7 @@ def demo(
                 url, threads=_CONNECTIONS, rate=_INSERTS_PER_SECOND, past_share=_LATE_SHARE
             ) as writer:
                 writer.catch_up()
-                output.ok(
-                    f"An application inserts {_INSERTS_PER_SECOND} more a second, and will count them"
-                )
+                output.ok(f"An application inserts {_INSERTS_PER_SECOND} more a second, and will count them")
                 output.line()
                 run = _migrate(engine, writer, confirm, output, strategy)
                 _summarize(engine, writer, run, output)
@@ -222,12 +229,17 @@ def _partitions(conn: Connection) -> dict[str, _Partition]:
 
 
 def _chart(days: list[tuple[date, int]], output: Output) -> None:
-    """A bar for each day, made of # where the terminal's encoding has no blocks."""
+    """A bar for each day, in two columns, made of # where the terminal's encoding has no blocks."""
     block = "█" if output.console.encoding.startswith("utf") else "#"
     most = max(rows for _, rows in days)
-    for day, rows in days:
-        bar = block * max(1, round(_BAR_WIDTH * rows / most))
-        output.console.print(Text.assemble(f"{day}  {rows:>9,}  ", (bar, "cyan")))
+    half = (len(days) + 1) // 2
+    for place in range(half):
+        line = Text()
+        for day, rows in days[place::half]:
+            bar = block * max(1, round(_BAR_WIDTH * rows / most))
+            line.append(f"{day:%m-%d} {rows:>9,} ").append(f"{bar:<{_BAR_WIDTH}}  ", "cyan")
+        line.rstrip()
+        output.console.print(line)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class Output:
         wait, self._wait = self._wait, None
         wait.line.stop()
         waited = clock_time(self._clock() - wait.since)
-        self.console.print(f"  waited {waited} for {wait.obstacle.what}, {wait.obstacle.who}", markup=False)
+        self.console.print(f"  waited {waited} for {wait.obstacle.who}", markup=False)
 
     @contextmanager
     def timed(self, doing: str, done: str) -> Iterator[None]:
@@ -269,6 +269,10 @@ class Output:
             steps.add_row("  Gathering statistics", f"{found.statistics_s:.2f}")
         self.console.print(steps)
         self.line()
+        self.cost(found)
+
+    def cost(self, found: Summary) -> None:
+        """The last line of the summary."""
         wal = "" if found.wal_bytes is None else f"{in_bytes(found.wal_bytes)} of WAL on the whole server; "
         copied = "nothing" if found.copied is None else f"{found.copied:,} rows"
         self.line(f"{copied} copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")

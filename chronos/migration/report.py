@@ -61,7 +61,8 @@ class Estimate:
 @dataclass(frozen=True)
 class Ended:
     """How a run ended: when it ``began``, the error that ended it if any, whether it was held before the
-    swap, the last step that it reached, what was estimated if this run began the migration, its options as typed.
+    swap, the last step that it reached, what was estimated if this run began the migration, its options as
+    they are typed.
     """
 
     began: datetime

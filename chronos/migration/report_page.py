@@ -108,10 +108,11 @@ def rows_chart(periods: list[dict[str, Any]]) -> Chart | None:
         )
     total = sum(totals)
     count = len(shown)
+    begins, equal = _day(shown[0]["start"]), all(bar.well for bar in bars)
     return Chart(
         top=f"{most:,}",
-        says=f"{total:,} rows in {count} partitions from {_day(shown[0]['start'])} on; most in one bar"
-        f" {most:,}; {'every one is equal to its origin' if all(bar.well for bar in bars) else 'one differs'}.",
+        says=f"{total:,} rows in {count} partitions from {begins} on, at most {most:,} in a bar;"
+        f" {'every one is equal to its origin' if equal else 'one differs from its origin'}.",
         bars=tuple(bars),
     )
 
