@@ -32,7 +32,7 @@ from chronos.migration.checks import Survey
 from chronos.migration.console import Output, ago, counted, for_reading, in_bytes
 from chronos.migration.finalize import finish
 from chronos.migration.old_and_new import weigh
-from chronos.migration.operator import Operator
+from chronos.migration.operator import Operator, handled
 from chronos.migration.plan import dry_run as print_plan
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options
@@ -83,7 +83,9 @@ def _errors_as_lines() -> Iterator[None]:
 
 @contextmanager
 def _operator(max_lock_wait: float = 1.0) -> Iterator[Operator]:
-    """Somebody who is told things on stdout, and whom Ctrl-C and SIGTERM stop, the second no worse."""
+    """Somebody who is told things on stdout, and whom Ctrl-C, SIGTERM and a terminal that goes stop cleanly,
+    the second signal no worse than the first.
+    """
     operator = Operator(Output(), patience=Patience(longest_s=max_lock_wait))
     stop = operator.stop
 
@@ -97,12 +99,11 @@ def _operator(max_lock_wait: float = 1.0) -> Iterator[Operator]:
             else:
                 _to_stderr(stopping)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield operator
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled(on_signal):
+        try:
+            yield operator
+        finally:
+            operator.output.close()
 
 
 @dataclass(frozen=True)
@@ -161,19 +162,38 @@ def _takes_a_table(command: _Command) -> _Command:
 
 def _ask(word: str) -> None:
     """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
-    click.echo(f"Type {word} to go on: ", nl=False)
-    asking = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        answer = sys.stdin.readline()
-    except KeyboardInterrupt:
-        click.echo()
-        answer = ""
-    finally:
-        signal.signal(signal.SIGINT, asking)
-    if not sys.stdin.isatty():
-        click.echo()  # what was typed was not shown, nor its end of line
+        with handled(signal.default_int_handler):
+            click.echo(f"Type {word} to go on: ", nl=False)
+            answer = sys.stdin.readline()
+            typed_unseen = not sys.stdin.isatty()  # what was typed was not shown, nor its end of line
+    except (KeyboardInterrupt, OSError):  # OSError: the terminal is gone
+        answer, typed_unseen = "", True
+    if typed_unseen:
+        with suppress(OSError):
+            click.echo()
     if answer.rstrip("\r\n") != word:
         raise RefusedError(f"{word} was not typed; nothing was changed")
+
+
+def _given() -> frozenset[str]:
+    """The options of ``Options`` that were typed."""
+    context = click.get_current_context()
+    typed = {o for o in context.params if context.get_parameter_source(o) is ParameterSource.COMMANDLINE}
+    return frozenset("content" if option == "verify" else option for option in typed)
+
+
+def _weight(engine: Engine, table: TableSpec) -> str:
+    """Rows and bytes of the table in use; ACCESS SHARE, waited for 1 s at most."""
+    with opened(engine) as conn:
+        try:
+            with transaction(conn, lock_timeout_ms=1_000):
+                rows, size = weigh(conn, table)[1][table.name]
+        except DBAPIError as error:
+            if not is_lock_failure(error):
+                raise
+            return "Size: unknown, for somebody has locked it"
+    return f"Rows (estimate): {rows:,}   Size: {in_bytes(size)}"
 
 
 def _head(url: URL, table: TableSpec, facts: str = "", settings: Settings | None = None) -> str:
@@ -327,7 +347,11 @@ def cli() -> None:
     help="Copy the rows into partitions, or attach the table itself as the partition of all its rows.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
-@click.option("--resume", is_flag=True, help="Carry on an interrupted or held migration.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Carry on an interrupted or held migration, with the options it had unless given anew.",
+)
 @click.option(
     "--hold",
     is_flag=True,
@@ -383,8 +407,8 @@ def cli() -> None:
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.json",
-    help="Write what was done and measured to this file.",
+    metavar="FILE.html|FILE.json",
+    help="Write what was done and measured to this file, whatever becomes of the run.",
 )
 def migrate(
     table: str | None,
@@ -421,7 +445,7 @@ def migrate(
       python -m chronos migrate --dry-run
       python -m chronos migrate --dry-run --sql plan.sql
       python -m chronos migrate --rate-limit 20000 --max-replica-lag 5
-      python -m chronos migrate --yes --report report.json
+      python -m chronos migrate --yes --report ticket-4711.html
       python -m chronos migrate --hold
       python -m chronos migrate --strategy attach
       python -m chronos migrate --resume
@@ -447,8 +471,8 @@ def migrate(
             )
             return
 
-        def announce(table: TableSpec, facts: str, what: str) -> None:
-            click.echo(f"{context.head(table, facts)}\n{what}\n{_lock_wait(max_lock_wait)}")
+        def announce(table: TableSpec, facts: str, what: str, lock_wait: float) -> None:
+            click.echo(f"{context.head(table, facts)}\n{what}\n{_lock_wait(lock_wait)}")
             if not yes:
                 _ask("MIGRATE")
 
@@ -466,13 +490,18 @@ def migrate(
                 max_replica_lag=max_replica_lag,
                 accept_duplicates=frozenset(accept_duplicates),
                 report=report,
+                max_lock_wait=max_lock_wait,
+                given=_given(),
             ),
             operator,
-            lambda found: announce(found.spec, *_announcement(found, hold=hold)),
-            lambda found: announce(
+            lambda found: announce(found.spec, *_announcement(found, hold=hold), max_lock_wait),
+            lambda found, options: announce(
                 found.table,
-                f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}",
+                f"{_weight(context.engine, found.table)}\n"
+                f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}"
+                f"{f'   Options: {options}' if str(options) else ''}",
                 f"{describe(found)}\n{_what_is_left(found, hold=hold)}",
+                options.max_lock_wait,
             ),
         )
         if not hold:
@@ -607,8 +636,15 @@ def upgrade_functions(table: str | None) -> None:
     show_default=True,
     help="Sample rows to begin with.",
 )
+@click.option(
+    "--strategy",
+    type=click.Choice([strategy.value for strategy in Strategy]),
+    default=Strategy.COPY.value,
+    show_default=True,
+    help="Copy the rows, or attach the table itself; see migrate.",
+)
 @click.option("--keep", is_flag=True, help="Leave the server up, and say how to reach and to stop it.")
-def demo(rows: int, keep: bool) -> None:
+def demo(rows: int, strategy: str, keep: bool) -> None:
     """Watch a migration on a PostgreSQL of its own, removed again.
 
     Sample rows, an application that keeps writing, the migration, and what the application noticed.
@@ -618,8 +654,11 @@ def demo(rows: int, keep: bool) -> None:
     Examples:
       python -m chronos demo
       python -m chronos demo --rows 1000000 --keep
+      python -m chronos demo --strategy attach
     """
-    from chronos.demo.run import demo as run_demo  # here, for no other verb needs what it imports
+    # Here, for no other verb needs what it imports.
+    from chronos.demo.run import DemoOutput
+    from chronos.demo.run import demo as run_demo
 
     def confirm(url: URL, found: Survey) -> None:
         facts, what = _announcement(found)
@@ -628,7 +667,7 @@ def demo(rows: int, keep: bool) -> None:
             _ask("MIGRATE")
 
     with _errors_as_lines():
-        run_demo(rows, keep=keep, confirm=confirm, output=Output())
+        run_demo(rows, keep=keep, confirm=confirm, output=DemoOutput(), strategy=Strategy(strategy))
 
 
 class _Lines(logging.Handler):

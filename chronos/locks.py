@@ -60,8 +60,27 @@ class Patience:
         return ceiling * random.uniform(0.5, 1.0)  # jitter, not cryptography
 
 
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an attempt came to nothing: the whole ``text``, and of it ``what`` is waited for, ``who`` is in the
+    way (a pid and its application) and the ``remedy``, the statement that would end that; empty if unknown.
+    """
+
+    text: str
+    what: str
+    who: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class BlockedError(Exception):
-    """What an attempt needs is not to be had now, though no lock was refused; the text says why."""
+    """What an attempt needs is not to be had now, though no lock was refused."""
+
+    def __init__(self, obstacle: Obstacle) -> None:
+        super().__init__(obstacle.text)
+        self.obstacle = obstacle
 
 
 @dataclass(frozen=True)
@@ -83,18 +102,24 @@ class LockHolder:
             return f"ROLLBACK PREPARED '{escaped}'"
         return f"SELECT pg_terminate_backend({self.pid})"
 
+    @property
+    def who(self) -> str:
+        """Its pid and application, or the name of the prepared transaction."""
+        if self.pid is None:
+            return f"prepared transaction '{self.gid}'"
+        return f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+
     def __str__(self) -> str:
         if self.pid is None:
-            age = f"open for {self.seconds:.0f} s"
-            return f"prepared transaction '{self.gid}', {age}; {self.remedy} would end it"
-        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+            return f"{self.who}, open for {self.seconds:.0f} s; {self.remedy} would end it"
         if self.query == _NOT_SHOWN:
             return (
-                f"{who}, of a role whose queries only a member of pg_monitor sees; {self.remedy} would end it"
+                f"{self.who}, of a role whose queries only a member of pg_monitor sees;"
+                f" {self.remedy} would end it"
             )
         doing = f", query: {self.query}" if self.query else ""
         state = self.state or "in a transaction"
-        return f"{who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"
+        return f"{self.who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"
 
 
 # A query may quote a row: the first words say what it is, and no more of it is shown.
@@ -155,7 +180,7 @@ class Attempt:
         self.began = time.monotonic()
         self.asked = self.began
         self.succeeded = False
-        self.why: str | None = None
+        self.why: Obstacle | None = None
 
     @property
     def left_s(self) -> float:
@@ -190,9 +215,10 @@ class Attempt:
             if error is None:
                 raise
         finally:
-            self._locks.longest_s = max(self._locks.longest_s, time.monotonic() - self.asked)
+            self._locks.last_s = time.monotonic() - self.asked
+            self._locks.longest_s = max(self._locks.longest_s, self._locks.last_s)
         if isinstance(error, BlockedError):
-            self.why = str(error)
+            self.why = error.obstacle
             return True
         return isinstance(error, DBAPIError) and is_lock_failure(error)
 
@@ -202,15 +228,17 @@ class Locks:
 
     ``on_blocked`` is told of each attempt that came to nothing; it may raise to give up.
     ``longest_s`` is the longest that any attempt lasted from the moment it asked for the strong lock,
-    waiting and working together: nobody can have stood behind one of ours for longer than that.
+    waiting and working together: nobody can have stood behind one of ours for longer than that;
+    ``last_s`` is that of the last attempt.
     """
 
     def __init__(
-        self, patience: Patience | None = None, on_blocked: Callable[[str, int], None] | None = None
+        self, patience: Patience | None = None, on_blocked: Callable[[Obstacle, int], None] | None = None
     ) -> None:
         self.patience = patience or Patience()
         self.longest_s = 0.0
-        self._on_blocked = on_blocked or (lambda message, attempt: None)
+        self.last_s = 0.0
+        self._on_blocked = on_blocked or (lambda obstacle, attempt: None)
 
     def attempts(self, conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -> Iterator[Attempt]:
         """Attempts until one has committed. Raises LockUnavailableError when all are used up."""
@@ -219,12 +247,12 @@ class Locks:
             yield attempt
             if attempt.succeeded:
                 return
-            message = attempt.why or self._held(conn, tables, ours)
+            obstacle = attempt.why or self._held(conn, tables, ours)
             if number < self.patience.attempts:
-                self._on_blocked(message, number)
+                self._on_blocked(obstacle, number)
                 self.patience.sleep(self.patience.pause_s(number))
                 self._wait_for_a_gap(conn, tables, ours)
-        raise LockUnavailableError(f"gave up {message} ({number} attempts)")
+        raise LockUnavailableError(f"gave up {obstacle} ({number} attempts)")
 
     def _wait_for_a_gap(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> None:
         """Until one of the holders has let go: the best moment to ask is before it comes back.
@@ -241,9 +269,16 @@ class Locks:
             before = now if before is None else before | now
             self.patience.sleep(_POLL_S)
 
-    def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> str:
+    def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> Obstacle:
         with transaction(conn):
             holders = lock_holders(conn, tables, ours)
-        what = " and ".join(dict.fromkeys(table for _, table in tables))
-        who = "; ".join(map(str, holders[:3])) or "a session that is gone by now"
-        return f"waiting for a lock on {what}, held by {who}"
+        what = f"a lock on {' and '.join(dict.fromkeys(table for _, table in tables))}"
+        gone = "a session that is gone by now"
+        held_by = "; ".join(map(str, holders[:3])) or gone
+        first = holders[0] if holders else None
+        return Obstacle(
+            f"waiting for {what}, held by {held_by}",
+            what,
+            first.who if first else gone,
+            first.remedy if first else "",
+        )

@@ -856,6 +856,16 @@ class _Page:
         self.blocks = " ▏▎▍▌▋▊▉█" if unicode else " #"
         self.box = box.SIMPLE_HEAD if unicode else None
 
+    def copy_progress(self, copied: int, periods: int) -> None:
+        """How far the copy is, since when, whether somebody is at it, and what readers see meanwhile."""
+        assert self.status.migration is not None
+        since = self.status.migration.plan.started_at
+        at_it = "is running" if self.status.migration_runs else "was cut off"
+        self.line(f"copied      {copied} of {periods} periods")
+        self.line(
+            f"migration   begun {since:%Y-%m-%d %H:%M} UTC, {at_it}; readers see every row all the time"
+        )
+
     def print(self) -> None:
         """The page from top to bottom."""
         status = self.status
@@ -864,7 +874,7 @@ class _Page:
         if status.in_citus:
             self.line(f"citus       the table is {status.in_citus}; sizes are those of all nodes")
         if status.copied:
-            self.line("copied      {} of {} periods".format(*status.copied))
+            self.copy_progress(*status.copied)
         if status.state == "ready":
             self.line(f"migration   {_ready(status)}")
         if status.partitioned:

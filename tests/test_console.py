@@ -8,8 +8,10 @@ from datetime import date, timedelta
 import pytest
 from rich.console import Console
 
-from chronos.migration.console import Output, Summary, ago, counted, for_reading
+from chronos.locks import Obstacle
+from chronos.migration.console import Output, Summary, ago, clock_time, counted, for_reading, short
 from chronos.migration.state import PeriodResult
+from chronos.migration.throttle import Lag
 from chronos.table import WEBHOOK_LOG, Interval, Period, TableSpec, midnight
 
 STOPPED = (
@@ -117,16 +119,15 @@ def test_the_bar_fits_into_80_columns() -> None:
     console = Console(file=file, width=80, force_terminal=True, color_system=None, highlight=False)
     now = 0.0
     output = Output(console, clock=lambda: now)
-    with output.copying(72_000_000) as count:
+    with output.copying(72_000_000, periods=16, begun=[day(2026, 11, 26)]) as count:
         now = 1_000.0
-        count.add(day(2026, 11, 21), 60_000_000)
+        count.add(day(2026, 11, 21), 60_000_000, Lag("replica", 12))
         assert count._progress is not None
         [line] = console.render_lines(count._progress.get_renderable(), console.options, pad=False)
     text = "".join(segment.text for segment in line)
     assert len(text) <= 80
-    assert text.startswith("60,000,000 / 72,000,000 rows ")
-    assert " 83.3% 60,000/s " in text
-    assert text.rstrip().endswith("2026-11-21")
+    assert text.startswith("copying ━")
+    assert text.rstrip().endswith(" 83%  60,000,000/72,000,000  60k/s  left 3:20  day 2/16  lag 12 s")
 
 
 def test_a_partition_is_named_with_its_bounds() -> None:
@@ -137,8 +138,87 @@ def test_a_partition_is_named_with_its_bounds() -> None:
         (WEBHOOK_LOG, day(2025, 10, 22)),
         (hourly, hourly.period(midnight(date(2025, 10, 22)))),
     ):
-        output.partition(table.partition(period), period)
+        output.partitions(table, [period])
     assert file.getvalue().splitlines() == [
         "Created partition: webhook_log_y2025m10d22 (2025-10-22 to 2025-10-23)",
         "Created partition: events_y2025m10d22h00 (2025-10-22 to 2025-10-22 01:00)",
+    ]
+
+
+def on_a_terminal(width: int) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(
+        file=file, width=width, force_terminal=True, color_system=None, highlight=False, soft_wrap=True
+    ), file
+
+
+def test_on_a_terminal_the_partitions_are_one_line() -> None:
+    console, file = on_a_terminal(80)
+    Output(console).partitions(WEBHOOK_LOG, [day(2026, 11, 11 + n) for n in range(16)])
+    assert file.getvalue() == "Created 16 partitions, one a day: 2026-11-11 to 2026-11-27\n"
+
+
+def test_on_a_terminal_the_summary_has_one_line_for_all_periods() -> None:
+    console, file = on_a_terminal(80)
+    lines = printed(console, file)
+    assert lines[1] == "9,600,000 rows from 2026-11-07 to 2026-11-09: 2 partitions, each counted, equal"
+    assert "Period           Rows  Compared" not in lines
+    assert lines[3] == "Step         Seconds"
+
+
+HELD = Obstacle(
+    "waiting for a lock on webhook_log, held by pid 471123 (webhook application), idle in transaction for"
+    " 12 s, query: SELECT 1; SELECT pg_terminate_backend(471123) would end it",
+    "a lock on webhook_log",
+    "pid 471123 (webhook application)",
+    "SELECT pg_terminate_backend(471123)",
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, "  0:06 waiting for pid 471123 (webhook...: SELECT pg_terminate_backend(471123);"),
+        (100, "  0:06 waiting for pid 471123 (webhook application): SELECT pg_terminate_backend(471123);"),
+        (200, f"  0:06 {HELD.text}"),
+    ],
+)
+def test_on_a_terminal_a_lock_that_is_waited_for_is_one_rewritten_line(width: int, shown: str) -> None:
+    console, file = on_a_terminal(width)
+    now = 0.0
+    output = Output(console, clock=lambda: now)
+    for attempt in range(1, 4):
+        now = attempt * 3.0
+        output.waiting(HELD, attempt)
+    assert "\n" not in file.getvalue()
+    assert file.getvalue().count("waiting for") == 3
+    assert file.getvalue().split("\x1b[2K")[-1] == shown
+    output.ok("done")
+    lines = [line.split("\x1b[2K")[-1] for line in file.getvalue().splitlines()]
+    assert lines[-2:] == ["  waited 0:06 for pid 471123 (webhook application)", "✓ done"]
+
+
+def test_in_a_pipe_each_attempt_at_a_lock_is_a_line() -> None:
+    file = io.StringIO()
+    output = Output(Console(file=file, width=80, color_system=None, soft_wrap=True))
+    output.waiting(HELD, 1)
+    output.close()
+    assert file.getvalue() == f"  {HELD.text} (attempt 1, trying again)\n"
+
+
+def test_a_terminal_that_cannot_go_back_in_a_line_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console, file = on_a_terminal(80)
+    output = Output(console)
+    output.waiting(HELD, 1)
+    with output.copying(1_000) as count:
+        count.add(day(2026, 11, 21), 1_000)
+    assert "\x1b" not in file.getvalue()
+    assert file.getvalue().count("\n") == 2
+
+
+def test_times_and_rates_are_short() -> None:
+    assert [clock_time(s) for s in (0, 13.4, 200, 3_723)] == ["0:00", "0:13", "3:20", "1:02:03"]
+    assert [short(n) for n in (0, 870, 999.7, 9_160, 56_300, 1_250_000)] == [
+        *("0", "870", "1.0k", "9.2k", "56k", "1.2M"),
     ]

@@ -252,17 +252,18 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture[str]) -> None:
             r"✓ webhook_log is a plain table with 3,000 deliveries of the last 20 days",
             r"Created partition: webhook_log_y\d{4}m\d\dd\d\d \(.*\)",
             r"MIGRATION COMPLETED SUCCESSFULLY!",
-            r"Rows copied and compared +2,\d\d\d in [\d.]+ s",
-            r"Rows written meanwhile +[\d,]+, [\d,]+ a second",
-            r"Errors met by the writer +0",
-            r"Longest wait of a writer +[\d.]+ m?s, median [\d.]+ m?s",
-            r"Rows lost, rows twice +0, 0",
-            r"Partitions +46, from [\d-]+ to [\d-]+",
-            r"[\d-]+ +[\d,]+  █+",
+            r"2,\d\d\d rows copied; .*",
+            r"What the application noticed in these [\d.]+ s:",
+            r"  Rows written +[\d,]+, [\d,]+ a second",
+            r"  Errors met +0",
+            r"  Rows lost, rows twice +0, 0",
+            r"  Reads short of rows +0 of [1-9][\d,]*",
+            r"  Longest wait of a writer +[\d.]+ m?s, median [\d.]+ m?s",
+            r"\d\d-\d\d +[\d,]+ █+ +\d\d-\d\d +[\d,]+ █+",
             r"SELECT create_future_webhook_log_partitions\(60\);",
-            r"✓ 30 partitions created in [\d.]+ m?s",
+            r"✓ 30 partitions created in [\d.]+ m?s; longest wait of a writer [\d.]+ ms",
             r"SELECT drop_old_webhook_log_partitions\(10\);",
-            r"✓ 5 partitions with [\d,]+ rows, \d+ MB, dropped in [\d.]+ m?s",
+            r"✓ 5 partitions with [\d,]+ rows, \d+ MB, dropped in [\d.]+ m?s;",
             r"✓ All [\d,]+ rows that the application wrote are there, each exactly once",
         ):
             assert any(re.fullmatch(line, found) for found in lines), line
@@ -336,6 +337,24 @@ def test_without_the_word_nothing_is_left() -> None:
     wait_for_the_end_of(servers)
 
 
+@pytest.mark.parametrize("strategy", ["copy", "attach"])
+def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
+    with terminal("--strategy", strategy, NO_COLOR="1") as (process, master):
+        shown = read(master, until="Type MIGRATE to go on: ")
+        os.write(master, b"MIGRATE\n")
+        shown += read(master)
+        assert process.wait(TIMEOUT) == 0, shown
+    # What is written over is gone: a line is what stands after the last way back to its beginning.
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line).split("\r")[-1] for line in shown.splitlines()]
+    assert len(lines) <= 80
+    assert [line for line in lines if len(line) > 80] == []
+    for title in [f"[Step {number}/6]" for number in range(1, 7)]:
+        assert any(line.startswith(title) for line in lines), title
+    assert any(re.fullmatch(r"  Reads short of rows +0 of [1-9]\d*", line) for line in lines)
+    history = "webhook_log_history, all before .* UTC, goes when its last row has expired, on .*"
+    assert any(re.fullmatch(history, line) for line in lines) == (strategy == "attach")
+
+
 def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
     with terminal("--keep") as (process, master):
         read(master, until="Type MIGRATE to go on: ")
@@ -369,9 +388,9 @@ def test_ctrl_c_before_it_leaves_nothing(moment: str) -> None:
 def test_bars_for_a_terminal_without_blocks() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     day = date(2026, 7, 1)
-    run._chart([run._Partition(day, 1_000, 0), run._Partition(day, 500, 0)], Output(Console(file=file)))
+    run._chart([(day, 1_000), (day, 500)], Output(Console(file=file)))
     file.seek(0)
-    assert file.read() == f"2026-07-01      1,000  {'#' * 50}\n2026-07-01        500  {'#' * 25}\n"
+    assert file.read() == f"07-01     1,000 {'#' * 22}  07-01       500 {'#' * 11}\n"
 
 
 def test_what_to_do_without_the_wheels(

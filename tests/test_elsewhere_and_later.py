@@ -114,9 +114,11 @@ def test_a_restored_dump_goes_on_and_back_in_each_phase(
     assert {name for _, name in relations(again) if "migration" in name} == set()
 
 
-def begun_yesterday(conn: Connection, table: TableSpec, strategy: Strategy) -> Survey:
+def begun_yesterday(
+    conn: Connection, table: TableSpec, strategy: Strategy, accepted: frozenset[str]
+) -> Survey:
     """What the checks would have found a day ago."""
-    found = survey(conn, table, strategy)
+    found = survey(conn, table, strategy, accepted)
     return replace(found, now=found.now - timedelta(days=1))
 
 

@@ -668,7 +668,7 @@ def test_whom_it_waits_for(databases: Callable[[str], str]) -> None:
     url = databases("plain")
     told: list[str] = []
     patience = Patience(attempts=2, sleep=lambda seconds: None)
-    locks = Locks(patience, lambda message, attempt: told.append(message))
+    locks = Locks(patience, lambda obstacle, attempt: told.append(str(obstacle)))
     with (
         holding(url, "LOCK TABLE webhook_log"),
         opened(connect_engine(make_url(url))) as conn,

@@ -52,7 +52,7 @@ def held_messages(url: str, attempts: int = 3) -> list[str]:
     messages: list[str] = []
     locks = Locks(
         Patience(shortest_s=0.02, attempts=attempts, sleep=lambda seconds: None),
-        lambda message, attempt: messages.append(message),
+        lambda obstacle, attempt: messages.append(str(obstacle)),
     )
     with connect_engine(make_url(url)).connect() as conn:
         with pytest.raises(LockUnavailableError) as raised:

@@ -647,11 +647,11 @@ def final_statistics(conn: Connection, shape: TableShape, periods: Iterable[Peri
     """Statistics of the table as a whole, which autovacuum never gathers, and of some ``periods``.
 
     The other partitions have some, and autovacuum will do better, unless it is off for the table; but
-    only a server of version 18 or newer can leave them out.
+    only a server of version 18 or newer can leave them out in one statement.
     """
     spec = shape.spec
     table = name(spec.home, spec.name)
-    if (conn.dialect.server_version_info or (0,)) < (18,) or _own_autovacuum(shape):
+    if not can_analyze_only(conn) or own_autovacuum(shape):
         return statement("ANALYZE {table}", table=table)
     leaves = [name(spec.home, spec.partition(period)) for period in periods]
     return statement("ANALYZE ONLY {tables}", tables=joined([table, *leaves]))
@@ -660,7 +660,7 @@ def final_statistics(conn: Connection, shape: TableShape, periods: Iterable[Peri
 def autovacuum_as_before_statements(shape: TableShape, periods: Iterable[Period]) -> list[Statement]:
     """The partitions' setting for autovacuum is that of the plain table again; SHARE UPDATE EXCLUSIVE."""
     change: Statement = sql.SQL("RESET (autovacuum_enabled)")
-    if _own_autovacuum(shape):
+    if own_autovacuum(shape):
         # All of them, so that they also stand in their old order.
         options = joined([sql.SQL(option) for option in shape.options])
         change = statement("SET ({options})", options=options)
@@ -670,7 +670,13 @@ def autovacuum_as_before_statements(shape: TableShape, periods: Iterable[Period]
     ]
 
 
-def _own_autovacuum(shape: TableShape) -> bool:
+def can_analyze_only(conn: Connection) -> bool:
+    """Whether the server has ANALYZE ONLY, which leaves the partitions out."""
+    return (conn.dialect.server_version_info or (0,)) >= (18,)
+
+
+def own_autovacuum(shape: TableShape) -> bool:
+    """Whether the table has a setting of its own for autovacuum, which may be off."""
     return any(option.startswith("autovacuum_enabled ") for option in shape.options)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -23,15 +23,17 @@ from chronos import telemetry
 from chronos.catalog.partitions import attached
 from chronos.db import connect_engine, execute, name, statement, transaction
 from chronos.demo.embedded import EmbeddedPostgres
+from chronos.demo.reader import CountingReader
 from chronos.demo.rows import create_webhook_log
 from chronos.demo.writer import LiveWriter
 from chronos.errors import ChronosError, InterruptedRunError
 from chronos.locks import Locks
 from chronos.migration import state as states
 from chronos.migration.checks import Survey
-from chronos.migration.console import Output
-from chronos.migration.operator import Operator
+from chronos.migration.console import Output, Summary
+from chronos.migration.operator import Operator, handled
 from chronos.migration.run import Options, migrate
+from chronos.migration.state import Strategy
 from chronos.settings import Settings
 from chronos.table import WEBHOOK_LOG
 
@@ -42,13 +44,25 @@ _INSERTS_PER_SECOND = 300
 _LATE_SHARE = 0.02
 _DAYS_AHEAD = 60
 _RETENTION_DAYS = 10
-_BAR_WIDTH = 50
+_COUNTED_DAYS = 14  # within retention: rows that are there before and after
+_BAR_WIDTH = 22
 
 Confirm = Callable[[URL, Survey], None]
 
 
-def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
-    """Migrate a webhook_log of ``rows`` rows on an embedded PostgreSQL while an application writes to it.
+class DemoOutput(Output):
+    """The demo has a summary of its own, and is to fit on two screens."""
+
+    def summary(self, found: Summary) -> None:
+        """Only what the migration cost the server."""
+        self.line()
+        self.cost(found)
+
+
+def demo(
+    rows: int, *, keep: bool, confirm: Confirm, output: Output, strategy: Strategy = Strategy.COPY
+) -> None:
+    """Migrate a webhook_log of ``rows`` rows on an embedded PostgreSQL while an application uses it.
 
     ``confirm`` is shown the server's URL and what preflight found, and raises RefusedError to call it
     off. With ``keep`` the server stays up in the end, and the last lines say how to go on and how to
@@ -58,7 +72,7 @@ def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
     """
     telemetry.configure(Settings.model_construct(logfire_token=None))  # nothing here is worth sending
     try:
-        with _signals(signal.default_int_handler), _server(keep, output) as server:
+        with handled(signal.default_int_handler), _server(keep, output) as server:
             url = make_url(server.url)
             engine = connect_engine(url, application_name="chronos demo")
             _make_table(engine, rows, output)
@@ -66,15 +80,18 @@ def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
                 url, threads=_CONNECTIONS, rate=_INSERTS_PER_SECOND, past_share=_LATE_SHARE
             ) as writer:
                 writer.catch_up()
-                output.ok(f"An application has begun to insert {_INSERTS_PER_SECOND} more a second")
+                output.ok(f"An application inserts {_INSERTS_PER_SECOND} more a second, and will count them")
                 output.line()
-                run = _migrate(engine, writer, confirm, output)
+                run = _migrate(engine, writer, confirm, output, strategy)
                 _summarize(engine, writer, run, output)
                 _create_partitions(engine, writer, output)
-                _drop_partitions(engine, writer, output)
-            _require_every_row(engine, writer, output)
+                if strategy is Strategy.ATTACH:
+                    _say_what_becomes_of_the_table(engine, output)
+                else:
+                    _drop_partitions(engine, writer, output)
+            _require_every_row(engine, writer, run, output)
             if keep:
-                _say_how_to_go_on(server, output)
+                _say_how_to_go_on(server, output, strategy)
     except KeyboardInterrupt:
         # If it came while a library executed a text of its own, Python would end by the signal, whatever the
         # exit code; unless another text has been executed since.
@@ -84,17 +101,6 @@ def demo(rows: int, *, keep: bool, confirm: Confirm, output: Output) -> None:
         raise InterruptedRunError(
             "the demo was stopped; its server is gone, and all that was in it"
         ) from None
-
-
-@contextmanager
-def _signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM handled like this while the block runs."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
 
 
 @contextmanager
@@ -129,57 +135,69 @@ def _make_table(engine: Engine, rows: int, output: Output) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """A migration as the application saw it: the time it took, and the wait of each insert meanwhile."""
+    """A migration as the application saw it: its time, the wait of each insert meanwhile, the reads."""
 
     seconds: float
     waits: list[float]
+    reader: CountingReader
 
 
-def _migrate(engine: Engine, writer: LiveWriter, confirm: Confirm, output: Output) -> _Run:
+def _migrate(
+    engine: Engine, writer: LiveWriter, confirm: Confirm, output: Output, strategy: Strategy
+) -> _Run:
     stop = threading.Event()
     first, started = 0, 0.0
+    reader = CountingReader(engine.url, datetime.now(UTC) - timedelta(days=_COUNTED_DAYS))
     with ExitStack() as stack:
 
         def confirmed(found: Survey) -> None:
             nonlocal first, started
             confirm(engine.url, found)
             # From here on a signal takes effect between two batches, not in the middle of one.
-            stack.enter_context(_signals(lambda *_: stop.set()))
+            stack.enter_context(handled(lambda *_: stop.set()))
+            stack.enter_context(reader)
             first, started = len(writer.commits), time.monotonic()
 
         try:
-            migrate(engine, _TABLE, Options(), Operator(output, stop), confirmed)
+            options = Options(strategy=strategy)
+            migrate(engine, _TABLE, options, Operator(output, stop), confirmed)
         except InterruptedRunError:
             if not stop.is_set():
                 raise
+        finally:
+            output.close()
+        seconds = time.monotonic() - started
     if stop.is_set():
         raise KeyboardInterrupt
-    seconds = time.monotonic() - started
     writer.catch_up()
-    return _Run(seconds, [commit.seconds for commit in writer.commits[first:]])
+    return _Run(seconds, [commit.seconds for commit in writer.commits[first:]], reader)
 
 
 def _summarize(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
     with engine.connect() as conn:
         presence = writer.check(conn)
-        partitions = list(_partitions(conn).values())
         with transaction(conn):
-            state = states.read(conn, _TABLE)
-    copied = sum(result.new_rows for result in state.compared.values()) if state else 0
-    waits = run.waits or [0.0]
+            days = execute(conn, statement(_ROWS_A_DAY, log=name(_TABLE.home, _TABLE.name))).all()
+    waits, reader = run.waits or [0.0], run.reader
     output.line()
+    output.line(f"What the application noticed in these {run.seconds:.1f} s:")
     for label, value in (
-        ("Rows copied and compared", f"{copied:,} in {run.seconds:.1f} s"),
-        ("Rows written meanwhile", f"{len(run.waits):,}, {len(run.waits) / run.seconds:,.0f} a second"),
-        ("Errors met by the writer", f"{len(writer.errors)}"),
-        ("Longest wait of a writer", f"{_ms(max(waits))}, median {_ms(statistics.median(waits))}"),
+        ("Rows written", f"{len(run.waits):,}, {len(run.waits) / run.seconds:,.0f} a second"),
+        ("Errors met", f"{len(writer.errors) + len(reader.errors)}"),
         ("Rows lost, rows twice", f"{len(presence.lost)}, {len(presence.twice)}"),
-        ("Partitions", f"{len(partitions)}, from {partitions[0].day} to {partitions[-1].day}"),
+        ("Reads short of rows", f"{reader.short} of {reader.reads:,}"),
+        ("Longest wait of a writer", f"{_ms(max(waits))}, median {_ms(statistics.median(waits))}"),
+        ("Longest read", _ms(reader.longest_s)),
     ):
-        output.line(f"{label:<28}{value}")
+        output.line(f"  {label:<26}{value}")
     output.line()
     output.line("Rows a day:")
-    _chart([partition for partition in partitions if partition.rows], output)
+    _chart([(day, rows) for day, rows in days], output)
+
+
+_ROWS_A_DAY = """
+SELECT ("timestamp" AT TIME ZONE 'UTC')::date, count(*) FROM {log} GROUP BY 1 ORDER BY 1
+"""
 
 
 @dataclass(frozen=True)
@@ -210,13 +228,18 @@ def _partitions(conn: Connection) -> dict[str, _Partition]:
         }
 
 
-def _chart(partitions: list[_Partition], output: Output) -> None:
-    """A bar for each day, made of # where the terminal's encoding has no blocks."""
+def _chart(days: list[tuple[date, int]], output: Output) -> None:
+    """A bar for each day, in two columns, made of # where the terminal's encoding has no blocks."""
     block = "█" if output.console.encoding.startswith("utf") else "#"
-    most = max(partition.rows for partition in partitions)
-    for partition in partitions:
-        bar = block * max(1, round(_BAR_WIDTH * partition.rows / most))
-        output.console.print(Text.assemble(f"{partition.day}  {partition.rows:>9,}  ", (bar, "cyan")))
+    most = max(rows for _, rows in days)
+    half = (len(days) + 1) // 2
+    for place in range(half):
+        line = Text()
+        for day, rows in days[place::half]:
+            bar = block * max(1, round(_BAR_WIDTH * rows / most))
+            line.append(f"{day:%m-%d} {rows:>9,} ").append(f"{bar:<{_BAR_WIDTH}}  ", "cyan")
+        line.rstrip()
+        output.console.print(line)
 
 
 @dataclass(frozen=True)
@@ -240,15 +263,15 @@ def _call(engine: Engine, writer: LiveWriter, function: str, argument: int, outp
                 names = [row[0] for row in execute(conn, query)]
     seconds = time.monotonic() - started
     writer.catch_up()
-    for line in names if len(names) <= 3 else [names[0], "...", names[-1]]:
-        output.line(f"  {line}")
     return _Call(names, seconds, writer.longest_wait(first))
 
 
 def _create_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
     call = _call(engine, writer, _TABLE.create_function, _DAYS_AHEAD, output)
-    output.ok(f"{len(call.names)} partitions created in {_ms(call.seconds)}")
-    output.line(f"  The longest wait of a writer meanwhile: {_ms(call.longest_wait)}")
+    output.ok(
+        f"{len(call.names)} partitions created in {_ms(call.seconds)};"
+        f" longest wait of a writer {_ms(call.longest_wait)}"
+    )
 
 
 def _drop_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None:
@@ -259,17 +282,26 @@ def _drop_partitions(engine: Engine, writer: LiveWriter, output: Output) -> None
     size = sum(before[partition].bytes for partition in call.names)
     output.ok(
         f"{len(call.names)} partitions with {rows:,} rows, {size / 1024**2:,.0f} MB,"
-        f" dropped in {_ms(call.seconds)}"
+        f" dropped in {_ms(call.seconds)};\n  longest wait of a writer {_ms(call.longest_wait)}"
     )
-    output.line(f"  The longest wait of a writer meanwhile: {_ms(call.longest_wait)}")
 
 
-def _require_every_row(engine: Engine, writer: LiveWriter, output: Output) -> None:
+def _say_what_becomes_of_the_table(engine: Engine, output: Output) -> None:
+    with engine.connect() as conn, transaction(conn):
+        state = states.read(conn, _TABLE)
+    assert state is not None
+    output.line()
+    output.line(f"{states.what_becomes_of(state.plan)}.")
+
+
+def _require_every_row(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
     """Look once more for every row that the application was told is stored."""
     with engine.connect() as conn:
         presence = writer.check(conn)
     problems: dict[str, list[Any]] = {
         "errors met by the writer": writer.errors,
+        "errors met by the reader": run.reader.errors,
+        "reads that missed a row": [f"of {run.reader.reads}"] * run.reader.short,
         "rows lost": presence.lost,
         "rows stored twice": presence.twice,
         "ids given twice": presence.repeated_ids,
@@ -281,18 +313,19 @@ def _require_every_row(engine: Engine, writer: LiveWriter, output: Output) -> No
     output.ok(f"All {len(writer.commits):,} rows that the application wrote are there, each exactly once")
 
 
-def _say_how_to_go_on(server: EmbeddedPostgres, output: Output) -> None:
+def _say_how_to_go_on(server: EmbeddedPostgres, output: Output, strategy: Strategy) -> None:
     python = os.path.relpath(sys.executable)
     url = make_url(server.url).set(drivername="postgresql").render_as_string(hide_password=False)
     output.line()
     output.line("The server stays up. To look around in it:")
     output.line()
     output.line(f"export DATABASE_URL={url}")
-    output.line(f"export WEBHOOK_LOG_RETENTION_DAYS={_RETENTION_DAYS}")
+    if strategy is Strategy.COPY:  # its days were dropped
+        output.line(f"export WEBHOOK_LOG_RETENTION_DAYS={_RETENTION_DAYS}")
     for verb, effect in (
         ("status", "partitions, gaps, sizes"),
         ("rollback", "back to the plain table, or:"),
-        ("finalize", "drop webhook_log_old"),
+        ("finalize", "give the way back up" if strategy is Strategy.ATTACH else "drop webhook_log_old"),
     ):
         output.line(f"{f'{python} -m chronos {verb}':<44}# {effect}")
     output.line()

@@ -361,6 +361,7 @@ def swap(migration: Migration) -> None:
             execute(conn, joined([*forward_statements(migration.shape, plan), *redirects], ";\n"))
             require_dependents(conn, following, oid_of(conn, table.home, table.name))
     migration.note(locks)
+    migration.swap_s = locks.last_s
     migration.refresh()
 
 

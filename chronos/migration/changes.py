@@ -574,6 +574,7 @@ def replay_most(
             migration.operator.patience.sleep(_PAUSE_S)
             continue
         done += notes
+        migration.notes_replayed += notes
         if notes < FEW:
             return done
         attempts, limit = 0, _BATCH

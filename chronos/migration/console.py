@@ -8,20 +8,27 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from chronos.locks import Obstacle
+from chronos.migration.record import Record
 from chronos.migration.state import PeriodResult
 from chronos.migration.throttle import Lag
-from chronos.table import Period
+from chronos.table import Period, TableSpec
 
 _RULE = "=" * 80
+_CALM = "cyan"
+_RATE_S = 10.0  # the rate that is shown is that of the last seconds
 
 
 def in_bytes(size: float) -> str:
@@ -44,6 +51,22 @@ def ago(age: timedelta) -> str:
         if age.total_seconds() >= seconds:
             return f"{counted(int(age.total_seconds() // seconds), unit)} ago"
     return "less than a minute ago"
+
+
+def clock_time(seconds: float) -> str:
+    """``0:13``, ``1:02:03``."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def short(number: float) -> str:
+    """A number for which there is little room: ``870``, ``9.2k``, ``56k``, ``1.2M``."""
+    for unit in ("", "k"):
+        if number < 999.5:
+            return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
+        number /= 1000
+    return f"{number:.1f}M"
 
 
 # A word in the quotes of a shell. A table is such a word, or one without quotes that SQL would take.
@@ -95,7 +118,8 @@ class Summary:
 
     A step that an earlier run did has 0 seconds; ``copied`` is None when that was not the way. ``wal_bytes``
     is what the whole server wrote meanwhile, None if it did not say; ``lock_s`` the longest, in seconds,
-    that anybody can have stood behind a lock of the migration.
+    that anybody can have stood behind a lock of the migration; ``statistics_s`` what it took to gather
+    statistics, None if that was not done.
     """
 
     steps: list[tuple[str, float]]
@@ -103,6 +127,7 @@ class Summary:
     copied: int | None
     wal_bytes: int | None
     lock_s: float
+    statistics_s: float | None = None
 
 
 class _Terminal(Console):
@@ -124,17 +149,38 @@ class _Terminal(Console):
             self.on_broken_pipe()
 
 
+@dataclass
+class _Wait:
+    """A lock that is waited for since ``since``, on the line that is rewritten."""
+
+    line: Live
+    since: float
+    obstacle: Obstacle
+    attempts: int = 0
+
+
 class Output:
-    """Prints the migration's lines; a live bar on a terminal, at most a line a second elsewhere."""
+    """Prints the migration's lines; a live bar on a terminal, at most a line a second elsewhere.
+
+    ``record`` keeps what it is told for the run's report.
+    """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or _Terminal(highlight=False, soft_wrap=True)
+        self.record = Record(clock)
         self._clock = clock
         encoding = (self.console.encoding or "ascii").lower().replace("-", "")
         self._tick = "✓" if encoding.startswith("utf") else "OK"
+        self._wait: _Wait | None = None
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether lines can be written over: on a terminal that is not a dumb one."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def line(self, text: str = "") -> None:
         """One line of plain text."""
+        self.close()
         self.console.print(text, markup=False)
 
     def banner(self, text: str) -> None:
@@ -152,113 +198,232 @@ class Output:
         """The line that closes a step."""
         self.line(f"{self._tick} {text}")
 
-    def partition(self, leaf: str, period: Period) -> None:
-        """The line for a partition that is there now."""
-        self.line(f"Created partition: {leaf} ({period} to {Period(period.end, period.end)})")
+    def partitions(self, table: TableSpec, periods: list[Period]) -> None:
+        """The partitions that are there now: a line for each; on a terminal one for all."""
+        if not self.rewrites or len(periods) < 3:
+            for period in periods:
+                self.line(f"Created partition: {table.partition(period)} ({period} to {_day_after(period)})")
+            return
+        first, last = periods[0], periods[-1]
+        self.line(f"Created {len(periods):,} partitions, one a {table.every}: {first} to {_day_after(last)}")
 
-    def waiting(self, why: str, attempt: int) -> None:
-        """What an attempt at a lock came to."""
-        self.line(f"  {why} (attempt {attempt}, trying again)")
+    def waiting(self, obstacle: Obstacle, attempt: int) -> None:
+        """What an attempt at a lock came to; on a terminal the line is written over until the wait ends."""
+        self.record.waited(obstacle.what, obstacle.who)
+        if not self.rewrites:
+            self.line(f"  {obstacle} (attempt {attempt}, trying again)")
+            return
+        if self._wait is None:
+            live = Live(
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            live.start()
+            self._wait = _Wait(live, self._clock(), obstacle)
+        self._wait.obstacle = obstacle
+        self._wait.attempts += 1
+        text = _shown(obstacle, self._clock() - self._wait.since, self.console.width - 1)
+        self._wait.line.update(Text(text, _CALM, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def close(self) -> None:
+        """End the line that is written over, if there is one, with how long the wait was."""
+        if self._wait is None:
+            return
+        wait, self._wait = self._wait, None
+        wait.line.stop()
+        waited = clock_time(self._clock() - wait.since)
+        self.console.print(f"  waited {waited} for {wait.obstacle.who}", markup=False)
+
+    @contextmanager
+    def timed(self, doing: str, done: str) -> Iterator[None]:
+        """Say what is being done, and when the block has ended that it is done, and in how many seconds."""
+        self.line()
+        self.line(f"{doing}...")
+        began = self._clock()
+        yield
+        self.ok(f"{done} in {self._clock() - began:.1f} s")
 
     def summary(self, found: Summary) -> None:
-        """Rows of each period, seconds of each step, and what it cost the server."""
-        periods = Table("Period", "Rows", "Compared", box=None, pad_edge=False)
-        periods.columns[1].justify = "right"
-        for period, result in sorted(found.periods.items()):
-            periods.add_row(f"{period}", f"{result.new_rows:,}", "equal" if result.alike else "counted")
+        """Rows of each period, seconds of each step, and what it cost the server.
+
+        A terminal gets one line for all periods: the page is to fit on it.
+        """
+        self.line()
+        if found.periods and self.rewrites:
+            self.line(_in_a_line(found.periods))
+            self.line()
+        elif found.periods:
+            periods = Table("Period", "Rows", "Compared", box=None, pad_edge=False)
+            periods.columns[1].justify = "right"
+            for period, result in sorted(found.periods.items()):
+                periods.add_row(f"{period}", f"{result.new_rows:,}", "equal" if result.alike else "counted")
+            self.console.print(periods)
+            self.line()
         steps = Table("Step", "Seconds", box=None, pad_edge=False)
         steps.columns[1].justify = "right"
         for number, (step, seconds) in enumerate(found.steps, 1):
             steps.add_row(f"{number} {step}", f"{seconds:.2f}" if seconds else "earlier")
-        for table in (periods, steps) if found.periods else (steps,):
-            self.line()
-            self.console.print(table)
+        if found.statistics_s is not None:
+            steps.add_row("  Gathering statistics", f"{found.statistics_s:.2f}")
+        self.console.print(steps)
         self.line()
+        self.cost(found)
+
+    def cost(self, found: Summary) -> None:
+        """The last line of the summary."""
         wal = "" if found.wal_bytes is None else f"{in_bytes(found.wal_bytes)} of WAL on the whole server; "
         copied = "nothing" if found.copied is None else f"{found.copied:,} rows"
         self.line(f"{copied} copied; {wal}longest lock {found.lock_s * 1000:.0f} ms")
 
     @contextmanager
-    def copying(self, total: int, done: int = 0, did: str = "Migrated") -> Iterator[RowCount]:
-        """Count rows while the block runs; ``did`` is what is done to them."""
-        count = RowCount(self, total, done, self._clock, did)
-        if not self.console.is_terminal or total == 0:
-            yield count
+    def copying(
+        self,
+        total: int,
+        done: int = 0,
+        did: str = "Migrated",
+        *,
+        periods: int = 0,
+        begun: Iterable[Period] = (),
+    ) -> Iterator[RowCount]:
+        """Count rows while the block runs; ``did`` is what is done to them.
+
+        They lie in ``periods`` periods, of which those that have ``begun`` are copied already.
+        """
+        count = RowCount(self, total, done, self._clock, did, periods, begun)
+        if not self.rewrites or total == 0:
+            try:
+                yield count
+            finally:
+                self.record.copied_all(count.rows)
             count.finish()
             return
         with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>5.1f}% {task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn(did.lower() if did != "Migrated" else "copying"),
+            BarColumn(bar_width=None, complete_style=_CALM, finished_style=_CALM),
+            TextColumn("{task.fields[shown]}"),
             console=self.console,
             refresh_per_second=4,
             transient=True,  # the line that ends the count says it all
         ) as progress:
             count.show_on(progress)
-            yield count
+            try:
+                yield count
+            finally:
+                self.record.copied_all(count.rows)
             count.finish()
+
+
+def _day_after(period: Period) -> Period:
+    """The instant at which a period ends, as the name of the one that follows it."""
+    return Period(period.end, period.end)
+
+
+def _in_a_line(periods: dict[Period, PeriodResult]) -> str:
+    first, last = min(periods), max(periods)
+    rows = sum(result.new_rows for result in periods.values())
+    how = "each compared, equal" if all(r.alike for r in periods.values()) else "each counted, equal"
+    return f"{rows:,} rows from {first} to {_day_after(last)}: {counted(len(periods), 'partition')}, {how}"
+
+
+def _shown(obstacle: Obstacle, seconds: float, width: int) -> str:
+    """What is waited for in one line: all that is known, or who is in the way and what would end that."""
+    head = f"  {clock_time(seconds)} "
+    if len(head) + len(obstacle.text) <= width:
+        return f"{head}{obstacle}"
+    tail = f": {obstacle.remedy};" if obstacle.remedy else ""
+    head += "waiting for "
+    room = max(8, width - len(head) - len(tail))
+    who = obstacle.who if len(obstacle.who) <= room else f"{obstacle.who[: room - 3]}..."
+    return f"{head}{who}{tail}"
 
 
 class RowCount:
     """Rows copied so far, added up over all workers."""
 
     def __init__(
-        self, output: Output, total: int, done: int, clock: Callable[[], float], did: str = "Migrated"
+        self,
+        output: Output,
+        total: int,
+        done: int,
+        clock: Callable[[], float],
+        did: str = "Migrated",
+        periods: int = 0,
+        begun: Iterable[Period] = (),
     ) -> None:
         self._output = output
         self._did = did
         self._said = ""
         self._total = total
         self.rows = done
-        self._at_start = done
         self._clock = clock
-        self._started = clock()
+        self._periods = periods
+        self._begun = set(begun)
+        self._recent: deque[tuple[float, int]] = deque([(clock(), done)])
         self._last_line = float("-inf")
         self._turn = threading.Lock()
-        self._paused = False
+        self._paused: str | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        output.record.copied_all(done)
 
     def show_on(self, progress: Progress) -> None:
         """Draw on a live bar from now on."""
         self._progress = progress
-        self._task = progress.add_task("", total=self._total, completed=self.rows, rate="", note="")
+        self._task = progress.add_task("", total=self._total, completed=self.rows, shown="")
 
     def add(self, period: Period, rows: int, lag: Lag | None = None) -> None:
         """Note a finished batch of ``period``, and how far the replicas are behind; any worker may call."""
         with self._turn:
             self.rows += rows
+            if rows:
+                self._begun.add(period)
             now = self._clock()
-            if self._progress is not None and self._task is not None:
-                rate = (self.rows - self._at_start) / max(now - self._started, 1e-6)
-                self._progress.update(
-                    self._task,
-                    completed=self.rows,
-                    description=f"{self.rows:,} / {self._total:,} rows",
-                    rate=f"{rate:,.0f}/s",
-                    note=f"{period}" if lag is None else f"{period} lag {lag.seconds:.0f} s",
-                )
+            self._output.record.copied(self.rows)
+            self._recent.append((now, self.rows))
+            while now - self._recent[0][0] > _RATE_S and len(self._recent) > 2:
+                self._recent.popleft()
+            if self._progress is not None:
+                self._draw(period, None if lag is None else f"lag {lag.seconds:.0f} s")
             elif now - self._last_line >= 1:
                 self._last_line = now
                 self._print()
 
     def pause(self, why: str | None) -> None:
-        """Say why the copy stands still; None: it goes on."""
+        """Say why the copy stands still; None: it goes on. On a terminal the bar says so."""
         with self._turn:
+            if self._progress is not None:
+                self._draw(None, None if why is None else "paused")
             if why is None:
                 self._output.line("  going on")
-            elif not self._paused:
+            elif self._paused is None:
                 self._output.line(f"  paused: {why}")
-            if self._progress is not None and self._task is not None:
-                self._progress.update(self._task, note="paused" if why else "")
-            self._paused = why is not None
+            self._paused = why
 
     def finish(self) -> None:
         """Print where the count ended; rows that came or went meanwhile are part of the whole."""
         self._total = self.rows
         self._print()
+
+    def _draw(self, period: Period | None, note: str | None) -> None:
+        """The fields beside the bar: how much, how fast, how long still, and where."""
+        assert self._progress is not None
+        assert self._task is not None
+        (then, before), (now, rows) = self._recent[0], self._recent[-1]
+        rate = (rows - before) / max(now - then, 1e-6)
+        # Rows that have come meanwhile are part of the whole.
+        total = max(self._total, self.rows)
+        fields = [f"{100 * self.rows // max(total, 1):>3}%", f"{self.rows:,}/{total:,}", f"{short(rate)}/s"]
+        if rate > 0:
+            fields.append(f"left {clock_time((total - self.rows) / rate)}")
+        if self._periods and period is not None:
+            number = len(self._begun)
+            fields.append(f"{_unit(period)} {number}/{max(self._periods, number)}")
+        if note is not None:
+            fields.append(note)
+        self._progress.update(self._task, total=total, completed=self.rows, shown="  ".join(fields))
 
     def _print(self) -> None:
         percent = 100.0 * self.rows / self._total if self._total else 100.0
@@ -266,3 +431,9 @@ class RowCount:
         if text != self._said:
             self._said = text
             self._output.line(text)
+
+
+def _unit(period: Period) -> str:
+    """What a period is called by its length."""
+    days = (period.end - period.start).total_seconds() / 86_400
+    return "hour" if days < 1 else "day" if days < 2 else "week" if days < 8 else "month"

@@ -27,8 +27,9 @@ class Migration:
     """A migration that this run owns. ``shape`` is that of the plain table, whatever its name is now.
 
     ``oldest`` is where the partitions began when a way back set out, ``longest_lock_s`` the longest that
-    anybody can have stood behind a lock of ours, ``may_stop`` false when a stop must not cut this short,
-    ``needs_notes`` false when the operator goes back without what was not noted.
+    anybody can have stood behind a lock of ours, ``swap_s`` how long they can have in the swap (None: not
+    yet), ``notes_replayed`` how many notes this run has replayed, ``may_stop`` false when a stop must not cut
+    this short, ``needs_notes`` false when the operator goes back without what was not noted.
     """
 
     engine: Engine
@@ -37,6 +38,8 @@ class Migration:
     state: State
     shape: TableShape
     longest_lock_s: float = 0.0
+    swap_s: float | None = None
+    notes_replayed: int = 0
     oldest: datetime | None = None
     may_stop: bool = True
     needs_notes: bool = True

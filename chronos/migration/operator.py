@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import FrameType
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -13,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos.catalog.locate import require_located
 from chronos.db import execute, no_transaction_timeout, one_line, opened, statement, transaction
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
-from chronos.locks import Locks, Patience
+from chronos.locks import Locks, Obstacle, Patience
 from chronos.migration.console import Output
 from chronos.migration.state import where
 from chronos.table import TableSpec
@@ -38,6 +40,22 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
 AN_HOUR = 900
 
 
+# A terminal that goes (SIGHUP) asks to stop as well, unless it was to be outlived, as under nohup.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have every signal that asks to stop handled like this while the block runs."""
+    stops = [n for n in _STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in stops}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
 class StopRequestedError(Exception):
     """The operator asked to stop; raised at the next point where stopping is clean."""
 
@@ -58,8 +76,8 @@ class Operator:
     def locks(self, attempts: int | None = None, *, may_stop: bool = True) -> Locks:
         """Attempts at locks that tell the operator who is waited for, and end when asked to."""
 
-        def on_blocked(message: str, attempt: int) -> None:
-            self.output.waiting(message, attempt)
+        def on_blocked(obstacle: Obstacle, attempt: int) -> None:
+            self.output.waiting(obstacle, attempt)
             if may_stop:
                 self.check_stop()
 

@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
+from typing import Any
 from uuid import uuid4
 
 from psycopg2 import errorcodes
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from chronos.catalog.ddl import (
-    autovacuum_as_before_statements,
-    final_statistics,
-)
+from chronos.catalog.ddl import autovacuum_as_before_statements
 from chronos.commands import migrate as migrate_command
 from chronos.commands import rollback as rollback_command
 from chronos.commands import start as start_command
@@ -63,9 +63,10 @@ from chronos.migration.operator import (
     going_on_with,
     sole_operator,
 )
-from chronos.migration.report import write_report
+from chronos.migration.report import Ended, Estimate, facts, require_writable, write_report
 from chronos.migration.rollback import roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, Strategy, phase_statement
+from chronos.migration.statistics import gather_statistics
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
 from chronos.table import Period, TableSpec
@@ -76,9 +77,10 @@ from chronos.telemetry import span
 class Options:
     """What the operator asked for. ``workers`` periods are copied at a time; ``content`` false counts only.
 
-    ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` in seconds; None: no limit.
-    ``hold`` ends before the swap, with all the rest done. ``accept_duplicates`` are the replication slots
-    whose readers may get rows twice.
+    ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` and ``max_lock_wait`` in seconds;
+    None: no limit. ``hold`` ends before the swap, with all the rest done. ``accept_duplicates`` are the
+    replication slots whose readers may get rows twice. ``given`` names those that the operator gave: they are
+    kept with the migration, and a resumed run repeats them unless given anew.
     """
 
     strategy: Strategy = Strategy.COPY
@@ -90,8 +92,45 @@ class Options:
     rate_limit: int | None = None
     max_replica_lag: float | None = None
     report: Path | None = None
+    max_lock_wait: float = 1.0
     reconnect_s: float = 30.0
     accept_duplicates: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
+
+    def kept(self) -> dict[str, Any]:
+        """Those that a resumed run repeats, for the state."""
+        found = {option: getattr(self, option) for option in sorted(self.given & _REPEATED.keys())}
+        return {o: str(v.absolute()) if isinstance(v, Path) else v for o, v in found.items()}
+
+    def repeating(self, kept: dict[str, Any]) -> Options:
+        """These, and what was kept of an earlier run where nothing was given anew."""
+        before = {o: v for o, v in kept.items() if o in _REPEATED and o not in self.given}
+        if "report" in before:
+            before["report"] = Path(before["report"])
+        return replace(self, **before, given=self.given | before.keys())
+
+    def __str__(self) -> str:
+        """As they are typed: those that were given."""
+        return " ".join(
+            f"{_REPEATED[option]} {quote(_as_typed(value))}" for option, value in self.kept().items()
+        )
+
+
+_REPEATED = {
+    "batch_size": "--batch-size",
+    "workers": "--workers",
+    "content": "--verify",
+    "rate_limit": "--rate-limit",
+    "max_replica_lag": "--max-replica-lag",
+    "max_lock_wait": "--max-lock-wait",
+    "report": "--report",
+}
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return "full" if value else "counts"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def step_titles(table: TableSpec, strategy: Strategy = Strategy.COPY) -> dict[int, str]:
@@ -132,19 +171,18 @@ def migrate(
     options: Options,
     operator: Operator,
     confirm: Callable[[Survey], None],
-    confirm_resume: Callable[[State], None] = lambda found: None,
+    confirm_resume: Callable[[State, Options], None] = lambda found, options: None,
 ) -> Strategy:
     """Turn the table into partitions, or carry on where an earlier run was cut off; returns the strategy.
 
-    ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came; either raises
-    RefusedError to call it off. Each error raised is a ChronosError whose message says what state the tables
-    are in.
+    ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came, and the options with
+    which it goes on; either raises RefusedError to call it off. Each error raised is a ChronosError whose
+    message says what state the tables are in.
     """
+    _require_possible(options)
     with sole_operator(engine, table) as (conn, table):
-        if options.max_replica_lag is not None:
-            ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
         if options.resume:
-            migration = _take_over(engine, conn, table, operator, confirm_resume)
+            migration, options = _take_over(engine, conn, table, options, operator, confirm_resume)
             if migration.state.phase is Phase.RETURNING:
                 with going_on_with(
                     f"{migrate_command(table)} --resume", "end of the rollback", engine, table
@@ -152,12 +190,26 @@ def migrate(
                     stay(migration)
                 operator.output.ok(f"The rollback is called off; {table} stays partitioned")
                 return migration.plan.strategy
+            estimate = None
         else:
+            _require_lag_is_seen(conn, options)
             found = _look(engine, conn, table, operator, options, confirm)
-            migration = _begin(engine, conn, operator, found)
+            migration = _begin(engine, conn, operator, found, options)
+            estimate = Estimate(found.rows_estimate, found.bytes)
         run = _Adoption if migration.plan.attaches else _Run
-        run(migration, options).forward()
+        run(migration, options, estimate).forward()
         return migration.plan.strategy
+
+
+def _require_possible(options: Options) -> None:
+    """Raise RefusedError when the report could not be written, before anything is changed."""
+    if options.report is not None:
+        require_writable(options.report)
+
+
+def _require_lag_is_seen(conn: Connection, options: Options) -> None:
+    if options.max_replica_lag is not None:
+        ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
 
 
 def _look(
@@ -195,23 +247,27 @@ def _look(
     return found
 
 
-def _begin(engine: Engine, conn: Connection, operator: Operator, found: Survey) -> Migration:
+def _begin(
+    engine: Engine, conn: Connection, operator: Operator, found: Survey, options: Options
+) -> Migration:
     """Fix the plan, from the server's clock, once."""
     assert found.shape is not None
     with transaction(conn):
         functions = tuple(definitions(conn, found.spec).values())
     plan = replace(first_plan(found), functions=functions)
-    return Migration(engine, conn, operator, State(uuid4(), Phase.BUILT, plan), found.shape)
+    state = State(uuid4(), Phase.BUILT, plan, options=options.kept())
+    return Migration(engine, conn, operator, state, found.shape)
 
 
 def _take_over(
     engine: Engine,
     conn: Connection,
     table: TableSpec,
+    options: Options,
     operator: Operator,
-    confirm: Callable[[State], None],
-) -> Migration:
-    """Make an interrupted migration this run's own, once the operator has confirmed."""
+    confirm: Callable[[State, Options], None],
+) -> tuple[Migration, Options]:
+    """Make an interrupted migration this run's own, once the operator has confirmed; with its options."""
     with transaction(conn):
         found = states.read(conn, table)
         if found is None:
@@ -240,19 +296,25 @@ def _take_over(
                 f" only; nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
                 f" with: {start_command(table)}"
             )
+    options = options.repeating(found.options)
+    _require_possible(options)
+    _require_lag_is_seen(conn, options)
     with asking(conn, found.table):
-        confirm(found)
+        confirm(found, options)
+    operator.patience = replace(operator.patience, longest_s=options.max_lock_wait)
     with transaction(conn):
-        found = states.take_over(conn, found)
-        return Migration(engine, conn, operator, found, read_plain(conn, found))
+        found = replace(states.take_over(conn, found), options=options.kept())
+        execute(conn, states.options_statement(table, found.options))
+        return Migration(engine, conn, operator, found, read_plain(conn, found)), options
 
 
 class _Run:
     """One run: the migration that it owns, and what it has to report."""
 
-    def __init__(self, migration: Migration, options: Options) -> None:
+    def __init__(self, migration: Migration, options: Options, estimate: Estimate | None = None) -> None:
         self.migration = migration
         self.options = options
+        self.estimate = estimate
         self.operator = migration.operator
         self.output = migration.operator.output
         self.table = migration.table
@@ -261,6 +323,8 @@ class _Run:
         self.step = 1
         self.wal_start: str | None = None
         self.held = False
+        self.statistics_s: float | None = None
+        self.began = datetime.now(UTC)
 
     @property
     def phase(self) -> Phase:
@@ -268,7 +332,17 @@ class _Run:
         return self.migration.state.phase
 
     def forward(self) -> None:
-        """The six steps; on failure, the way back. Once they are done, no failure leads back."""
+        """The six steps; on failure, the way back. Once they are done, no failure leads back.
+
+        However it ends, the report is written.
+        """
+        try:
+            self._there_or_back()
+        except ChronosError as error:
+            self._report_partly(error)
+            raise
+
+    def _there_or_back(self) -> None:
         try:
             self._forward()
         except (StopRequestedError, KeyboardInterrupt) as error:
@@ -332,8 +406,8 @@ class _Run:
         self.operator.check_stop()
         with self._step(2, "All partitions created", earlier=self.phase is Phase.READY):
             built = build_partitions(migration)
-            for period in migration.plan.periods if built else []:
-                self.output.partition(self.table.partition(period), period)
+            if built:
+                self.output.partitions(self.table, migration.plan.periods)
 
     def _copy(self) -> None:
         """Step 3: every period, and the foreign keys."""
@@ -346,7 +420,9 @@ class _Run:
                 done = sum(result.new_rows for result in compared.values())
                 total = max(sum(rows.values()), done)
                 self.output.line(f"Total rows to migrate: {total:,}")
-                with self.output.copying(total, done) as count, self._copying(count) as copying:
+                begun = [self.table.period(start) for start, result in compared.items() if result.new_rows]
+                bar = self.output.copying(total, done, periods=len(rows), begun=begun)
+                with bar as count, self._copying(count) as copying:
                     copy_periods(migration, pending_periods(migration), copying, self.options.workers)
                 migration.refresh()
             replay_most(migration, Direction.FORWARD, self.operator.check_stop)
@@ -422,24 +498,9 @@ class _Run:
 
     def _finish(self) -> None:
         """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
-        migration = self.migration
         if not self.held:
             self._gather_statistics()
-        compared = migration.state.compared
-        found = Summary(
-            steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
-            periods={self.table.period(start): result for start, result in compared.items()},
-            copied=None if migration.plan.attaches else sum(result.new_rows for result in compared.values()),
-            wal_bytes=self._wal_bytes(),
-            lock_s=migration.longest_lock_s,
-        )
-        if self.options.report:
-            try:
-                write_report(self.options.report, migration.state, found)
-            except OSError as error:
-                self.output.line(
-                    f"The report could not be written to {self.options.report}: {error.strerror}"
-                )
+        found = self._report()
         self.output.line()
         if self.held:
             self._end_held()
@@ -447,12 +508,48 @@ class _Run:
         self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
         self.output.summary(found)
 
-    def _gather_statistics(self) -> None:
+    def _report_partly(self, error: ChronosError) -> None:
+        """A report of a run that did not come to its end, over a new connection if there is one to be had."""
+        if self.options.report is None:
+            return
         migration = self.migration
+        with ExitStack() as stack:
+            with suppress(DBAPIError, ChronosError):
+                migration.conn = stack.enter_context(opened(migration.engine))
+                with transaction(migration.conn):
+                    found = states.read(migration.conn, self.table)
+                if found is not None and found.run_id == migration.state.run_id:
+                    migration.state = found
+            self._report(error)
+
+    def _report(self, error: ChronosError | None = None) -> Summary:
+        """What was done, and written to the report's file if one is wanted; ``error`` has ended the run."""
+        migration = self.migration
+        compared = migration.state.compared
+        found = Summary(
+            steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
+            periods={self.table.period(start): result for start, result in compared.items()},
+            copied=None if migration.plan.attaches else sum(result.new_rows for result in compared.values()),
+            wal_bytes=self._wal_bytes(),
+            lock_s=migration.longest_lock_s,
+            statistics_s=self.statistics_s,
+        )
+        if self.options.report:
+            ended = Ended(self.began, error, self.held, self.step, self.estimate, str(self.options))
+            try:
+                write_report(self.options.report, facts(migration, found, ended))
+            except OSError as failed:
+                self.output.line(
+                    f"The report could not be written to {self.options.report}: {failed.strerror}"
+                )
+        return found
+
+    def _gather_statistics(self) -> None:
+        migration, began = self.migration, time.monotonic()
         try:
-            with opened(migration.engine) as analyzing:
-                analyzing = analyzing.execution_options(isolation_level="AUTOCOMMIT")
-                execute(analyzing, final_statistics(analyzing, migration.shape, self._live_periods()))
+            with self.output.timed("Gathering statistics", "Statistics gathered"):
+                gather_statistics(migration, self._live_periods())
+            self.statistics_s = time.monotonic() - began
         except DBAPIError as error:
             self.output.line(
                 f"Statistics could not be gathered ({one_line(error)}); run: ANALYZE {self.table};"
@@ -481,7 +578,7 @@ class _Run:
         return [self.table.period(fence)]
 
     def _wal_bytes(self) -> int | None:
-        with suppress(DBAPIError), transaction(self.migration.conn) as conn:
+        with suppress(SQLAlchemyError), transaction(self.migration.conn) as conn:
             found: int = execute(
                 conn,
                 statement(
@@ -582,8 +679,7 @@ class _Adoption(_Run):
         self.operator.check_stop()
         with self._step(2, "All partitions created", earlier=self.phase is Phase.READY):
             if attach.build_partitions(migration):
-                for period in migration.plan.periods:
-                    self.output.partition(self.table.partition(period), period)
+                self.output.partitions(self.table, migration.plan.periods)
 
     def _copy(self) -> None:
         migration, bound = self.migration, self.migration.plan.first

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
+from chronos.locks import Obstacle
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Snapshot:
     seconds: float
     has_lock: bool
 
-    def __str__(self) -> str:
+    def as_obstacle(self) -> Obstacle:
+        """What it stands in the way of, and what would end it."""
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
-        return (
-            f"{who}, whose transaction of {self.seconds:.0f} s may not see the last changes;"
-            f" SELECT pg_terminate_backend({self.pid}) would end it"
+        remedy = f"SELECT pg_terminate_backend({self.pid})"
+        return Obstacle(
+            f"waiting for {who}, whose transaction of {self.seconds:.0f} s may not see the last changes;"
+            f" {remedy} would end it",
+            "an old snapshot",
+            who,
+            remedy,
         )
 
 

@@ -220,7 +220,8 @@ class State:
     """The row. ``compared`` maps the start of each period that is filled and compared to what was found;
     ``fence`` is the instant of the swap; ``verified`` tells that the rows noted before it were compared
     since; ``quieted`` maps the plain table's triggers and rules, while they are switched off, to the states
-    (O, D, R, A) that they had before.
+    (O, D, R, A) that they had before; ``options`` are those that the operator gave, which a resumed run
+    repeats.
     """
 
     run_id: uuid.UUID
@@ -231,6 +232,7 @@ class State:
     verified: bool = False
     quieted: dict[str, str] = field(default_factory=dict)
     changed_at: datetime | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> TableSpec:
@@ -251,10 +253,11 @@ CREATE TABLE {table} (
     fence timestamptz,
     verified boolean NOT NULL DEFAULT false,
     quieted jsonb NOT NULL DEFAULT '{{}}',
-    changed_at timestamptz NOT NULL DEFAULT now()
+    changed_at timestamptz NOT NULL DEFAULT now(),
+    options jsonb NOT NULL DEFAULT '{{}}'
 );
 COMMENT ON TABLE {table} IS {comment};
-INSERT INTO {table} (run_id, phase, plan) VALUES ({run_id}, {phase}, {plan})
+INSERT INTO {table} (run_id, phase, plan, options) VALUES ({run_id}, {phase}, {plan}, {options})
 """
 
 
@@ -267,6 +270,7 @@ def create_statement(state: State) -> Statement:
         run_id=str(state.run_id),
         phase=state.phase.value,
         plan=state.plan.as_json(),
+        options=json.dumps(state.options),
     )
 
 
@@ -299,7 +303,8 @@ def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> S
     row = execute(
         conn,
         statement(
-            "SELECT run_id::text, phase, plan, compared, fence, verified, quieted, changed_at FROM {table}",
+            "SELECT run_id::text, phase, plan, compared, fence, verified, quieted, changed_at, options"
+            " FROM {table}",
             table=_name(table),
         ),
     ).one_or_none()
@@ -317,6 +322,7 @@ def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> S
         verified=row[5],
         quieted=row[6],
         changed_at=row[7],
+        options=row[8],
     )
 
 
@@ -364,6 +370,13 @@ def verified_statement(table: TableSpec) -> Statement:
 def quieted_statement(table: TableSpec, states: dict[str, str]) -> Statement:
     """Note in which states the plain table's triggers and rules were."""
     return statement("UPDATE {table} SET quieted = {states}", table=_name(table), states=json.dumps(states))
+
+
+def options_statement(table: TableSpec, options: dict[str, Any]) -> Statement:
+    """Note the options with which the migration goes on."""
+    return statement(
+        "UPDATE {table} SET options = {options}", table=_name(table), options=json.dumps(options)
+    )
 
 
 def compared_statement(table: TableSpec, period: Period, result: PeriodResult) -> Statement:

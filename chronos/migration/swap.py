@@ -86,6 +86,7 @@ def swap(migration: Migration, direction: Direction, check_stop: CheckStop) -> N
                 continue
             finally:
                 migration.note(locks)
+    migration.swap_s = locks.last_s
     migration.refresh()
 
 
@@ -173,7 +174,7 @@ class _Exchange:
         """Before any lock: somebody with an old snapshot who does not use the table has to be waited for."""
         old = [s for s in self._snapshots() if s.seconds > _OLD_S and not s.has_lock]
         if old:
-            raise BlockedError(f"waiting for {old[0]}")
+            raise BlockedError(old[0].as_obstacle())
 
     def _snapshots(self) -> list[Snapshot]:
         with transaction(self.other):
@@ -186,13 +187,14 @@ class _Exchange:
                 notes = replay(self.other, self.migration, self.direction)
             if not notes:
                 return
+            self.migration.notes_replayed += notes
 
     def _wait_for_snapshots(self) -> None:
         """Until nobody has one from before the last replay; who uses the table is waited for by the lock."""
         self.before = self._snapshots()
         while waiting := [s for s in still_there(self.before, self._snapshots()) if not s.has_lock]:
             if not self.attempt.left_s:
-                raise BlockedError(f"waiting for {waiting[0]}")
+                raise BlockedError(waiting[0].as_obstacle())
             time.sleep(_POLL_S)
 
     def _take_the_rest_of_the_locks(self) -> None:
@@ -207,7 +209,7 @@ class _Exchange:
             timeout = statement("SELECT set_config('lock_timeout', {left}, true)", left=left)
             execute(self.conn, joined([timeout, lock], ";\n"))
         if waiting := still_there(self.before, self._snapshots()):
-            raise BlockedError(f"waiting for {waiting[0]}")
+            raise BlockedError(waiting[0].as_obstacle())
 
     def _versions(self) -> tuple[object, ...]:
         """The version of each catalog row of the table in use."""

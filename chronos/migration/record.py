@@ -1,0 +1,69 @@
+"""What a run measures while it goes on: how fast it copied, and who kept it waiting for a lock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_MOST = 240  # samples kept: what a chart can show
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many ``rows`` were copied, by this run and those before, ``seconds`` after the run began."""
+
+    seconds: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class LockWait:
+    """An attempt that came to nothing, ``seconds`` after the run began: ``what`` was waited for, and who was
+    in the way.
+    """
+
+    seconds: float
+    what: str
+    who: str
+
+
+@dataclass
+class Record:
+    """Filled while a run goes on; any worker may call. Time passes by ``clock``."""
+
+    clock: Callable[[], float] = time.monotonic
+    samples: list[Sample] = field(default_factory=list)
+    waits: list[LockWait] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began = self.clock()
+        self._every_s = 0.25
+        self._turn = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        """How long ago the run began."""
+        return self.clock() - self._began
+
+    def copied(self, rows: int) -> None:
+        """Note that ``rows`` are copied by now; the samples stay few, however long it takes."""
+        with self._turn:
+            now = self.seconds
+            if self.samples and now - self.samples[-1].seconds < self._every_s:
+                return
+            self.samples.append(Sample(now, rows))
+            if len(self.samples) > _MOST:
+                self.samples = self.samples[::2]
+                self._every_s *= 2
+
+    def copied_all(self, rows: int) -> None:
+        """Note how many rows there were when the copy ended, or stopped."""
+        with self._turn:
+            self.samples.append(Sample(self.seconds, rows))
+
+    def waited(self, what: str, who: str) -> None:
+        """Note an attempt at a lock that came to nothing."""
+        with self._turn:
+            self.waits.append(LockWait(self.seconds, what, who))

@@ -1,0 +1,198 @@
+"""What a stopped run leaves to the next: its options, and a prompt that says what it goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from tests.command import chronos, chronos_environment
+from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate, value
+from tests.test_migration import fill, state, stopped_in_the_copy
+
+
+def test_resume_repeats_the_options_unless_given_anew_and_names_all_in_its_prompt(
+    database: str, tmp_path: Path
+) -> None:
+    fill(database)
+    path = tmp_path / "ticket.json"
+    given = ("--rate-limit", "90000", "--verify", "counts", "--max-lock-wait", "0.7", "--report", str(path))
+    assert chronos(database, "migrate", "--yes", "--hold", *given).returncode == 0
+    assert json.loads(path.read_text())["outcome"] == "held"
+
+    asked = chronos(database, "migrate", "--resume", answer="no\n")
+
+    assert asked.returncode == 2
+    url = make_url(database)
+    for fact in (
+        f"Host: {url.host}   Port: {url.port}   Database: {url.database}",
+        f"User: {url.username}   TESTING: false",
+        "Table: public.webhook_log   Rows (estimate): ",
+        "   Size: ",
+        f"Options: --max-lock-wait 0.7 --rate-limit 90000 --report {path} --verify counts",
+        "Writers wait for a lock at most 0.7 s at a time",
+        "Type MIGRATE to go on",
+    ):
+        assert " ".join(fact.split()) in " ".join(asked.stdout.split()), fact
+
+    path.unlink()
+    result = chronos(database, "migrate", "--yes", "--resume", "--rate-limit", "80000")
+
+    assert result.returncode == 0, result.stderr
+    report = json.loads(path.read_text())
+    assert report["outcome"] == "complete"
+    assert "--rate-limit 80000 " in report["options"]
+    assert report["options"].endswith("--verify counts")
+    assert value(database, "SELECT options ->> 'rate_limit' FROM webhook_log_migration") == "80000"
+
+
+def test_resume_refuses_when_the_report_of_the_first_run_cannot_be_written_any_more(
+    database: str, tmp_path: Path
+) -> None:
+    fill(database, 100)
+    folder = tmp_path / "tickets"
+    folder.mkdir()
+    path = folder / "ticket.html"
+    assert chronos(database, "migrate", "--yes", "--hold", "--report", str(path)).returncode == 0
+    path.unlink()
+    folder.rmdir()
+
+    refused = chronos(database, "migrate", "--yes", "--resume")
+
+    assert refused.returncode == 2
+    assert "nothing was changed. Give a file that can be written with --report" in refused.stderr
+    assert state(database) == ("ready", False)
+    other = chronos(database, "migrate", "--yes", "--resume", "--report", str(tmp_path / "other.html"))
+    assert other.returncode == 0, other.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_end_stops_the_copy_and_says_how_to_go_on(database: str, number: signal.Signals) -> None:
+    fill(database)
+    with stopped_in_the_copy(database) as migration:
+        migration.process.send_signal(number)
+        migration.release()
+        output, errors = migration.process.communicate(timeout=60)
+    assert migration.process.returncode == 3, output + errors
+    assert "nothing is lost" in errors
+    assert "--resume" in errors
+    assert state(database) == ("copying", False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_end_at_the_prompt_changes_nothing(database: str, number: signal.Signals) -> None:
+    fill(database, 10)
+    with on_a_terminal(database, "migrate") as (process, master):
+        shown = read_until(master, "Type MIGRATE")
+        process.send_signal(number)
+        shown += read_to_the_end(master)
+        assert process.wait(60) == 2
+    assert "MIGRATE was not typed; nothing was changed" in shown
+    assert state(database) is None
+
+
+def test_a_hangup_that_is_to_be_outlived_stops_nothing(database: str) -> None:
+    """As under nohup."""
+    fill(database)
+    gate_in_the_copy(database)
+    command = """trap '' HUP; exec "$0" -u -m chronos migrate --yes --workers 1 --batch-size 50"""
+    with (
+        closed_gate(database) as release,
+        subprocess.Popen(
+            ["sh", "-c", command, sys.executable],
+            env=chronos_environment(database),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        pid_at_the_gate(database)
+        process.send_signal(signal.SIGHUP)
+        release()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+
+
+class on_a_terminal:  # noqa: N801
+    """chronos on a terminal of 80 columns: its process, and the file to read from."""
+
+    def __init__(self, url: str, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "chronos", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**chronos_environment(url), "TERM": "xterm", "COLUMNS": "80"},
+        )
+        os.close(slave)
+
+    def __enter__(self) -> tuple[subprocess.Popen[bytes], int]:
+        return self.process, self.master
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def read_until(master: int, text: str) -> str:
+    shown = b""
+    while text.encode() not in shown:
+        shown += os.read(master, 65_536)
+    return shown.decode()
+
+
+def read_to_the_end(master: int) -> str:
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 65_536)
+        except OSError:  # Linux's way to say that nobody holds the terminal open any more
+            return shown.decode()
+
+
+def test_on_a_terminal_the_whole_wait_for_a_lock_leaves_one_line(database: str) -> None:
+    fill(database, 200)
+    with (
+        holding(database, "SELECT FROM webhook_log LIMIT 1") as reader,
+        on_a_terminal(database, "migrate", "--yes") as (process, master),
+    ):
+        remedy = f"SELECT pg_terminate_backend({reader.get_backend_pid()});"
+        shown = ""
+        while shown.count(remedy) < 3:
+            shown += read_until(master, remedy)
+        reader.rollback()
+        shown += read_to_the_end(master)
+        assert process.wait(60) == 0
+    ended = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line).split("\r")[-1] for line in shown.split("\r\n")]
+    about_it = [line for line in ended if f"pid {reader.get_backend_pid()}" in line]
+    assert len(about_it) == 1
+    assert re.match(r"  waited \d+:\d\d for pid \d+", about_it[0])
+    assert "Created 46 partitions, one a day: " in shown
+    assert len(ended) <= 60
+
+
+def test_status_says_since_when_a_copy_is_under_way_and_that_readers_see_every_row(database: str) -> None:
+    fill(database)
+    with stopped_in_the_copy(database) as migration:
+        running = chronos(database, "status").stdout
+        migration.process.send_signal(signal.SIGTERM)
+        migration.release()
+        migration.process.communicate(timeout=60)
+    begun = value(
+        database,
+        "SELECT to_char((plan ->> 'started_at')::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI')"
+        " FROM webhook_log_migration",
+    )
+    line = f"migration   begun {begun} UTC, {{}}; readers see every row all the time"
+    assert line.format("is running") in running.splitlines()
+    assert line.format("was cut off") in chronos(database, "status").stdout.splitlines()
