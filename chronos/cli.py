@@ -161,9 +161,9 @@ def _takes_a_table(command: _Command) -> _Command:
 
 def _ask(word: str) -> None:
     """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
-    click.echo(f"Type {word} to go on: ", nl=False)
     try:
         with handled(signal.default_int_handler):
+            click.echo(f"Type {word} to go on: ", nl=False)
             answer = sys.stdin.readline()
             typed_unseen = not sys.stdin.isatty()  # what was typed was not shown, nor its end of line
     except (KeyboardInterrupt, OSError):  # OSError: the terminal is gone
@@ -216,7 +216,7 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     if found.attaches:
         what = (
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{quoted(table.name)} gets an index and a check; {at_last}"
+            f"{quoted(table.name)} gets an index and a check;\n{at_last}"
         )
     else:
         rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"

@@ -194,7 +194,7 @@ def test_on_a_terminal_a_lock_that_is_waited_for_is_one_rewritten_line(width: in
     assert file.getvalue().count("waiting for") == 3
     assert file.getvalue().split("\x1b[2K")[-1] == shown
     output.ok("done")
-    lines = file.getvalue().splitlines()
+    lines = [line.split("\x1b[2K")[-1] for line in file.getvalue().splitlines()]
     assert lines[-2:] == ["  waited 0:06 for pid 471123 (webhook application)", "✓ done"]
 
 

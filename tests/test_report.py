@@ -114,7 +114,7 @@ def test_a_complete_run_reports_who_where_when_what_and_how_to_go_back(database:
     ):
         assert fact in found.text, fact
     assert found.tags.count("svg") == 2
-    assert [v for n, v in found.attributes if n == "aria-label"][0].startswith(f"{rows:,} rows")
+    assert next(v for n, v in found.attributes if n == "aria-label").startswith(f"{rows:,} rows")
 
 
 def test_json_has_the_facts_of_the_page_under_documented_keys(database: str, tmp_path: Path) -> None:
