@@ -217,7 +217,7 @@ def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
     if found.attaches:
         what = (
             f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{quoted(table.name)} gets an index and a check; {at_last}"
+            f"{quoted(table.name)} gets an index and a check;\n{at_last}"
         )
     else:
         rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"

@@ -26,6 +26,7 @@ from chronos.demo.writer import APPLICATION_NAME, LiveWriter, Presence
 from chronos.migration.console import Output
 from chronos.sql_models import WebhookLog
 from tests.conftest import MakeDatabase, OwnPostgres
+from tests.screen import lines_on_the_screen
 from tests.tables import digest, query, value
 from tests.waiting import wait_until
 
@@ -344,15 +345,14 @@ def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
         os.write(master, b"MIGRATE\n")
         shown += read(master)
         assert process.wait(TIMEOUT) == 0, shown
-    # What is written over is gone: a line is what stands after the last way back to its beginning.
-    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line).split("\r")[-1] for line in shown.splitlines()]
+    lines = lines_on_the_screen(shown)
     assert len(lines) <= 80
     assert [line for line in lines if len(line) > 80] == []
     for title in [f"[Step {number}/6]" for number in range(1, 7)]:
         assert any(line.startswith(title) for line in lines), title
     assert any(re.fullmatch(r"  Reads short of rows +0 of [1-9]\d*", line) for line in lines)
-    history = "webhook_log_history, all before .* UTC, goes when its last row has expired, on .*"
-    assert any(re.fullmatch(history, line) for line in lines) == (strategy == "attach")
+    history = "webhook_log_history, all before "
+    assert any(line.startswith(history) for line in lines) == (strategy == "attach")
 
 
 def test_ctrl_c_during_the_migration_leaves_nothing() -> None:

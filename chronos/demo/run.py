@@ -30,7 +30,7 @@ from chronos.errors import ChronosError, InterruptedRunError
 from chronos.locks import Locks
 from chronos.migration import state as states
 from chronos.migration.checks import Survey
-from chronos.migration.console import Output, Summary
+from chronos.migration.console import Output, Summary, for_reading
 from chronos.migration.operator import Operator, handled
 from chronos.migration.run import Options, migrate
 from chronos.migration.state import Strategy
@@ -46,6 +46,7 @@ _DAYS_AHEAD = 60
 _RETENTION_DAYS = 10
 _COUNTED_DAYS = 14  # within retention: rows that are there before and after
 _BAR_WIDTH = 22
+_WIDTH = 80
 
 Confirm = Callable[[URL, Survey], None]
 
@@ -291,7 +292,7 @@ def _say_what_becomes_of_the_table(engine: Engine, output: Output) -> None:
         state = states.read(conn, _TABLE)
     assert state is not None
     output.line()
-    output.line(f"{states.what_becomes_of(state.plan)}.")
+    output.line(for_reading(f"{states.what_becomes_of(state.plan)}.", _WIDTH))
 
 
 def _require_every_row(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
