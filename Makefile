@@ -31,10 +31,11 @@ test: $(READY) ## Run the tests on embedded servers (ARGS="-k name", PG_BIN=fold
 test-faults: $(READY) ## Run the slow tests that stop servers and kill processes
 	$(RUN) pytest -m faults -n $(WORKERS) $(ARGS)
 
-check: $(READY) ## Check format, lint and types
+check: $(READY) ## Check format, lint, types and spelling
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy $(SOURCES)
+	$(VENV)/bin/codespell
 
 format: $(READY) ## Format the code and fix what ruff can fix
 	$(RUN) ruff format .
