@@ -38,10 +38,11 @@ test: $(READY) ## Run the tests on embedded servers (ARGS="-k name", PG_BIN=fold
 test-faults: $(READY) ## Run the slow tests that stop servers and kill processes
 	$(RUN) pytest -m faults -n $(WORKERS) $(ARGS)
 
-check: check-deploy ## Check format, lint and types, and what is in deploy/
+check: check-deploy ## Check format, lint, types, spelling, and what is in deploy/
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy $(SOURCES)
+	$(VENV)/bin/codespell
 
 # systemdlint asks for Delegate=, which is for units with control groups of their own, and takes a umask for a mode.
 # systemd itself is stricter than it, but not on every machine; the programs named in the units need not be on this one.

@@ -26,6 +26,8 @@ from chronos.agreement import require_agreement
 from chronos.catalog.locate import require_located
 from chronos.db import connect_engine, is_lock_failure, one_line, opened, transaction
 from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos.explain import explain as explanation_of
+from chronos.explain import id_of
 from chronos.functions import upgrade
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
@@ -68,7 +70,8 @@ def _errors_as_lines() -> Iterator[None]:
     try:
         yield
     except ChronosError as error:
-        _say(str(error))
+        id_ = id_of(error)
+        _say(f"{error} [{id_}]" if id_ else str(error))
         sys.exit(error.exit_code)
     except DBAPIError as error:
         _say(f"{one_line(error)}; nothing was changed. Check the server and the database URL")
@@ -799,6 +802,22 @@ def _write_metrics(file: Path | None, found: Sequence[Status | Unknown] | None) 
         from chronos import metrics
 
         metrics.write(file, found)
+
+
+@cli.command()
+@click.argument("id_", metavar="ID")
+def explain(id_: str) -> None:
+    """Say more about the id of a message, an exit code or an SQLSTATE.
+
+    Prints its paragraph of docs/TROUBLESHOOTING.md. Asks no server.
+
+    \b
+    Examples:
+      python -m chronos explain inbound-fk
+      python -m chronos explain 3
+    """
+    with _errors_as_lines():
+        click.echo(explanation_of(id_))
 
 
 def _say_others(others: Sequence[Other]) -> None:

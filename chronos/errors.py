@@ -6,6 +6,7 @@ A message is one line: what happened, what state the tables are in, what to type
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import ClassVar
 
 
 class ExitCode(IntEnum):
@@ -22,6 +23,8 @@ class ChronosError(Exception):
     """Something failed, and the database is as it was before."""
 
     exit_code = ExitCode.FAILED
+    # Printed behind the message; docs/TROUBLESHOOTING.md has a paragraph for it.
+    id: ClassVar[str | None] = None
 
 
 class RefusedError(ChronosError):
@@ -45,22 +48,34 @@ class NeedsPersonError(ChronosError):
 class LockUnavailableError(ChronosError):
     """A lock could not be had within the patience given; the message names who holds it."""
 
+    id = "lock-unavailable"
+
 
 class CutShortError(ChronosError):
     """The server cancelled what we asked of it, again and again."""
+
+    id = "copy-cancelled"
 
 
 class SupersededError(ChronosError):
     """Another run has taken this migration over; this one must not write another row."""
 
+    id = "taken-over"
+
 
 class ShapeError(ChronosError):
     """A table that is to take another's place is not what that one was."""
+
+    id = "table-changed"
 
 
 class NotesLostError(ChronosError):
     """The note triggers were off for a time, so what was written then is not known."""
 
+    id = "notes-disabled"
+
 
 class StrayRowError(ChronosError):
     """A row was written during the migration for a time that no partition takes."""
+
+    id = "rows-without-a-place"

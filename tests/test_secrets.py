@@ -6,8 +6,11 @@ exception is printed where the program hides it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -30,9 +33,8 @@ from chronos.db import connect_engine
 from chronos.demo.embedded import EmbeddedRedis
 from chronos.demo.rows import create_webhook_log
 from chronos.jobs import CREATE
-from chronos.settings import postgres_url
+from chronos.settings import Settings, get_settings, postgres_url
 from tests.tables import holding, query, waiting_pid
-from tests.test_guide import run_module
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,28 @@ test_secrets.show_tracebacks()
 sys.argv = ["chronos", *sys.argv[1:]]
 runpy.run_module("chronos", run_name="__main__", alter_sys=True)
 """
+
+
+def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, str]:
+    """``python -m WORDS`` in this process, where tracebacks are shown: exit code, and what it printed."""
+    screen = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
+        for variable in [one for one in os.environ if one.lower() in Settings.model_fields]:
+            patch.delenv(variable)
+        for variable, text in env.items():
+            patch.setenv(variable, text)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", screen)
+        get_settings.cache_clear()
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return int(end.code or 0), screen.getvalue()
+        finally:
+            get_settings.cache_clear()
+    return 0, screen.getvalue()
 
 
 def show_tracebacks() -> Callable[[], AbstractContextManager[None]]:

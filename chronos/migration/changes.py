@@ -46,6 +46,8 @@ _LOCK_TIMEOUT_MS = 200
 class TruncatedError(ChronosError):
     """The table was emptied by TRUNCATE while it was copied."""
 
+    id = "truncated"
+
 
 def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
     """The tables and functions of the notes, and triggers on the table that is built: silent as yet."""

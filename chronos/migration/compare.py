@@ -23,6 +23,8 @@ from chronos.table import Period
 class VerificationError(ChronosError):
     """A copy differs from its origin."""
 
+    id = "verification-failed"
+
 
 # In the order of their times both are read once, side by side; to hash or to sort a day of large rows would
 # spill it to the disk.
