@@ -31,7 +31,7 @@ from chronos.demo.rows import create_webhook_log
 from chronos.jobs import JOBS
 from tests.command import chronos, started
 from tests.conftest import MakeDatabase
-from tests.tables import query, value
+from tests.tables import exists, query, value
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -228,8 +228,9 @@ class Shell:
             )
 
     def wait_for_the_job(self, job: str) -> None:
+        url, done = self.env["DATABASE_URL"], "SELECT count(*) FROM chronos_reports WHERE job = %s"
+        wait_until(lambda: exists(url, "chronos_reports") and value(url, done, job), 60, f"{job} has run")
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: client.exists(f"{job}:last"), 60, f"{job} has run")
             wait_until(lambda: not client.exists(job), 60, f"{job} has given its lock back")
 
 
