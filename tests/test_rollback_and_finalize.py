@@ -362,7 +362,9 @@ def operator_pid(url: str) -> int | None:
     found = query(
         url,
         "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database"
-        " WHERE locktype = 'advisory' AND granted AND datname = current_database()",
+        " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+        " AND classid::bigint << 32 | objid::bigint"
+        "     = hashtextextended('chronos migration of public.webhook_log', 0)",
     )
     return found[0][0] if found else None
 
