@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from chronos.db import connect_engine, execute, one_line, opened, statement, tra
 from chronos.errors import ChronosError
 from chronos.settings import Settings
 from chronos.table import TableSpec
+from chronos.telemetry import this_process
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _remember(conn: Connection, one: _Found) -> None:
         job=_JOB,
         run=_RUN,
         night=now.date(),
-        writer=f"alert host={socket.gethostname()} pid={os.getpid()}",
+        writer=f"alert {this_process()}",
         started=now,
         result="told",
         report={"problems": one.problems},
@@ -158,7 +158,7 @@ def _remember(conn: Connection, one: _Found) -> None:
 
 
 def _run(settings: Settings, found: list[_Found]) -> bool:
-    """Whether what has changed is told, be it for nothing has."""
+    """Whether all that has changed was told; True when nothing has."""
     appeared = [each for one in found for each in one.listed(one.problems.keys() - one.told.keys())]
     gone = [each for one in found for each in one.listed(one.told.keys() - one.problems.keys())]
     if not (appeared or gone):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -186,16 +187,24 @@ def _given() -> frozenset[str]:
     return frozenset("content" if option == "verify" else option for option in typed)
 
 
-def _weight(engine: Engine, table: TableSpec) -> str:
-    """Rows and bytes of the table in use; ACCESS SHARE, waited for 1 s at most."""
+def _weighed(engine: Engine, table: TableSpec) -> tuple[datetime, dict[str, tuple[int, int]]] | None:
+    """What ``weigh`` finds, by ACCESS SHARE that is waited for 1 s at most; None: somebody has locked it."""
     with opened(engine) as conn:
         try:
             with transaction(conn, lock_timeout_ms=1_000):
-                rows, size = weigh(conn, table)[1][table.name]
+                return weigh(conn, table)
         except DBAPIError as error:
             if not is_lock_failure(error):
                 raise
-            return "Size: unknown, for somebody has locked it"
+            return None
+
+
+def _weight(engine: Engine, table: TableSpec) -> str:
+    """Rows and bytes of the table in use."""
+    found = _weighed(engine, table)
+    if found is None:
+        return "Size: unknown, for somebody has locked it"
+    rows, size = found[1][table.name]
     return f"Rows (estimate): {rows:,}   Size: {in_bytes(size)}"
 
 
@@ -563,16 +572,11 @@ def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) ->
 
 
 def _old_and_new(engine: Engine, found: State) -> str:
-    """How much both tables hold, and how long ago the names changed; ACCESS SHARE, waited for 1 s at most."""
-    table = found.table
-    with opened(engine) as conn:
-        try:
-            with transaction(conn, lock_timeout_ms=1_000):
-                now, sizes = weigh(conn, table)
-        except DBAPIError as error:
-            if not is_lock_failure(error):
-                raise
-            return "How large they are is unknown: somebody has locked one of them."
+    """How much both tables hold, and how long ago the names changed."""
+    weighed = _weighed(engine, found.table)
+    if weighed is None:
+        return "How large they are is unknown: somebody has locked one of them."
+    now, sizes = weighed
     lines = [
         f"{quoted(relation)}: {counted(rows, 'row')} (estimate), {in_bytes(size)}"
         for relation, (rows, size) in sizes.items()

@@ -13,9 +13,7 @@ tables safe. A lease that is lost, or a Redis that does not answer, therefore st
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +27,7 @@ from redis.retry import Retry
 
 from chronos.errors import ChronosError, RefusedError
 from chronos.settings import Settings
+from chronos.telemetry import this_process
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +83,7 @@ def keep_lease(client: redis.Redis, key: str, *, ttl_s: float = TTL_S) -> Iterat
     same.
     """
     lock = Lock(client, key, timeout=ttl_s, thread_local=False)
-    value = (
-        f"host={socket.gethostname()} pid={os.getpid()}"
-        f" since={datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} token={secrets.token_hex(8)}"
-    )
+    value = f"{this_process()} since={datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} token={secrets.token_hex(8)}"
     try:
         if not lock.acquire(blocking=False, token=value):
             who = holder(client, key) or "a run that has just ended"

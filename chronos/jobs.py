@@ -17,8 +17,6 @@ always runs.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -497,7 +495,7 @@ class _Attempt:
             "reason": turn.reason if turn.status == "skipped" else None,
             **self._when(),
             "night": self.night.isoformat(),
-            "writer": f"{self.message.writer} host={socket.gethostname()} pid={os.getpid()}",
+            "writer": f"{self.message.writer} {telemetry.this_process()}",
         }
         if turn.refused:
             report["refused"] = True

@@ -61,7 +61,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class LockConflict:
     """Why an attempt came to nothing: the whole ``text``, and of it ``what`` is waited for, ``who`` is in the
     way (a pid and its application) and the ``remedy``, the statement that would end that; empty if unknown.
     """
@@ -78,9 +78,9 @@ class Obstacle:
 class BlockedError(Exception):
     """What an attempt needs is not to be had now, though no lock was refused."""
 
-    def __init__(self, obstacle: Obstacle) -> None:
-        super().__init__(obstacle.text)
-        self.obstacle = obstacle
+    def __init__(self, conflict: LockConflict) -> None:
+        super().__init__(conflict.text)
+        self.conflict = conflict
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Attempt:
         self.began = time.monotonic()
         self.asked = self.began
         self.succeeded = False
-        self.why: Obstacle | None = None
+        self.why: LockConflict | None = None
 
     @property
     def left_s(self) -> float:
@@ -218,7 +218,7 @@ class Attempt:
             self._locks.last_s = time.monotonic() - self.asked
             self._locks.longest_s = max(self._locks.longest_s, self._locks.last_s)
         if isinstance(error, BlockedError):
-            self.why = error.obstacle
+            self.why = error.conflict
             return True
         return isinstance(error, DBAPIError) and is_lock_failure(error)
 
@@ -233,12 +233,12 @@ class Locks:
     """
 
     def __init__(
-        self, patience: Patience | None = None, on_blocked: Callable[[Obstacle, int], None] | None = None
+        self, patience: Patience | None = None, on_blocked: Callable[[LockConflict, int], None] | None = None
     ) -> None:
         self.patience = patience or Patience()
         self.longest_s = 0.0
         self.last_s = 0.0
-        self._on_blocked = on_blocked or (lambda obstacle, attempt: None)
+        self._on_blocked = on_blocked or (lambda conflict, attempt: None)
 
     def attempts(self, conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -> Iterator[Attempt]:
         """Attempts until one has committed. Raises LockUnavailableError when all are used up."""
@@ -247,12 +247,12 @@ class Locks:
             yield attempt
             if attempt.succeeded:
                 return
-            obstacle = attempt.why or self._held(conn, tables, ours)
+            conflict = attempt.why or self._held(conn, tables, ours)
             if number < self.patience.attempts:
-                self._on_blocked(obstacle, number)
+                self._on_blocked(conflict, number)
                 self.patience.sleep(self.patience.pause_s(number))
                 self._wait_for_a_gap(conn, tables, ours)
-        raise LockUnavailableError(f"gave up {obstacle} ({number} attempts)")
+        raise LockUnavailableError(f"gave up {conflict} ({number} attempts)")
 
     def _wait_for_a_gap(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> None:
         """Until one of the holders has let go: the best moment to ask is before it comes back.
@@ -269,14 +269,14 @@ class Locks:
             before = now if before is None else before | now
             self.patience.sleep(_POLL_S)
 
-    def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> Obstacle:
+    def _held(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> LockConflict:
         with transaction(conn):
             holders = lock_holders(conn, tables, ours)
         what = f"a lock on {' and '.join(dict.fromkeys(table for _, table in tables))}"
         gone = "a session that is gone by now"
         held_by = "; ".join(map(str, holders[:3])) or gone
         first = holders[0] if holders else None
-        return Obstacle(
+        return LockConflict(
             f"waiting for {what}, held by {held_by}",
             what,
             first.who if first else gone,

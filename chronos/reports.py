@@ -18,7 +18,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.ddl import script
-from chronos.db import Statement, execute, name, statement
+from chronos.db import Statement, execute, joined, name, statement
 from chronos.errors import ChronosError
 from chronos.table import TableSpec, quoted
 
@@ -142,46 +142,38 @@ def read(conn: Connection, table: TableSpec, jobs: Collection[str]) -> dict[str,
     found = dict.fromkeys(jobs, History())
     if _is_there(conn, table):
         query = statement(
-            _READ, reports=_name(table), table=table.name, origin=_origin(conn), jobs=_listed(jobs)
+            _READ,
+            reports=_name(table),
+            table=table.name,
+            origin=_origin(conn),
+            jobs=joined([sql.Literal(job) for job in jobs]),
         )
         for job, report, succeeded, nights in execute(conn, query):
             found[job] = History(report, succeeded, nights)
     return found
 
 
-def _listed(jobs: Collection[str]) -> Statement:
-    return sql.SQL(", ").join(map(sql.Literal, jobs))
-
-
 def find(conn: Connection, table: TableSpec, job: str, run: str) -> Report:
     """What ``run`` reported of ``job``, empty when it did not; as ``read``."""
-    if not _is_there(conn, table):
-        return {}
-    query = statement(
-        "SELECT report FROM {reports} WHERE job = {job} AND table_name = {table} AND run = {run}"
-        " AND origin = {origin}",
-        reports=_name(table),
-        job=job,
-        table=table.name,
-        run=run,
-        origin=_origin(conn),
-    )
-    found: Report | None = execute(conn, query).scalar_one_or_none()
-    return found or {}
+    return next(iter(_reports(conn, table, job, statement("run = {run}", run=run))), {})
 
 
 def of_night(conn: Connection, table: TableSpec, job: str, night: date, run: str) -> list[Report]:
     """What other runs than ``run`` reported of ``job`` and ``night``, the newest first; as ``read``."""
+    which = statement("night = {night}::date AND run <> {run}", night=night.isoformat(), run=run)
+    return _reports(conn, table, job, which)
+
+
+def _reports(conn: Connection, table: TableSpec, job: str, which: Statement) -> list[Report]:
     if not _is_there(conn, table):
         return []
     query = statement(
-        "SELECT report FROM {reports} WHERE job = {job} AND table_name = {table} AND night = {night}::date"
-        " AND run <> {run} AND origin = {origin} ORDER BY reported DESC",
+        "SELECT report FROM {reports} WHERE job = {job} AND table_name = {table} AND origin = {origin}"
+        " AND {which} ORDER BY reported DESC",
         reports=_name(table),
         job=job,
         table=table.name,
-        night=night.isoformat(),
-        run=run,
+        which=which,
         origin=_origin(conn),
     )
     return [row[0] for row in execute(conn, query)]

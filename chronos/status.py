@@ -40,6 +40,7 @@ from chronos.migration import state as migration_state
 from chronos.migration.attach import check_is_valid
 from chronos.migration.console import counted, for_reading, in_bytes
 from chronos.migration.old_and_new import renamed_by_hand
+from chronos.migration.operator import asking_key, at_work_key
 from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
 from chronos.reports import History, UntrustedError
 from chronos.settings import CONFIGURATION, Settings
@@ -289,7 +290,7 @@ class Unknown:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """The one."""
+        """The only one."""
         return (self.problem,)
 
     def as_json(self) -> dict[str, Any]:
@@ -523,17 +524,17 @@ def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
 
 
 def _migration_runs(conn: Connection, table: TableSpec) -> bool:
-    """Whether somebody holds the operator's lock and has not yet to answer; looks, and takes no lock."""
+    """Whether somebody is at work, and not only asked whether to begin; looks, and takes no lock."""
     found: bool = execute(
         conn,
         statement(
             "WITH locks AS (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks"
             " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
-            " SELECT EXISTS (SELECT FROM locks WHERE key = hashtextextended({runs}, 0))"
-            " AND NOT EXISTS (SELECT FROM locks WHERE key = hashtextextended({asks}, 0))",
-            runs=f"chronos migration of {table.home}.{table}",
-            asks=f"chronos asks about {table.home}.{table}",
+            " SELECT EXISTS (SELECT FROM locks WHERE key = {runs})"
+            " AND NOT EXISTS (SELECT FROM locks WHERE key = {asks})",
+            runs=at_work_key(table),
+            asks=asking_key(table),
         ),
     ).scalar_one()
     return found

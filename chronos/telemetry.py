@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 from chronos.settings import Settings
 
 _configured = False
+
+
+def this_process() -> str:
+    """Who this is, for people: ``host=web1 pid=4242``."""
+    return f"host={socket.gethostname()} pid={os.getpid()}"
 
 
 def configure(settings: Settings, service_name: str = "chronos") -> None:

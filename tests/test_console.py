@@ -8,7 +8,7 @@ from datetime import date, timedelta
 import pytest
 from rich.console import Console
 
-from chronos.locks import Obstacle
+from chronos.locks import LockConflict
 from chronos.migration.console import Output, Summary, ago, clock_time, counted, for_reading, short
 from chronos.migration.state import PeriodResult
 from chronos.migration.throttle import Lag
@@ -166,7 +166,7 @@ def test_on_a_terminal_the_summary_has_one_line_for_all_periods() -> None:
     assert lines[3] == "Step         Seconds"
 
 
-HELD = Obstacle(
+HELD = LockConflict(
     "waiting for a lock on webhook_log, held by pid 471123 (webhook application), idle in transaction for"
     " 12 s, query: SELECT 1; SELECT pg_terminate_backend(471123) would end it",
     "a lock on webhook_log",

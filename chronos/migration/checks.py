@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from enum import Enum
+from functools import cached_property
 
 from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
@@ -150,6 +151,17 @@ class Subject:
     def table(self) -> str:
         """The table as one types it: schema and name, in quotes where they are needed."""
         return self.spec.typed
+
+    @cached_property
+    def texts(self) -> list[idioms.Text]:
+        """What the application's functions and statements say of the table."""
+        return idioms.texts(self.conn, self.shape)
+
+    @cached_property
+    def senders(self) -> list[Sender]:
+        """The slots that would send what is copied, without those that are accepted; none for an attach."""
+        found = [] if self.survey.attaches else senders(self.conn, self.spec.home)
+        return [sender for sender in found if sender.slot not in self.survey.accepted]
 
     def filled(self, query: str) -> Statement:
         """``query`` with what the queries of checks may name, all of it literals."""
@@ -777,20 +789,13 @@ def _other_roles(subject: Subject) -> Iterator[str]:
 # --- Replication ---
 
 
-def _senders(subject: Subject) -> list[Sender]:
-    """The slots that would send what is copied, but for those that are accepted. An attach copies nothing."""
-    survey = subject.survey
-    found = [] if survey.attaches else senders(subject.conn, subject.spec.home)
-    return [sender for sender in found if sender.slot not in survey.accepted]
-
-
 def _all_the_same(slot: str) -> str:
     return f"; to migrate all the same, if its reader may get rows twice: --accept-duplicates {slot}"
 
 
 def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
     home = subject.spec.home
-    for sender in _senders(subject):
+    for sender in subject.senders:
         if sender.publication is None:
             continue
         schema, instead = "", "make the publication again, FOR TABLE and the names of its tables"
@@ -809,7 +814,7 @@ def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
 
 
 def _slot_sends_everything(subject: Subject) -> Iterator[str]:
-    for sender in _senders(subject):
+    for sender in subject.senders:
         if sender.publication is None:
             yield (
                 f"replication slot {sender.slot} sends whatever is written in this database, as its plugin"
@@ -939,7 +944,7 @@ def _lock_table_nearly_full(subject: Subject) -> Iterator[str]:
 
 def _ctid_idiom(subject: Subject) -> Iterator[str]:
     shape = subject.shape
-    for text in idioms.texts(subject.conn, shape):
+    for text in subject.texts:
         if idioms.uses_ctid(text, shape):
             yield (
                 f"{text.where} finds rows of {subject.spec} by ctid, which another partition has as well:"
@@ -950,7 +955,7 @@ def _ctid_idiom(subject: Subject) -> Iterator[str]:
 
 def _on_conflict(subject: Subject) -> Iterator[str]:
     shape = subject.shape
-    for text in idioms.texts(subject.conn, shape):
+    for text in subject.texts:
         if target := idioms.conflict_target(text, shape):
             yield (
                 f"{text.where} says ON CONFLICT {target}, and only ({', '.join(shape.new_key)}) will be"
@@ -962,7 +967,7 @@ def _serial_sequence(subject: Subject) -> Iterator[str]:
     shape = subject.shape
     if not any(not sequence.identity for sequence in shape.sequences):
         return
-    for text in idioms.texts(subject.conn, shape):
+    for text in subject.texts:
         if idioms.asks_for_sequence(text, shape):
             names = " or ".join(f"'{s.schema}.{s.name}'" for s in shape.sequences if not s.identity)
             yield (

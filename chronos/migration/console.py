@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from chronos.locks import Obstacle
+from chronos.locks import LockConflict
 from chronos.migration.record import Record
 from chronos.migration.state import PeriodResult
 from chronos.migration.throttle import Lag
@@ -155,7 +155,7 @@ class _Wait:
 
     line: Live
     since: float
-    obstacle: Obstacle
+    conflict: LockConflict
     attempts: int = 0
 
 
@@ -207,11 +207,11 @@ class Output:
         first, last = periods[0], periods[-1]
         self.line(f"Created {len(periods):,} partitions, one a {table.every}: {first} to {_day_after(last)}")
 
-    def waiting(self, obstacle: Obstacle, attempt: int) -> None:
+    def waiting(self, conflict: LockConflict, attempt: int) -> None:
         """What an attempt at a lock came to; on a terminal the line is written over until the wait ends."""
-        self.record.waited(obstacle.what, obstacle.who)
+        self.record.waited(conflict.what, conflict.who)
         if not self.rewrites:
-            self.line(f"  {obstacle} (attempt {attempt}, trying again)")
+            self.line(f"  {conflict} (attempt {attempt}, trying again)")
             return
         if self._wait is None:
             live = Live(
@@ -222,10 +222,10 @@ class Output:
                 redirect_stderr=False,
             )
             live.start()
-            self._wait = _Wait(live, self._clock(), obstacle)
-        self._wait.obstacle = obstacle
+            self._wait = _Wait(live, self._clock(), conflict)
+        self._wait.conflict = conflict
         self._wait.attempts += 1
-        text = _shown(obstacle, self._clock() - self._wait.since, self.console.width - 1)
+        text = _shown(conflict, self._clock() - self._wait.since, self.console.width - 1)
         self._wait.line.update(Text(text, _CALM, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class Output:
         wait, self._wait = self._wait, None
         wait.line.stop()
         waited = clock_time(self._clock() - wait.since)
-        self.console.print(f"  waited {waited} for {wait.obstacle.who}", markup=False)
+        self.console.print(f"  waited {waited} for {wait.conflict.who}", markup=False)
 
     @contextmanager
     def timed(self, doing: str, done: str) -> Iterator[None]:
@@ -328,15 +328,15 @@ def _in_a_line(periods: dict[Period, PeriodResult]) -> str:
     return f"{rows:,} rows from {first} to {_day_after(last)}: {counted(len(periods), 'partition')}, {how}"
 
 
-def _shown(obstacle: Obstacle, seconds: float, width: int) -> str:
+def _shown(conflict: LockConflict, seconds: float, width: int) -> str:
     """What is waited for in one line: all that is known, or who is in the way and what would end that."""
     head = f"  {clock_time(seconds)} "
-    if len(head) + len(obstacle.text) <= width:
-        return f"{head}{obstacle}"
-    tail = f": {obstacle.remedy};" if obstacle.remedy else ""
+    if len(head) + len(conflict.text) <= width:
+        return f"{head}{conflict}"
+    tail = f": {conflict.remedy};" if conflict.remedy else ""
     head += "waiting for "
     room = max(8, width - len(head) - len(tail))
-    who = obstacle.who if len(obstacle.who) <= room else f"{obstacle.who[: room - 3]}..."
+    who = conflict.who if len(conflict.who) <= room else f"{conflict.who[: room - 3]}..."
     return f"{head}{who}{tail}"
 
 

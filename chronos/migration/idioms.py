@@ -1,4 +1,4 @@
-"""What the application does that a partitioned table does not: found in its functions and in its statements.
+"""What the application does that goes wrong on a partitioned table, in its functions and in its statements.
 
 Functions are read from pg_proc, statements from pg_stat_statements where that is installed; those that others
 have sent are seen by a superuser and the members of pg_read_all_stats.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.shape import TableShape
-from chronos.db import execute, name, statement
+from chronos.catalog.statements import statistics_view
+from chronos.db import execute, render, statement
 
 _SHOWN = 60
 
@@ -34,7 +35,11 @@ WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY 1
 """
 
-_HOME = "SELECT extnamespace::regnamespace::text FROM pg_extension WHERE extname = 'pg_stat_statements'"
+# Without the server's own part of it, which is loaded at its start, the view cannot be read.
+_READABLE = """
+SELECT has_table_privilege({view}::text, 'SELECT')
+       AND current_setting('pg_stat_statements.max', true) IS NOT NULL
+"""
 
 
 @dataclass(frozen=True)
@@ -53,27 +58,13 @@ def texts(conn: Connection, shape: TableShape) -> list[Text]:
         for function, source in execute(conn, statement(_FUNCTIONS, table=table)).all()
         for part in _without_comments(source).split(";")
     ]
-    home = execute(conn, statement(_HOME)).scalar()
-    if home is not None and _may_read(conn, home):
-        view = name(home.strip('"'), "pg_stat_statements")
+    view = statistics_view(conn)
+    if view is not None and execute(conn, statement(_READABLE, view=render(conn, view))).scalar_one():
         for (query,) in execute(conn, statement(_STATEMENTS, view=view, table=table)).all():
             text = " ".join(_without_comments(query).split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
             found.append(Text(f"a statement ({shown})", text))
     return found
-
-
-def _may_read(conn: Connection, home: str) -> bool:
-    """Whether the view can be asked: it is there, and the server was started with what fills it."""
-    may: bool = execute(
-        conn,
-        statement(
-            "SELECT has_table_privilege(to_regclass(format('%s.pg_stat_statements', {home})), 'SELECT')"
-            " AND current_setting('pg_stat_statements.max', true) IS NOT NULL",
-            home=home,
-        ),
-    ).scalar_one()
-    return bool(may)
 
 
 def _without_comments(text: str) -> str:

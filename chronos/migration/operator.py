@@ -13,9 +13,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.locate import require_located
-from chronos.db import execute, no_transaction_timeout, one_line, opened, statement, transaction
+from chronos.db import Statement, execute, no_transaction_timeout, one_line, opened, statement, transaction
 from chronos.errors import ChronosError, InterruptedRunError, RefusedError, SupersededError
-from chronos.locks import Locks, Obstacle, Patience
+from chronos.locks import LockConflict, Locks, Patience
 from chronos.migration.console import Output
 from chronos.migration.state import where
 from chronos.table import TableSpec
@@ -76,12 +76,22 @@ class Operator:
     def locks(self, attempts: int | None = None, *, may_stop: bool = True) -> Locks:
         """Attempts at locks that tell the operator who is waited for, and end when asked to."""
 
-        def on_blocked(obstacle: Obstacle, attempt: int) -> None:
-            self.output.waiting(obstacle, attempt)
+        def on_blocked(conflict: LockConflict, attempt: int) -> None:
+            self.output.waiting(conflict, attempt)
             if may_stop:
                 self.check_stop()
 
         return Locks(replace(self.patience, attempts=attempts or self.patience.attempts), on_blocked)
+
+
+def at_work_key(table: TableSpec) -> Statement:
+    """The key of the advisory lock of whoever is at work on a located table."""
+    return statement("hashtextextended({text}, 0)", text=f"chronos migration of {table.home}.{table}")
+
+
+def asking_key(table: TableSpec) -> Statement:
+    """The key of the advisory lock of whoever has still to be asked about it."""
+    return statement("hashtextextended({text}, 0)", text=f"chronos asks about {table.home}.{table}")
 
 
 @contextmanager
@@ -95,7 +105,7 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
     """
     with opened(engine) as conn, opened(engine) as holding:
         located = require_located(conn, table)
-        key = statement("hashtextextended({text}, 0)", text=f"chronos migration of {located.home}.{table}")
+        key = at_work_key(located)
         holding.begin()
         mine = execute(holding, statement(_TAKE, key=key, no_timeout=no_transaction_timeout())).scalar_one()
         if not mine:
@@ -114,8 +124,7 @@ def asking(conn: Connection, table: TableSpec) -> Iterator[None]:
     It holds another advisory lock, in a transaction without a snapshot that ends with the block.
     """
     with transaction(conn):
-        key = statement("hashtextextended({text}, 0)", text=f"chronos asks about {table.home}.{table}")
-        execute(conn, statement("SELECT pg_advisory_xact_lock_shared({key})", key=key))
+        execute(conn, statement("SELECT pg_advisory_xact_lock_shared({key})", key=asking_key(table)))
         yield
 
 

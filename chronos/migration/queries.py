@@ -15,6 +15,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
+from chronos.catalog.statements import statistics_view
 from chronos.db import Statement, application_path, execute, joined, name, one_line, our_path, statement
 from chronos.errors import RefusedError
 from chronos.migration import pruning
@@ -128,17 +129,6 @@ SELECT c.oid::bigint,
        (SELECT count(*) FROM pg_class WHERE relname = c.relname AND relkind IN ('r', 'p', 'v', 'm', 'f'))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = {schema} AND c.relname = {table}
-"""
-
-# The view that the extension owns, wherever it was put: another of that name is anybody's.
-_EXTENSION = """
-SELECT n.nspname::text, c.relname::text
-FROM pg_extension e
-JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid
-                AND d.classid = 'pg_class'::regclass AND d.deptype = 'e'
-JOIN pg_class c ON c.oid = d.objid AND c.relname = 'pg_stat_statements'
-JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE e.extname = 'pg_stat_statements'
 """
 
 _STATISTICS = """
@@ -265,14 +255,14 @@ def _visible(conn: Connection, relations: list[str]) -> dict[str, str]:
 
 def _statistics(conn: Connection, subject: Subject) -> list[tuple[str, int, float, float]]:
     """Text, calls, milliseconds and share of all time. Raises RefusedError when they are not to be had."""
-    view = execute(conn, statement(_EXTENSION)).one_or_none()
+    view = statistics_view(conn)
     if view is None:
         raise RefusedError(f"pg_stat_statements is not there; {_HOW_TO_GET_IT}")
     wanted = {subject.name, *(view_name for _, view_name in subject.views)}
     names = "|".join(_literally(one.lower()) for one in sorted(wanted))
     # What a migration itself runs names its other tables, or is marked.
     ours = f"{_literally(OURS)}|{_literally(subject.name)}_(new|old|migration)"
-    query = statement(_STATISTICS, view=name(*view), names=names, ours=ours)
+    query = statement(_STATISTICS, view=view, names=names, ours=ours)
     try:
         with _undone(conn):
             return [(row[0], row[1], row[2], row[3]) for row in execute(conn, query).all()]

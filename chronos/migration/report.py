@@ -242,7 +242,7 @@ def _go_back(migration: Migration, ended: Ended) -> list[dict[str, str]]:
         steps.append(
             {
                 "command": f"ALTER TABLE {table} DETACH PARTITION {table.history};",
-                "why": f"first, whoever goes back by hand: DROP TABLE {table} would drop every row",
+                "why": f"do this first if you go back by hand: DROP TABLE {table} would drop every row",
             }
         )
     return steps

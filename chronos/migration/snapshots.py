@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
-from chronos.locks import Obstacle
+from chronos.locks import LockConflict
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Snapshot:
     seconds: float
     has_lock: bool
 
-    def as_obstacle(self) -> Obstacle:
+    def as_conflict(self) -> LockConflict:
         """What it stands in the way of, and what would end it."""
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
         remedy = f"SELECT pg_terminate_backend({self.pid})"
-        return Obstacle(
+        return LockConflict(
             f"waiting for {who}, whose transaction of {self.seconds:.0f} s may not see the last changes;"
             f" {remedy} would end it",
             "an old snapshot",

@@ -174,7 +174,7 @@ class _Exchange:
         """Before any lock: somebody with an old snapshot who does not use the table has to be waited for."""
         old = [s for s in self._snapshots() if s.seconds > _OLD_S and not s.has_lock]
         if old:
-            raise BlockedError(old[0].as_obstacle())
+            raise BlockedError(old[0].as_conflict())
 
     def _snapshots(self) -> list[Snapshot]:
         with transaction(self.other):
@@ -194,7 +194,7 @@ class _Exchange:
         self.before = self._snapshots()
         while waiting := [s for s in still_there(self.before, self._snapshots()) if not s.has_lock]:
             if not self.attempt.left_s:
-                raise BlockedError(waiting[0].as_obstacle())
+                raise BlockedError(waiting[0].as_conflict())
             time.sleep(_POLL_S)
 
     def _take_the_rest_of_the_locks(self) -> None:
@@ -209,7 +209,7 @@ class _Exchange:
             timeout = statement("SELECT set_config('lock_timeout', {left}, true)", left=left)
             execute(self.conn, joined([timeout, lock], ";\n"))
         if waiting := still_there(self.before, self._snapshots()):
-            raise BlockedError(waiting[0].as_obstacle())
+            raise BlockedError(waiting[0].as_conflict())
 
     def _versions(self) -> tuple[object, ...]:
         """The version of each catalog row of the table in use."""
