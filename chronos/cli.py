@@ -539,17 +539,22 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
     with _errors_as_lines(), _operator() as operator:
         context = _context(Verb.ROLLBACK, table)
 
-        def confirm(found: State) -> None:
-            click.echo(
-                f"{context.head(found.table)}\n"
-                f"{describe(found)}\n"
-                f"{quoted(found.table.name)} will be the plain table again"
-                f"{', with every row written since the swap' if found.phase.swapped else ''}."
-            )
+        def confirm(found: State, by_hand: bool) -> None:
+            click.echo(f"{context.head(found.table)}\n{_what_rollback_does(found, by_hand=by_hand)}")
             if not yes:
                 _ask("ROLLBACK")
 
         undo(context.engine, context.table, operator, confirm, force=force)
+
+
+def _what_rollback_does(found: State, *, by_hand: bool) -> str:
+    name = quoted(found.table.name)
+    if by_hand:
+        return (
+            f"{name} was put back by hand, and stays as it is; what is left of the migration will be removed."
+        )
+    since = ", with every row written since the swap" if found.phase.swapped else ""
+    return f"{describe(found)}\n{name} will be the plain table again{since}."
 
 
 def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) -> str:

@@ -40,7 +40,7 @@ from chronos.migration import state as migration_state
 from chronos.migration.attach import check_is_valid
 from chronos.migration.console import counted, for_reading, in_bytes
 from chronos.migration.old_and_new import renamed_by_hand
-from chronos.migration.operator import asking_key, at_work_key
+from chronos.migration.operator import at_work
 from chronos.migration.state import Phase, State, describe, not_to_be_dropped, what_becomes_of
 from chronos.reports import History, UntrustedError
 from chronos.settings import CONFIGURATION, Settings
@@ -98,6 +98,7 @@ class Status:
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
     ``detached`` are the former partitions that wait for their drop, ``grace_days`` for how long the function
     leaves a partition so. ``in_citus`` is what the table is to Citus; sizes are those of all its nodes.
+    ``at_work`` is who carries the migration on at this moment.
     ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
     ``jobs`` is what the nightly jobs did with this table, None when nobody can tell; ``listed`` tells whether
     they keep it, ``by_celery`` whether Celery runs them or `upkeep` by cron;
@@ -111,7 +112,7 @@ class Status:
     clock_ahead_s: float
     partitioned: bool
     migration: State | None
-    migration_runs: bool
+    at_work: str | None
     by_hand: str | None
     partitions: tuple[Partition, ...]
     functions: dict[str, int]
@@ -177,6 +178,8 @@ class Status:
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]
+        if self.migration is not None and self.migration.phase.swapped:
+            lowers.append(self.migration.plan.first)  # whatever has been dropped since
         uppers = [p.upper for p in self.partitions if p.upper]
         ahead = self.table.wanted(self.now, back=False)
         first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
@@ -258,7 +261,8 @@ class Status:
         return {
             "phase": self.migration.phase.value,
             "since": changed and changed.astimezone(UTC).isoformat(timespec="seconds"),
-            "running": self.migration_runs,
+            "running": self.at_work is not None,
+            "by": self.at_work,
             "periods_copied": self.copied and self.copied[0],
             "periods": self.copied and self.copied[1],
             "notes_waiting": self.notes_waiting,
@@ -387,7 +391,7 @@ def collect_others(settings: Settings) -> list[Other]:
                 if (table.schema, table.name) in known:
                     continue
                 found = migration_state.read(conn, table) if readable else None
-                healthy = found is None or found.phase in _AT_REST or _migration_runs(conn, table)
+                healthy = found is None or found.phase in _AT_REST or at_work(conn, table) is not None
                 others.append(Other(table, found.phase if found else None, healthy))
     return others
 
@@ -455,7 +459,7 @@ def _look(conn: Connection, table: TableSpec, settings: Settings, clock: Callabl
         clock_ahead_s=(now - ours).total_seconds(),
         partitioned=_table(conn, table.home, table.name, "p") is not None,
         migration=migration,
-        migration_runs=_migration_runs(conn, table),
+        at_work=at_work(conn, table),
         by_hand=_by_hand(conn, migration) if migration else None,
         partitions=partitions,
         functions=_functions(conn, table),
@@ -521,23 +525,6 @@ def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
         ),
     ).all()
     return {function: int(version) for function, version in rows}
-
-
-def _migration_runs(conn: Connection, table: TableSpec) -> bool:
-    """Whether somebody is at work, and not only asked whether to begin; looks, and takes no lock."""
-    found: bool = execute(
-        conn,
-        statement(
-            "WITH locks AS (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks"
-            " WHERE locktype = 'advisory' AND granted AND objsubid = 1"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
-            " SELECT EXISTS (SELECT FROM locks WHERE key = {runs})"
-            " AND NOT EXISTS (SELECT FROM locks WHERE key = {asks})",
-            runs=at_work_key(table),
-            asks=asking_key(table),
-        ),
-    ).scalar_one()
-    return found
 
 
 def _by_hand(conn: Connection, migration: State) -> str | None:
@@ -663,7 +650,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
         if (since and status.now - since > _READY_LONG) or (status.notes_waiting or 0) >= _MANY_NOTES:
             more = "" if attaches else ", and more every hour"
             yield f"{_ready(status)}{more}; swap with: {resume}; or undo it with: {undo}"
-    elif status.migration_runs:
+    elif status.at_work:
         return
     elif phase is Phase.MIGRATED:
         if not migration.verified:
@@ -722,7 +709,7 @@ def _notices(status: Status) -> Iterator[str]:
         if not status.by_hand:
             yield f"{what_becomes_of(migration.plan)}. {not_to_be_dropped(migration.table)}"
         return
-    if migration is None or migration.phase is not Phase.READY or status.migration_runs:
+    if migration is None or migration.phase is not Phase.READY or status.at_work:
         return
     if any(_half_done(status, migration)):
         return
@@ -771,8 +758,11 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     if past:
         leaf = _qualified(table, table.partition(past[0]))
         lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (past[0].start, past[0].end))
+        kept = "within what is kept"
+        if status.old_table and status.migration and past[0].start < status.migration.plan.started_at:
+            kept += f", and {table.old} has rows of it: finalize refuses until they are back"
         yield (
-            f"no partition for {_some(past)}, within what is kept. Create it: CREATE TABLE {leaf}"
+            f"no partition for {_some(past)}, {kept}. Create it: CREATE TABLE {leaf}"
             f" PARTITION OF {_qualified(table, table.name)} FOR VALUES FROM ('{lower}') TO ('{upper}');"
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
@@ -861,11 +851,10 @@ class _Page:
         """How far the copy is, since when, whether somebody is at it, and what readers see meanwhile."""
         assert self.status.migration is not None
         since = self.status.migration.plan.started_at
-        at_it = "is running" if self.status.migration_runs else "was cut off"
+        by = self.status.at_work
         self.line(f"copied      {copied} of {periods} periods")
-        self.line(
-            f"migration   begun {since:%Y-%m-%d %H:%M} UTC, {at_it}; readers see every row all the time"
-        )
+        self.line(f"migration   begun {since:%Y-%m-%d %H:%M} UTC; readers see every row all the time")
+        self.line(f"operator    {by or 'none: it was cut off'}")
 
     def print(self) -> None:
         """The page from top to bottom."""

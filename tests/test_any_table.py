@@ -94,7 +94,7 @@ def test_there_and_back_with_any_key(database: str, key: str) -> None:
     write(2)
     kept = sorted([*contents(database), *older])
 
-    undo(engine, table, operator(), lambda found: None)
+    undo(engine, table, operator(), lambda found, by_hand: None)
 
     assert contents(database) == kept
     assert relations(database) == before

@@ -198,7 +198,7 @@ def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, tab
         kind = value(database, "SELECT relkind::text FROM pg_class WHERE oid = %s::regclass", schema.name)
         assert kind == "p"
         check(application, readers)
-        undo(engine, spec, operator(), lambda found: None)
+        undo(engine, spec, operator(), lambda found, by_hand: None)
         check(application, readers)
     assert not application.compare()
     assert untouched(database, schema) == rows

@@ -273,7 +273,7 @@ def test_new_partitions_never_meet_its_bound(database: str, every: Interval) -> 
             (last + 10,),
         )
         assert attached(cursor, '"Events"') > before
-    undo(engine, spec, operator(), lambda found: None)
+    undo(engine, spec, operator(), lambda found, by_hand: None)
     assert value(database, 'SELECT count(*) FROM "Events"') == 200 + 24 * (last + 10) + 1
 
 

@@ -305,7 +305,7 @@ def test_a_table_of_another_kind(database: str, pg_bin: Path) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert value(database, 'SELECT count(*) FROM "Shop"."Order %_old"') == 200
     assert value(database, 'SELECT count(*) FROM "Shop"."Order %"') in (90, 91)
-    undo(engine, _ANOTHER, Operator(Output(Console(file=StringIO()))), lambda state: None)
+    undo(engine, _ANOTHER, Operator(Output(Console(file=StringIO()))), lambda found, by_hand: None)
     assert dump(database, pg_bin) == before
 
 

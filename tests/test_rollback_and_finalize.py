@@ -240,7 +240,10 @@ def test_finalize(database: str, key_type: KeyType) -> None:
     )
     assert value(database, "SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal") == 0
     assert value(database, INSERT) == last + 1
-    assert chronos(database, "rollback", "--yes").returncode == 2
+    for verb in ("finalize", "rollback"):
+        again = chronos(database, verb, "--yes")
+        assert again.returncode == 2
+        assert "there is no migration of webhook_log" in again.stderr
 
 
 @pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete", "not compared"])
@@ -317,6 +320,26 @@ def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType
     rolled_back = chronos(database, "rollback", "--yes")
     assert rolled_back.returncode == 0, rolled_back.stderr
     assert (relations(database), shape(database)) == before
+
+
+def test_rollback_after_one_by_hand_says_what_was_there_and_removes_what_is_left(database: str) -> None:
+    fill(database)
+    before = relations(database), shape(database)
+    migrate(database)
+    query(database, "DROP TABLE webhook_log CASCADE; ALTER TABLE webhook_log_old RENAME TO webhook_log")
+
+    asked = chronos(database, "rollback", answer="no\n")
+    assert asked.returncode == 2
+    assert "webhook_log was put back by hand" in asked.stdout
+    assert "partitioned" not in asked.stdout
+    result = chronos(database, "rollback", "--yes")
+
+    assert result.returncode == 0, result.stderr
+    assert "webhook_log was put back by hand before; what was left over is gone" in result.stdout
+    assert (relations(database), shape(database)) == before
+    again = chronos(database, "rollback", "--yes")
+    assert again.returncode == 2
+    assert "there is no migration of webhook_log" in again.stderr
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)

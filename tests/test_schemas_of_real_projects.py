@@ -72,7 +72,7 @@ def test_there_and_back_beside_its_application(database: str, pg_bin: Path, tabl
         cutoff = value(database, f"SELECT (plan ->> 'cutoff')::timestamptz FROM {state}")
         check(application, readers, since=cutoff)
 
-        undo(engine, spec, operator(), lambda found: None)
+        undo(engine, spec, operator(), lambda found, by_hand: None)
         check(application, readers)
         assert readers.replanned <= 2
     assert not application.compare()

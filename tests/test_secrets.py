@@ -285,6 +285,7 @@ def test_a_connection_that_fails(
         f"mysql://me:{ENCODED}@host/db",
         f"me:{ENCODED}@host",
         f"postgresql://me:an@{ENCODED}@host/db",
+        f"postgresql://me:an@{ENCODED}?unencoded@host/db",
     ],
 )
 def test_a_url_that_cannot_be_read(guarded_redis: str, tmp_path: Path, tracebacks: None, text: str) -> None:

@@ -297,7 +297,7 @@ def go(url: str, spec: TableSpec) -> None:
 
 
 def back(url: str, spec: TableSpec) -> None:
-    undo(engine_for(url), spec, operator(), lambda found: None)
+    undo(engine_for(url), spec, operator(), lambda found, by_hand: None)
 
 
 def test_the_shared_pair_stays_until_the_last_table_has_gone_back(database: str, pg_bin: Path) -> None:

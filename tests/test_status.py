@@ -389,6 +389,26 @@ def test_how_far_the_copy_has_come(database: str, look: Look) -> None:
     the_problem(status, r"webhook_log is the plain table, complete and in use; .* --resume; or undo it with")
     found = status.as_json()["migration"]
     assert (found["phase"], found["periods_copied"], found["periods"]) == ("copying", 3, 16)
+    assert (found["running"], found["by"]) == (False, None)
+
+
+def test_while_it_copies_status_says_how_far_since_when_and_by_whom(database: str) -> None:
+    begin(database, Phase.COPYING)
+    since = value(
+        database,
+        "SELECT to_char((plan ->> 'started_at')::timestamptz AT TIME ZONE 'UTC',"
+        " 'YYYY-MM-DD HH24:MI') FROM webhook_log_migration",
+    )
+    assert "operator    none: it was cut off" in chronos(database, "status").stdout
+    with holding(database, OPERATORS_LOCK) as operator:
+        printed = chronos(database, "status").stdout
+        user, pid = value(database, "SELECT current_user"), operator.info.backend_pid
+    for line in (
+        "copied      0 of 16 periods",
+        f"migration   begun {since} UTC; readers see every row all the time",
+        f"operator    pid {pid}, user {user}, from ",
+    ):
+        assert line in printed
 
 
 def test_a_table_that_waits_for_its_swap_is_healthy(database: str, look: Look) -> None:
@@ -502,6 +522,31 @@ def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
     problem = the_problem(status, f"no partition for {gone[0]}, within what is kept")
     query(migrated, problem.partition("Create it: ")[2])
     assert look(migrated).healthy
+
+
+def test_days_dropped_before_their_time_are_a_problem_as_long_as_finalize_refuses(
+    migrated: str, look: Look
+) -> None:
+    """Somebody calls the function with 3 where 15 days are kept."""
+    query(migrated, f"SELECT {WEBHOOK_LOG.drop_function}(3)")
+    status = look(migrated)
+    assert [period.start.date() for period in status.missing] == [
+        today(migrated) - timedelta(days=days) for days in range(15, 3, -1)
+    ]
+    lost = "within what is kept, and webhook_log_old has rows of it: finalize refuses"
+    refused = chronos(migrated, "finalize", "--yes")
+    assert refused.returncode == 2
+    assert "rows of webhook_log_old within retention are not in webhook_log" in refused.stderr
+
+    for _ in status.missing:
+        query(migrated, the_problem(look(migrated), lost).partition("Create it: ")[2])
+    query(
+        migrated,
+        "INSERT INTO webhook_log SELECT * FROM webhook_log_old"
+        " WHERE timestamp >= date_trunc('day', now() - interval '15 days', 'UTC') ON CONFLICT DO NOTHING",
+    )
+    assert look(migrated).healthy
+    assert chronos(migrated, "finalize", "--yes").returncode == 0
 
 
 def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(

@@ -169,7 +169,7 @@ def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_repeat(dat
             if way == "there":
                 migrate(engine, WEBHOOK_LOG, Options(resume=True), patient(), lambda found: None)
             else:
-                undo(engine, WEBHOOK_LOG, patient(), lambda found: None)
+                undo(engine, WEBHOOK_LOG, patient(), lambda found, by_hand: None)
         writers[0].join(30)
     assert told == [SERIALIZATION_FAILURE]
     assert phase(database) == ("migrated" if way == "there" else None)

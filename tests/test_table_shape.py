@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 
 from chronos.catalog.shape import TableShape, differences, read
 from chronos.db import connect_engine, transaction
+from chronos.demo.rows import create_webhook_log
 from chronos.table import WEBHOOK_LOG
 from tests.command import chronos, started
 from tests.conftest import MakeDatabase
@@ -241,6 +242,25 @@ def test_a_change_between_building_and_swapping_is_not_lost(sink: str, pg_bin: P
     assert resumed.returncode == 0, resumed.stderr
     assert chronos(sink, "rollback", "--yes").returncode == 0
     assert dump(sink, pg_bin) == before
+
+
+def test_a_view_made_while_the_swap_waits_reads_the_new_table(database: str) -> None:
+    """Its transaction is what the swap waits for, and changes nothing in the catalog's row of the table."""
+    create_webhook_log(connect_engine(make_url(database)), 500)
+    with ExitStack() as open_yet:
+        maker = open_yet.enter_context(connected(database, autocommit=False))
+        with maker.cursor() as cursor:
+            cursor.execute("CREATE VIEW late AS SELECT count(*) FROM webhook_log")
+        run = open_yet.enter_context(started(database, "migrate", "--yes"))
+        waiting_pid(database, "webhook_log")
+        maker.commit()
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, out + err
+    query(database, "DROP TABLE webhook_log_old CASCADE")
+    insert = "INSERT INTO webhook_log (status, timestamp) VALUES ('new', now())"
+    before = value(database, "TABLE late")
+    query(database, insert)
+    assert value(database, "TABLE late") == before + 1
 
 
 def test_differences_name_what_differs(database: str) -> None:

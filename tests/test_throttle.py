@@ -147,7 +147,7 @@ def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.stderr
     found = json.loads(report.read_text())
-    assert found["steps"][2]["seconds"] > (found["rows_copied"] - 700) / 700
+    assert found["steps"][2]["seconds"] > (found["happened"]["rows"] - 700) / 700
 
 
 def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:

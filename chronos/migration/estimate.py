@@ -18,9 +18,12 @@ from chronos.catalog.shape import TableShape
 from chronos.db import Statement, execute, joined, name, opened, statement, transaction
 from chronos.migration import attach
 from chronos.migration.checks import Finding, Survey, first_plan
+from chronos.migration.compare import within
 from chronos.migration.console import in_bytes
 from chronos.migration.context import Migration
 from chronos.migration.queries import OURS
+from chronos.migration.state import Expected
+from chronos.table import Period
 
 _SAMPLE = 50_000
 # What a row costs, in the times that this server takes to read and hash one, and to sort an entry of an
@@ -113,6 +116,37 @@ class Way:
     facts: dict[str, str]
     blockers: tuple[Finding, ...] = ()
     wal: float = 0.0
+
+
+def expected_rows(migration: Migration) -> dict[Period, int]:
+    """What the planner expects of each period; a period ahead only if it has any row at all."""
+    plan, conn = migration.plan, migration.conn
+    found: dict[Period, int] = {}
+    for period in plan.periods:
+        rows = statement(
+            "FROM {table} WHERE {within}",
+            table=migration.relation(plan.table.name),
+            within=within(migration, period),
+        )
+        explained = execute(conn, statement("EXPLAIN (FORMAT JSON) SELECT {rows}", rows=rows)).scalar_one()
+        count = int(explained[0]["Plan"]["Plan Rows"])
+        if period.start > plan.started_at:
+            some = execute(conn, statement("SELECT EXISTS (SELECT {rows})", rows=rows)).scalar_one()
+            count = max(count, 1) if some else 0
+        if count:
+            found[period] = count
+    return found
+
+
+def expected(migration: Migration, found: Survey) -> Expected:
+    """What the migration that begins now will take, by its own strategy. Reads a sample: a second or two."""
+    conn = migration.conn
+    with transaction(conn):
+        execute(conn, statement("SET TRANSACTION READ ONLY"))
+        pace = measure(migration)
+        rows = 0 if found.attaches else sum(expected_rows(migration).values())
+        way = (by_attaching if found.attaches else by_copying)(conn, found, rows, pace)
+    return Expected(rows, found.bytes, way.seconds, way.wal, way.bytes)
 
 
 def by_copying(conn: Connection, found: Survey, rows: int, pace: Pace | None) -> Way:

@@ -27,13 +27,14 @@ SELECT pg_try_advisory_xact_lock({key})
 """
 
 _HOLDER = """
-SELECT format('pid %s, %s, connected from %s since %s UTC', a.pid, coalesce(a.usename, 'unknown'),
-              coalesce(host(a.client_addr), 'a local socket'),
-              to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'))
+SELECT format('pid %s, user %s', a.pid, coalesce(a.usename, 'unknown'))
+    || coalesce(', from ' || coalesce(host(a.client_addr), 'a local socket') || ' since '
+                || to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') || ' UTC', '')
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND l.classid::bigint = ({key} >> 32) & 4294967295
   AND l.objid::bigint = {key} & 4294967295
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
 # A lock that stands between a finished copy and its swap is worth waiting for: about an hour.
@@ -94,6 +95,17 @@ def asking_key(table: TableSpec) -> Statement:
     return statement("hashtextextended({text}, 0)", text=f"chronos asks about {table.home}.{table}")
 
 
+def _holder(conn: Connection, key: Statement) -> str | None:
+    found: str | None = execute(conn, statement(_HOLDER, key=key)).scalar()
+    return found
+
+
+def at_work(conn: Connection, table: TableSpec) -> str | None:
+    """Who is at work on a located table, and not only asked whether to begin; looks, and takes no lock."""
+    asked = _holder(conn, asking_key(table))
+    return None if asked else _holder(conn, at_work_key(table))
+
+
 @contextmanager
 def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection, TableSpec]]:
     """A connection and the table with its schema, with the operator's lock held while the block runs.
@@ -109,9 +121,8 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
         holding.begin()
         mine = execute(holding, statement(_TAKE, key=key, no_timeout=no_transaction_timeout())).scalar_one()
         if not mine:
-            other = execute(holding, statement(_HOLDER, key=key)).scalar()
             raise RefusedError(
-                f"somebody else is at work on {table} ({other or 'just gone'});"
+                f"somebody else is at work on {table} ({_holder(holding, key) or 'just gone'});"
                 " nothing was changed. Wait until they are done"
             )
         yield conn, located

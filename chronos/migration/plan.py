@@ -69,7 +69,16 @@ from chronos.migration.compare import (
 from chronos.migration.console import Output, counted, for_reading, in_bytes
 from chronos.migration.context import Direction, Migration
 from chronos.migration.copy import put_statement, rows_per_period
-from chronos.migration.estimate import Pace, Way, by_attaching, by_copying, measure, recommended, row_bytes
+from chronos.migration.estimate import (
+    Pace,
+    Way,
+    by_attaching,
+    by_copying,
+    expected_rows,
+    measure,
+    recommended,
+    row_bytes,
+)
 from chronos.migration.foreign_keys import (
     AT_ONCE,
     adopt_statements,
@@ -204,7 +213,7 @@ def _outlook(conn: Connection, found: Survey, migration: Migration, following: l
     rows: dict[Period, int] = {}
     if not by_copy.blockers:
         window = replace(migration, state=replace(migration.state, plan=first_plan(by_copy)))
-        rows = rows_per_period(window) if exact else _expected_rows(window)
+        rows = rows_per_period(window) if exact else expected_rows(window)
     pace = measure(migration)
     copied = sum(rows.values())
     return Outlook(
@@ -618,26 +627,6 @@ def _of_the_shape(shape: TableShape, plan: Plan, following: list[Dependent]) -> 
             )
 
 
-def _expected_rows(migration: Migration) -> dict[Period, int]:
-    """What the planner expects of each period; a period ahead only if it has any row at all."""
-    plan, conn = migration.plan, migration.conn
-    found: dict[Period, int] = {}
-    for period in plan.periods:
-        rows = statement(
-            "FROM {table} WHERE {within}",
-            table=migration.relation(plan.table.name),
-            within=within(migration, period),
-        )
-        explained = execute(conn, statement("EXPLAIN (FORMAT JSON) SELECT {rows}", rows=rows)).scalar_one()
-        count = int(explained[0]["Plan"]["Plan Rows"])
-        if period.start > plan.started_at:
-            some = execute(conn, statement("SELECT EXISTS (SELECT {rows})", rows=rows)).scalar_one()
-            count = max(count, 1) if some else 0
-        if count:
-            found[period] = count
-    return found
-
-
 class _Report:
     """Prints the plan, as a whole or on one screen; in a ``script`` all but SQL is behind ``--``."""
 
@@ -979,8 +968,7 @@ def _facts(found: Workload) -> Iterator[tuple[str, Statistic]]:
     """Statements that mean something else on a partitioned table, or fail."""
     for one in found.statements:
         for fact in one.facts:
-            detail = f" ({', '.join(fact.detail)})" if fact.detail else ""
-            yield f"{_weight(one)}, {fact.kind.value}{detail}", one
+            yield f"{_weight(one)}, {fact.value}", one
 
 
 def _one_line(text: str) -> str:

@@ -40,22 +40,11 @@ class Why(Enum):
         return self.value.format(c=column)
 
 
-class FactKind(Enum):
-    """What means something else, or fails, on a partitioned table."""
+class Fact(Enum):
+    """What means something else, or fails, on a partitioned table, besides what the checks look for."""
 
-    CTID = "uses ctid, which is not unique across partitions"
-    ON_CONFLICT = "ON CONFLICT finds no unique key without the time column"
-    SEQUENCE = "asks for the sequence of a column of the table"
     ONLY = "reads ONLY the table, which has no rows of its own any more"
     COPY_TO = "COPY of the table itself: write COPY (SELECT ...) TO"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One such thing in a statement; ``detail`` are the columns of ON CONFLICT, or the function's name."""
-
-    kind: FactKind
-    detail: tuple[str, ...] = ()
 
 
 class Reading(NamedTuple):
@@ -270,7 +259,6 @@ class _Analysis:
             self.statement(inner)
         elif kind(node) in _STATEMENTS:
             self._query(node, {}, None)
-            self._functions(node)
 
     def _copy(self, node: Any) -> None:
         if node.relation is not None and self.subject.is_named(
@@ -278,24 +266,7 @@ class _Analysis:
         ):
             self.touches = True
             if not node.is_from:
-                self.facts.append(Fact(FactKind.COPY_TO))
-
-    def _functions(self, tree: Any) -> None:
-        """Functions that ask for the sequence of a column, and those that name the table's sequence."""
-        for node in nodes(tree):
-            if kind(node) != "FuncCall":
-                continue
-            called = words(node.funcname)[-1]
-            texts = [
-                n.val.sval
-                for arg in node.args or ()
-                for n in nodes(arg)
-                if kind(getattr(n, "val", None)) == "String"
-            ]
-            if called in ("currval", "pg_get_serial_sequence", "lastval") and (
-                not texts or any(self.subject.name in text for text in texts)
-            ):
-                self.facts.append(Fact(FactKind.SEQUENCE, (called,)))
+                self.facts.append(Fact.COPY_TO)
 
     # --- Statements ---
 
@@ -326,17 +297,8 @@ class _Analysis:
     def _insert(self, node: Any, ctes: _Ctes) -> None:
         if node.selectStmt is not None:
             self._select(node.selectStmt, ctes, None)
-        if not self.subject.is_named(node.relation.schemaname, node.relation.relname):
-            return
-        self.touches = True
-        clause = node.onConflictClause
-        if clause is None or clause.infer is None:
-            return
-        columns = tuple(element.name for element in clause.infer.indexElems or () if element.name)
-        if clause.infer.conname:
-            self.facts.append(Fact(FactKind.ON_CONFLICT, (clause.infer.conname,)))
-        elif self.subject.column not in columns:
-            self.facts.append(Fact(FactKind.ON_CONFLICT, columns))
+        if self.subject.is_named(node.relation.schemaname, node.relation.relname):
+            self.touches = True
 
     def _select(self, node: Any, ctes: _Ctes, outer: _Level | None) -> _Columns:
         ctes = self._with(node.withClause, ctes, outer)
@@ -407,7 +369,7 @@ class _Analysis:
         if subject.is_named(schema, name):
             self.touches = True
             if not node.inh:
-                self.facts.append(Fact(FactKind.ONLY))
+                self.facts.append(Fact.ONLY)
             use = _Use()
             self.uses.append(use)
             own: _Columns = [
@@ -471,7 +433,7 @@ class _Analysis:
     # --- Conditions ---
 
     def _expressions(self, parts: Iterable[Any], level: _Level, ctes: _Ctes) -> None:
-        """What stands in expressions: subqueries, each a level of its own, and ctid."""
+        """What stands in expressions: subqueries, each a level of its own."""
         pending = list(parts)
         while pending:
             node = pending.pop()
@@ -480,15 +442,8 @@ class _Analysis:
             elif kind(node) == "SubLink":
                 self._query(node.subselect, ctes, level)
                 pending.append(node.testexpr)
-            elif kind(node) == "ColumnRef":
-                self._ctid(node, level)
             elif _is_node(node) and kind(node) not in ("WithClause", *_STATEMENTS):
                 pending.extend(getattr(node, member) for member in node)
-
-    def _ctid(self, ref: Any, level: _Level) -> None:
-        *prefix, column = words(ref.fields) or ("",)
-        if column == "ctid" and any(i.is_table and (not prefix or i.name == prefix[-1]) for i in level.items):
-            self.facts.append(Fact(FactKind.CTID))
 
     def _settle(self, level: _Level) -> None:
         """Which mentions the conditions of a level bound."""

@@ -13,11 +13,11 @@ A run that stops or fails writes one too, and its ``outcome`` says so. The facts
 ``where`` ``host``, ``port``, ``database``, ``user``, ``postgresql``; ``who`` ``user`` and ``host`` that ran
     the command; ``chronos``, ``python`` versions; ``options`` as they were typed
 ``started``, ``ended``, ``seconds`` of this run; ``last_step`` the one that it reached
-``planned`` and ``happened`` ``rows``, ``bytes`` (of the plain table with its indexes, of the partitions),
-    ``partitions``
+``planned`` and ``happened`` ``rows`` copied, ``bytes`` (of the plain table with its indexes, of the
+    partitions), ``seconds`` of the six steps (happened: in this run), ``wal_bytes`` (happened: of the whole
+    server during this run), ``disk_bytes`` taken, ``partitions``
 ``steps`` ``step``, ``name``, ``seconds`` (0: an earlier run did it); ``statistics_seconds``
-``rows_copied``, ``notes_replayed`` (by this run), ``wal_bytes`` (of the whole server during this run),
-    ``swap_milliseconds``, ``longest_lock_wait_seconds``
+``notes_replayed`` (by this run), ``swap_milliseconds``, ``longest_lock_wait_seconds``
 ``periods`` ``start``, ``end``, ``old_rows``, ``new_rows``, ``alike`` (null: only counted)
 ``copy`` ``seconds`` since the run began, ``rows`` copied by then; ``lock_waits`` ``seconds``, ``what`` was
     waited for, ``who`` was in the way
@@ -30,7 +30,7 @@ import getpass
 import json
 import platform
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,31 +45,22 @@ from chronos.errors import ChronosError, InterruptedRunError, NeedsPersonError, 
 from chronos.migration.console import Summary
 from chronos.migration.context import Migration
 from chronos.migration.report_page import html
-from chronos.migration.state import Phase, describe
+from chronos.migration.state import Expected, Phase, describe
 
 _KINDS = (".json", ".html")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What the operator was told of the table beforehand."""
-
-    rows: int
-    bytes: int
+_EXPECTED = [field.name for field in fields(Expected)]
 
 
 @dataclass(frozen=True)
 class Ended:
     """How a run ended: when it ``began``, the error that ended it if any, whether it was held before the
-    swap, the last step that it reached, what was estimated if this run began the migration, its options as
-    they are typed.
+    swap, the last step that it reached, its options as they are typed.
     """
 
     began: datetime
     error: ChronosError | None
     held: bool
     last_step: int
-    estimate: Estimate | None
     options: str
 
     @property
@@ -120,7 +111,6 @@ def facts(migration: Migration, summary: Summary, ended: Ended) -> dict[str, Any
     url, record = migration.engine.url, migration.operator.output.record
     now = datetime.now(UTC)
     partitions, size = _partitions(migration.conn, migration)
-    rows = sum(result.new_rows for result in summary.periods.values())
     version = migration.engine.dialect.server_version_info or ()
     return {
         "report": 1,
@@ -153,13 +143,15 @@ def facts(migration: Migration, summary: Summary, ended: Ended) -> dict[str, Any
         "seconds": round(record.seconds, 1),
         "last_step": ended.last_step,
         "planned": {
-            "rows": ended.estimate and ended.estimate.rows,
-            "bytes": ended.estimate and ended.estimate.bytes,
+            **(asdict(plan.expected) if plan.expected else dict.fromkeys(_EXPECTED)),
             "partitions": len(plan.periods) + (1 if plan.attaches else 0),
         },
         "happened": {
-            "rows": None if plan.attaches else rows,
+            "rows": summary.copied,
             "bytes": size,
+            "seconds": round(sum(seconds for _, seconds in summary.steps), 2),
+            "wal_bytes": summary.wal_bytes,
+            "disk_bytes": _disk(migration, size),
             "partitions": partitions,
         },
         "steps": [
@@ -167,9 +159,7 @@ def facts(migration: Migration, summary: Summary, ended: Ended) -> dict[str, Any
             for number, (step, seconds) in enumerate(summary.steps, 1)
         ],
         "statistics_seconds": summary.statistics_s and round(summary.statistics_s, 2),
-        "rows_copied": summary.copied,
         "notes_replayed": None if plan.attaches else migration.notes_replayed,
-        "wal_bytes": summary.wal_bytes,
         "swap_milliseconds": migration.swap_s and round(migration.swap_s * 1000, 1),
         "longest_lock_wait_seconds": round(summary.lock_s, 4),
         "periods": [
@@ -200,6 +190,14 @@ def _partitions(conn: Connection, migration: Migration) -> tuple[int | None, int
     except SQLAlchemyError:
         return None, None
     return len(found), sum(partition.bytes for partition in found)
+
+
+def _disk(migration: Migration, size: int | None) -> int | None:
+    """Bytes that the partitions have added; None when that cannot be told (yet)."""
+    plan = migration.plan
+    if size is None or not plan.attaches:
+        return size
+    return size - plan.expected.bytes if plan.expected and migration.state.phase.swapped else None
 
 
 def _tables(migration: Migration, ended: Ended) -> str:

@@ -6,8 +6,10 @@ The charts are drawn here as numbers, and put into SVG by the template; each has
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -64,10 +66,12 @@ def html(facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": in_bytes,
         "clock": clock_time,
+        "count": partial(_known, "{:,}".format),
+        "duration": partial(_known, "{:,.1f} s".format),
         "instant": _instant,
-        "number": lambda number: f"{number:,}",
+        "number": "{:,}".format,
+        "size": partial(_known, in_bytes),
     }
     page: str = environment.get_template("report.html.j2").render(
         **facts,
@@ -152,6 +156,10 @@ def rate_chart(samples: list[dict[str, Any]], waits: list[dict[str, Any]]) -> Ch
         left="0:00",
         right=clock_time(last),
     )
+
+
+def _known(say: Callable[[Any], str], value: Any) -> str:
+    return "unknown" if value is None else say(value)
 
 
 def _compared(group: list[dict[str, Any]], well: bool) -> str:

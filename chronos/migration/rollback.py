@@ -88,13 +88,14 @@ def undo(
     engine: Engine,
     table: TableSpec,
     operator: Operator,
-    confirm: Callable[[State], None],
+    confirm: Callable[[State, bool], None],
     *,
     force: bool = False,
 ) -> None:
     """Back to the plain table, from whatever phase the migration is in, with the rows written since.
 
-    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, with nothing changed, when
+    ``confirm`` is told the state, and whether somebody has put the plain table back by hand; it raises
+    RefusedError to call it off. Refuses, with nothing changed, when
     something stands in the way (obstacles.py); ``force`` gives up what may be given up.
     """
     with sole_operator(engine, table) as (conn, table):
@@ -114,7 +115,7 @@ def undo(
             in_the_way = obstacles(conn, found) if found.phase.swapped and not by_hand else []
         _require_none(table, in_the_way, force=force)
         with asking(conn, table):
-            confirm(found)
+            confirm(found, by_hand)
         with transaction(conn):
             found = take_over(conn, found)
         command = rollback_command(table)

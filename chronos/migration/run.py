@@ -54,6 +54,7 @@ from chronos.migration.compare import VerificationError, compare_replayed
 from chronos.migration.console import RowCount, Summary
 from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
+from chronos.migration.estimate import expected
 from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
 from chronos.migration.obstacles import require_no_citus, require_nothing_kept
 from chronos.migration.operator import (
@@ -63,7 +64,7 @@ from chronos.migration.operator import (
     going_on_with,
     sole_operator,
 )
-from chronos.migration.report import Ended, Estimate, facts, require_writable, write_report
+from chronos.migration.report import Ended, facts, require_writable, write_report
 from chronos.migration.rollback import roll_back, stay, tidy_up
 from chronos.migration.state import Phase, State, Strategy, phase_statement
 from chronos.migration.statistics import gather_statistics
@@ -190,14 +191,12 @@ def migrate(
                     stay(migration)
                 operator.output.ok(f"The rollback is called off; {table} stays partitioned")
                 return migration.plan.strategy
-            estimate = None
         else:
             _require_lag_is_seen(conn, options)
             found = _look(engine, conn, table, operator, options, confirm)
             migration = _begin(engine, conn, operator, found, options)
-            estimate = Estimate(found.rows_estimate, found.bytes)
         run = _Adoption if migration.plan.attaches else _Run
-        run(migration, options, estimate).forward()
+        run(migration, options).forward()
         return migration.plan.strategy
 
 
@@ -256,7 +255,11 @@ def _begin(
         functions = tuple(definitions(conn, found.spec).values())
     plan = replace(first_plan(found), functions=functions)
     state = State(uuid4(), Phase.BUILT, plan, options=options.kept())
-    return Migration(engine, conn, operator, state, found.shape)
+    migration = Migration(engine, conn, operator, state, found.shape)
+    if options.report:
+        plan = replace(plan, expected=expected(migration, found))
+        migration.state = replace(state, plan=plan)
+    return migration
 
 
 def _take_over(
@@ -311,10 +314,9 @@ def _take_over(
 class _Run:
     """One run: the migration that it owns, and what it has to report."""
 
-    def __init__(self, migration: Migration, options: Options, estimate: Estimate | None = None) -> None:
+    def __init__(self, migration: Migration, options: Options) -> None:
         self.migration = migration
         self.options = options
-        self.estimate = estimate
         self.operator = migration.operator
         self.output = migration.operator.output
         self.table = migration.table
@@ -535,7 +537,7 @@ class _Run:
             statistics_s=self.statistics_s,
         )
         if self.options.report:
-            ended = Ended(self.began, error, self.held, self.step, self.estimate, str(self.options))
+            ended = Ended(self.began, error, self.held, self.step, str(self.options))
             try:
                 write_report(self.options.report, facts(migration, found, ended))
             except OSError as failed:

@@ -142,6 +142,19 @@ class Heap:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What was foretold when a migration began: rows to be copied; bytes of the table with its indexes, and
+    of the disk and the WAL that it takes; seconds of the six steps.
+    """
+
+    rows: int
+    bytes: int
+    seconds: float
+    wal_bytes: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is fixed when a migration begins; times are the server's, UTC.
 
@@ -150,7 +163,8 @@ class Plan:
     column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those
     that the plain table owns; ``foreign_keys`` those that it gives up in the swap and gets back from a
     rollback; ``functions`` the definitions of functions that stood under the names of ours; ``heap`` is what
-    only the strategy ATTACH needs: then ``first`` is the bound before which all is the old table's.
+    only the strategy ATTACH needs: then ``first`` is the bound before which all is the old table's;
+    ``expected`` is there if a report is wanted.
     """
 
     table: TableSpec
@@ -166,6 +180,7 @@ class Plan:
     foreign_keys: tuple[ForeignKey, ...] = ()
     functions: tuple[str, ...] = ()
     heap: Heap | None = None
+    expected: Expected | None = None
 
     @property
     def attaches(self) -> bool:
@@ -211,6 +226,7 @@ class Plan:
             foreign_keys=tuple(ForeignKey(**k) for k in found["foreign_keys"]),
             functions=tuple(found["functions"]),
             heap=Heap.from_json(found["heap"]) if found["heap"] else None,
+            expected=Expected(**found["expected"]) if found.get("expected") else None,
             **times,
         )
 
