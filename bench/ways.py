@@ -152,7 +152,7 @@ def _migrated(engine: Engine, options: Options) -> tuple[int, dict[int, float]]:
             lambda found: None,
         )
         found = json.loads(report.read_text("utf-8"))
-    return found["rows_copied"] or 0, {step["step"]: step["seconds"] for step in found["steps"]}
+    return found["happened"]["rows"] or 0, {step["step"]: step["seconds"] for step in found["steps"]}
 
 
 def _into_finished(engine: Engine, fill: Callable[[Connection], None]) -> tuple[int, float]:
