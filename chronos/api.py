@@ -14,20 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import SecretStr
 from rich.console import Console
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos import alerts, jobs, prompts
+from chronos import prompts
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import require_located
 from chronos.db import connect_engine, one_line, opened
 from chronos.errors import CannotTellError, ChronosError, RefusedError
 from chronos.functions import upgrade
-from chronos.health import Overview, Status, collect, collect_all, collect_others
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
 from chronos.migration.console import Output
@@ -42,11 +41,10 @@ from chronos.settings import Settings, get_settings, postgres_url
 from chronos.table import Interval, TableSpec
 from chronos.which_table import Description, Verb, no_job_keeps, which_table
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from chronos.health import Overview, Status
 
-Every = Literal["hour", "day", "week", "month"] | Interval
-Confirm = Callable[[str], bool]
-Told = Callable[[str], object] | Output
+logger = logging.getLogger(__name__)
 
 _Word = TypeVar("_Word", bound=StrEnum)
 _Number = TypeVar("_Number", int, float)
@@ -57,7 +55,7 @@ def migrate(
     *,
     url: str | URL | None = None,
     column: str | None = None,
-    every: Every | None = None,
+    every: Literal["hour", "day", "week", "month"] | Interval | None = None,
     retention_days: int | None = None,
     ahead_days: int | None = None,
     strategy: Literal["copy", "attach"] | Strategy = "copy",
@@ -71,8 +69,8 @@ def migrate(
     max_lock_wait: float | None = None,
     accept_duplicates: Collection[str] = (),
     report: str | Path | None = None,
-    confirm: Confirm | None = None,
-    output: Told | None = None,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> MigrationResult:
     """Turn a table into partitions under live writes, or carry on where an earlier run ended.
@@ -98,7 +96,7 @@ def migrate(
     - ``report``: a file, ``.json`` or ``.html``, that says what was done, however it ends.
     - ``confirm``: is shown what is about to be done, before anything is changed; unless it returns True the
       call ends with RefusedError. None: the call is the consent.
-    - ``output``: called with each line that the command line would print, by any thread. What it raises is
+    - ``output``: called with each line that the command line would print, from any thread. What it raises is
       logged, and it is not called again; the migration goes on.
     - ``stop``: set it, from anywhere, to stop at the next batch.
 
@@ -160,8 +158,8 @@ def rollback(
     *,
     url: str | URL | None = None,
     force: bool = False,
-    confirm: Confirm | None = None,
-    output: Told | None = None,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> RollbackResult:
     """Go back to the plain table, from every phase of a migration until ``finalize``.
@@ -194,8 +192,8 @@ def finalize(
     table: str | None = None,
     *,
     url: str | URL | None = None,
-    confirm: Confirm | None = None,
-    output: Told | None = None,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> FinalizeResult:
     """Drop the old table for good and end the way back, once nothing needs it any more.
@@ -232,6 +230,8 @@ def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
     Raises CannotTellError (the server does not answer), RefusedError (there is no such table) or
     ChronosError (somebody has locked it).
     """
+    from chronos.health import collect  # here, as below, for no other verb needs what it imports
+
     with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
         work = session(Verb.STATUS, table, url)
         return collect(work.settings, work.table, listed=work.listed)
@@ -244,6 +244,8 @@ def overview(*, url: str | URL | None = None) -> Overview:
 
     Raises CannotTellError (the server does not answer) or RefusedError (the configuration cannot be read).
     """
+    from chronos.health import Overview, collect_all, collect_others
+
     with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
         settings = settings_for(url)
         others = collect_others(settings)
@@ -265,6 +267,8 @@ def upkeep(
     What goes wrong with a table is in the result. Raises RefusedError (the configuration cannot be read) or
     InterruptedRunError (``stop`` was set; what was done is done).
     """
+    from chronos import alerts, jobs
+
     with _typed_errors():
         settings = settings_for(url)
         found = jobs.upkeep(settings, retry_for, (stop or threading.Event()).wait)
@@ -352,14 +356,16 @@ def _typed_errors(
         raise kind(text.format(one_line(error))) from error
 
 
-def _ask(operator: Operator, confirm: Confirm | None, text: str) -> None:
+def _ask(operator: Operator, confirm: Callable[[str], bool] | None, text: str) -> None:
     operator.output.line(text)
     if confirm is not None and not confirm(text):
         raise RefusedError("it was not confirmed; nothing was changed")
 
 
 def _operator(
-    output: Told | None, stop: threading.Event | None, patience: Patience | None = None
+    output: Callable[[str], object] | Output | None,
+    stop: threading.Event | None,
+    patience: Patience | None = None,
 ) -> Operator:
     if not isinstance(output, Output):
         file = io.StringIO() if output is None else _Lines(output)

@@ -14,19 +14,18 @@ from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 from rich.console import Console
 from sqlalchemy.engine import URL
 
-from chronos import __version__, api, commands, metrics, prompts, telemetry
+from chronos import __version__, api, commands, prompts, telemetry
 from chronos.db import one_line
 from chronos.errors import CannotTellError, ChronosError, ExitCode, RefusedError, UndescribedError
 from chronos.explain import explain as explanation_of
 from chronos.explain import id_of
-from chronos.health import Other, Overview, Status, Unknown, show
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
 from chronos.migration.console import Output, for_reading
@@ -38,6 +37,9 @@ from chronos.results import MigrationResult
 from chronos.settings import CONFIGURATION, get_settings
 from chronos.table import Interval, quoted
 from chronos.which_table import Description, Verb, no_job_keeps
+
+if TYPE_CHECKING:
+    from chronos.health import Other, Status, Unknown
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -543,6 +545,9 @@ def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
       python -m chronos status --json | jq -r '.problems[]'
       python -m chronos status --prometheus /var/lib/node_exporter/textfile/chronos.prom
     """
+    # Here, for no other verb needs what it imports.
+    from chronos.health import Overview, Unknown, show
+
     with _errors_as_lines():
         telemetry.configure(get_settings())
         try:
@@ -568,6 +573,8 @@ def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
 
 def _write_metrics(file: Path | None, found: Sequence[Status | Unknown] | None) -> None:
     if file is not None:
+        from chronos import metrics
+
         metrics.write(file, found)
 
 

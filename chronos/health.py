@@ -92,7 +92,7 @@ class TableSize:
 
 @dataclass(frozen=True)
 class Status:
-    """Everything that ``collect`` has found; times are UTC, ``now`` is the database server's.
+    """Everything that is known of a table; times are UTC, ``now`` is the database server's.
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.

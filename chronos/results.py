@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chronos.errors import ExitCode
 from chronos.migration.state import PeriodResult, Phase, Strategy
-from chronos.reports import Report
 from chronos.table import Period, TableSpec
+
+if TYPE_CHECKING:
+    from chronos.reports import Report
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ for problem in chronos.status("webhook_log").problems:
 ```
 
 - **Nothing is printed, nobody is asked.** The call is the consent; with `confirm` somebody looks first.
-- **Signals stay yours.** `stop` ends a call at the next batch, from any thread or signal handler of yours; Ctrl-C
-  ends it with InterruptedRunError. Of two calls that would change the same table at a time the second is refused.
+- **Signals stay yours.** `stop` ends a call at the next batch, from any thread or signal handler; Ctrl-C ends
+  it with InterruptedRunError. Of two calls that would change the same table the second is refused.
 - **Settings** are those of the command line: the environment, `.env`, and `chronos.toml` in the working
-  directory, read once by a process, at the first call. `import chronos` by itself reads nothing and loads nothing.
+  directory, read once by a process, at the first call. `import chronos` alone reads and loads nothing.
 - **Times** are UTC, durations seconds, sizes bytes. The types are complete and checked (`py.typed`).
 """
 
@@ -54,7 +54,7 @@ def page() -> str:
     functions += sorted(
         n for n, what in offered.items() if isinstance(what, FunctionType) and n not in functions
     )
-    errors = [name for name, what in offered.items() if _is_error(what)]
+    errors = sorted((n for n, what in offered.items() if _is_error(what)), key=lambda n: offered[n].exit_code)
     values = [name for name in offered if name not in functions and name not in errors]
     parts = [_HEAD, "## Functions\n"]
     parts += [_function(name, offered[name]) for name in functions]

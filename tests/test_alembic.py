@@ -35,7 +35,8 @@ from chronos.errors import RefusedError
 from chronos.sql_models import WebhookEndpoint, WebhookLog
 from tests.command import Run, chronos
 from tests.conftest import MakeDatabase
-from tests.tables import closed_gate, gate_in_the_copy, pid_at_the_gate, query
+from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate, query
+from tests.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "MODELS.md"
 EVENT = "audit.event"
@@ -284,9 +285,35 @@ def test_outside_env_py_it_says_what_to_use() -> None:
 # While rows are copied
 
 
+def test_autogenerate_while_an_attach_builds_its_index_finds_nothing(application: Application) -> None:
+    snapshot = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT FROM webhook_endpoint"
+    with holding(application.url, snapshot) as reader:
+        running = Run(
+            application.url, "migrate", "webhook_log", "--yes", "--strategy", "attach", env=application.env
+        )
+        waits = "SELECT 1 FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for old snapshots%'"
+        wait_until(lambda: query(application.url, waits), 30, "the index waits")
+        assert dropped(application.changes()) == OWN
+        reader.rollback()
+        done = running.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_autogenerate_while_a_swap_waits_finds_nothing(application: Application) -> None:
+    with holding(application.url, "SELECT FROM webhook_log LIMIT 1") as reader:
+        running = Run(application.url, "migrate", "webhook_log", "--yes", env=application.env)
+        wait_until(lambda: "waiting for" in running.printed, 30, "the swap waits")
+        assert dropped(application.changes()) == OWN
+        reader.rollback()
+        done = running.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("function", ["include_name", "include_object"])
 def test_autogenerate_during_a_running_copy_waits_for_nothing_and_finds_nothing(
-    application: Application,
+    application: Application, function: str
 ) -> None:
+    only(function, application)
     gate_in_the_copy(application.url, days=1)
     with closed_gate(application.url) as opens:
         running = Run(application.url, "migrate", "webhook_log", "--yes", env=application.env)
@@ -371,7 +398,10 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
     made = command.revision(there.config(), "kinds", autogenerate=True)
     assert isinstance(made, Script)
     written = Path(made.path).read_text("utf-8")
-    assert re.findall(r"op\.(\w+)\(", written) == ["add_column", "create_index", "drop_index", "drop_column"]
+    assert re.findall(r"op\.(\w{2,})\(", written) == [
+        *("add_column", "create_index"),
+        *("drop_index", "drop_column"),
+    ]
     # 4: before `finalize` it is too early, and a rollback that would lose the column is refused.
     command.upgrade(there.config(), "head")
     refused = chronos(live, "rollback", EVENT, "--yes", env=env)
@@ -379,7 +409,6 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
     assert "kind" in refused.stderr
     command.downgrade(there.config(), "first")
     there.run("rollback", EVENT, "--yes")
-    assert [change[0] for change in there.changes()] == ["add_column", "add_index"]
     there.run("migrate", EVENT, "--yes")
     there.run("finalize", EVENT, "--yes")
     command.upgrade(there.config(), "head")

@@ -313,7 +313,11 @@ def test_upkeep_says_what_became_of_each_job(url: str) -> None:
     assert (create.status, len(create.names), create.left, create.error) == ("done", 1, (), None)
     assert (drop.status, drop.names) == ("done", ())
     assert list(create.reports) == ["webhook_log"]
-    query(url, "DROP FUNCTION drop_old_webhook_log_partitions")
+    query(
+        url,
+        "CREATE OR REPLACE FUNCTION drop_old_webhook_log_partitions(retention_days integer)"
+        " RETURNS SETOF text LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''broken''; END'",
+    )
     failed = upkeep(url=url, retry_for=0)
     assert failed.exit_code is ExitCode.FAILED
-    assert "drop_old_webhook_log_partitions" in str(failed.jobs[1].error)
+    assert "broken" in str(failed.jobs[1].error)

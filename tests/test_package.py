@@ -194,7 +194,8 @@ def test_a_program_elsewhere_has_the_types_and_nothing_on_its_screen(
         [*mypy, "--cache-dir", tmp_path / "cache", "wrong.py"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert re.findall(r"error: .*\[([a-z-]+)\]$", checked.stdout, re.M) == ["arg-type", "assignment"], checked
+    found = {*re.findall(r"error: .*\[([a-z-]+)\]$", checked.stdout, re.M)}
+    assert {"arg-type", "assignment"} <= found, checked
     query(database, _EVENTS)
     env = {**chronos_environment("postgresql://nobody@127.0.0.1:1/none"), "THEIRS": database}
     done = subprocess.run(
