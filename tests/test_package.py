@@ -50,7 +50,7 @@ def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() ->
         assert requirement.specifier.contains(pins[name]), requirement
 
 
-@pytest.mark.parametrize("extra", ["demo", "alembic"])
+@pytest.mark.parametrize("extra", ["demo", "plan", "alembic"])
 def test_an_extra_takes_what_the_tests_run_on(extra: str) -> None:
     pins = pinned("requirements-dev.txt")
     for name, requirement in ranges(PROJECT["optional-dependencies"][extra]).items():
