@@ -19,7 +19,7 @@ RESTART_WORKER ?= $(call from_env_file,RESTART_WORKER)
 RESTART_SERVER ?= $(call from_env_file,RESTART_SERVER)
 
 .PHONY: help setup setup-runtime demo test test-faults check check-deploy format bench bench-peers bench-scale \
-	run-worker run-beat \
+	docs run-worker run-beat \
 	restart-worker restart-server clean
 
 help: ## List the targets
@@ -68,6 +68,9 @@ check-deploy: $(READY) ## Check what is in deploy/ and .github/ against linters 
 format: $(READY) ## Format the code and fix what ruff can fix
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
+
+docs: $(READY) ## Write docs/API.md from the docstrings
+	$(RUN) docs.make_api
 
 bench: $(READY) ## Measure speed, WAL and stalls (ROWS=1000000)
 	@$(RUN) bench $(if $(ROWS),--rows $(ROWS)) $(ARGS)

@@ -1,3 +1,57 @@
-"""chronos: webhook deliveries logged into daily PostgreSQL partitions, in place and on a live database."""
+"""chronos: webhook deliveries logged into daily PostgreSQL partitions, in place and on a live database.
+
+For programs: ``from chronos import migrate, rollback, status``; see docs/API.md. Nothing else is imported
+before one of these names is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from chronos.api import finalize, migrate, overview, rollback, status, upgrade_functions, upkeep
+    from chronos.errors import (
+        CannotTellError,
+        ChronosError,
+        ExitCode,
+        InterruptedRunError,
+        NeedsPersonError,
+        RefusedError,
+    )
+    from chronos.health import Overview, Status, Unknown
+    from chronos.results import FinalizeResult, JobResult, MigrationResult, RollbackResult, UpkeepResult
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            for home in ("errors", "results", "health", "api"):
+                module = import_module(f"chronos.{home}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "CannotTellError",
+    "ChronosError",
+    "ExitCode",
+    "FinalizeResult",
+    "InterruptedRunError",
+    "JobResult",
+    "MigrationResult",
+    "NeedsPersonError",
+    "Overview",
+    "RefusedError",
+    "RollbackResult",
+    "Status",
+    "Unknown",
+    "UpkeepResult",
+    "finalize",
+    "migrate",
+    "overview",
+    "rollback",
+    "status",
+    "upgrade_functions",
+    "upkeep",
+]

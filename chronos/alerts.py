@@ -82,7 +82,7 @@ def tell(settings: Settings, failed: str | None = None) -> None:
 
 
 def _tell(settings: Settings, failed: str | None) -> None:
-    from chronos.status import collect_all  # here, for only who is to be alerted needs what it imports
+    from chronos.health import collect_all  # here, for only who is to be alerted needs what it imports
 
     try:
         found = [

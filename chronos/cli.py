@@ -7,10 +7,10 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from datetime import datetime
+from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -19,34 +19,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import URL
 
-from chronos import __version__, commands, telemetry
-from chronos.agreement import require_agreement
-from chronos.catalog.locate import require_located
-from chronos.db import connect_engine, is_lock_failure, one_line, opened, transaction
-from chronos.errors import ChronosError, ExitCode, RefusedError
+from chronos import __version__, api, commands, prompts, telemetry
+from chronos.db import one_line
+from chronos.errors import CannotTellError, ChronosError, ExitCode, RefusedError, UndescribedError
 from chronos.explain import explain as explanation_of
 from chronos.explain import id_of
-from chronos.functions import upgrade
 from chronos.locks import Patience
 from chronos.migration.checks import Survey
-from chronos.migration.console import Output, ago, counted, for_reading, in_bytes
-from chronos.migration.finalize import finish
-from chronos.migration.old_and_new import weigh
-from chronos.migration.operator import Operator, handled
+from chronos.migration.console import Output, for_reading
+from chronos.migration.operator import handled
 from chronos.migration.plan import dry_run as print_plan
-from chronos.migration.rollback import undo
-from chronos.migration.run import Options
-from chronos.migration.run import migrate as run_migration
-from chronos.migration.state import Phase, State, Strategy, describe, what_becomes_of
-from chronos.settings import CONFIGURATION, Settings, get_settings
-from chronos.table import Interval, TableSpec, quoted
-from chronos.which_table import Description, Verb, to_be_listed, which_table
+from chronos.migration.run import LIMITS, Options
+from chronos.migration.state import Strategy
+from chronos.results import MigrationResult
+from chronos.settings import CONFIGURATION, get_settings
+from chronos.table import Interval, quoted
+from chronos.which_table import Description, Verb, no_job_keeps
 
 if TYPE_CHECKING:
-    from chronos.status import Other, Status, Unknown
+    from chronos.health import Other, Status, Unknown
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -71,12 +64,13 @@ def _errors_as_lines() -> Iterator[None]:
     try:
         yield
     except ChronosError as error:
-        id_ = id_of(error)
-        _say(f"{error} [{id_}]" if id_ else str(error))
+        words = [str(error)]
+        if isinstance(error, UndescribedError):
+            words += _other_options()
+        if id_ := id_of(error):
+            words.append(f"[{id_}]")
+        _say(" ".join(words))
         sys.exit(error.exit_code)
-    except DBAPIError as error:
-        _say(f"{one_line(error)}; nothing was changed. Check the server and the database URL")
-        sys.exit(ExitCode.FAILED)
     except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
         _say(
             f"unexpected {type(error).__name__}: {one_line(error)}."
@@ -86,77 +80,61 @@ def _errors_as_lines() -> Iterator[None]:
 
 
 @contextmanager
-def _operator(max_lock_wait: float = 1.0) -> Iterator[Operator]:
-    """Somebody who is told things on stdout, and whom Ctrl-C, SIGTERM and a terminal that goes stop cleanly,
-    the second signal no worse than the first.
+def _verb() -> Iterator[tuple[Output, threading.Event]]:
+    """For the block, somebody who is told things on stdout, and whom Ctrl-C, SIGTERM and a terminal that goes
+    stop cleanly, the second signal no worse than the first. What goes wrong becomes a line.
     """
-    operator = Operator(Output(), patience=Patience(longest_s=max_lock_wait))
-    stop = operator.stop
+    with _errors_as_lines():
+        telemetry.configure(get_settings())
+        output, stop = Output(), threading.Event()
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        first = not stop.is_set()
-        stop.set()
-        if first:
-            stopping = "Stopping at the next batch..."
-            if operator.output.console.is_terminal:
-                operator.output.line(stopping)  # above the bar, not into it
-            else:
-                _to_stderr(stopping)
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            first = not stop.is_set()
+            stop.set()
+            if first:
+                stopping = "Stopping at the next batch..."
+                if output.console.is_terminal:
+                    output.line(stopping)  # above the bar, not into it
+                else:
+                    _to_stderr(stopping)
 
-    with handled(on_signal):
-        try:
-            yield operator
-        finally:
-            operator.output.close()
+        with handled(on_signal):
+            yield output, stop
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What a verb works with; ``listed`` tells whether a configuration lists the table."""
-
-    settings: Settings
-    engine: Engine
-    table: TableSpec
-    listed: bool
-
-    def head(self, table: TableSpec, facts: str = "") -> str:
-        """Where a verb is about to work, and on what."""
-        return _head(self.engine.url, table, facts, self.settings)
-
-
-def _settings_and_engine(verb: str) -> tuple[Settings, Engine]:
-    settings = get_settings()
-    telemetry.configure(settings)
-    return settings, connect_engine(settings.database, application_name=f"chronos {verb}")
-
-
-def _context(
-    verb: Verb, table: str | None, described: Description | None = None, options: str = ""
-) -> _Context:
-    """What ``verb`` works with. Raises RefusedError, see ``which_table``."""
-    settings, engine = _settings_and_engine(verb.split()[0])
-    return _Context(settings, engine, *which_table(engine, settings, verb, table, described, options))
-
-
-def _other_options() -> str:
+def _other_options() -> list[str]:
     """The options that were typed, for a migration to begin with, but for those that describe the table."""
     apart = {"resume", *(field.name for field in fields(Description))}
     context = click.get_current_context()
     words: list[str] = []
     for option in context.command.params:
-        if (
-            not isinstance(option, click.Option)
-            or option.name is None
-            or option.name in apart
-            or context.get_parameter_source(option.name) is not ParameterSource.COMMANDLINE
-        ):
+        if not isinstance(option, click.Option) or option.name in apart or option.name not in _typed():
             continue
         given = context.params[option.name]
         values = given if option.multiple else (given,)
         words += [
             option.opts[0] if option.is_flag else f"{option.opts[0]} {quote(str(value))}" for value in values
         ]
-    return " ".join(words)
+    return words
+
+
+def _typed() -> dict[str, Any]:
+    """The options that were typed, by their names in Python."""
+    context = click.get_current_context()
+    return {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def _whole(option: str) -> click.IntRange:
+    lowest, highest = LIMITS[option]
+    return click.IntRange(int(lowest), None if highest is None else int(highest))
+
+
+def _decimal(option: str) -> click.FloatRange:
+    return click.FloatRange(*LIMITS[option])
 
 
 def _takes_a_table(command: _Command) -> _Command:
@@ -164,7 +142,7 @@ def _takes_a_table(command: _Command) -> _Command:
     return click.argument("table", required=False, metavar="[TABLE]")(command)
 
 
-def _ask(word: str) -> None:
+def _ask(word: str) -> bool:
     """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
     try:
         with handled(signal.default_int_handler):
@@ -178,99 +156,18 @@ def _ask(word: str) -> None:
             click.echo()
     if answer.rstrip("\r\n") != word:
         raise RefusedError(f"{word} was not typed; nothing was changed")
+    return True
 
 
-def _given() -> frozenset[str]:
-    """The options of ``Options`` that were typed."""
-    context = click.get_current_context()
-    typed = {o for o in context.params if context.get_parameter_source(o) is ParameterSource.COMMANDLINE}
-    return frozenset("content" if option == "verify" else option for option in typed)
+def _confirmed_by(word: str, *, yes: bool) -> Callable[[str], bool] | None:
+    """Who agrees to what is about to be done, which is on the screen by then; with --yes nobody is asked."""
+    return None if yes else lambda _: _ask(word)
 
 
-def _weighed(engine: Engine, table: TableSpec) -> tuple[datetime, dict[str, tuple[int, int]]] | None:
-    """What ``weigh`` finds, by ACCESS SHARE that is waited for 1 s at most; None: somebody has locked it."""
-    with opened(engine) as conn:
-        try:
-            with transaction(conn, lock_timeout_ms=1_000):
-                return weigh(conn, table)
-        except DBAPIError as error:
-            if not is_lock_failure(error):
-                raise
-            return None
-
-
-def _weight(engine: Engine, table: TableSpec) -> str:
-    """Rows and bytes of the table in use."""
-    found = _weighed(engine, table)
-    if found is None:
-        return "Size: unknown, for somebody has locked it"
-    rows, size = found[1][table.name]
-    return f"Rows (estimate): {rows:,}   Size: {in_bytes(size)}"
-
-
-def _head(url: URL, table: TableSpec, facts: str = "", settings: Settings | None = None) -> str:
-    """Where a verb is about to work, and on what; never the password."""
-    testing = "" if settings is None else f"   TESTING: {str(settings.testing).lower()}"
-    return (
-        f"Host: {url.host or 'local socket'}   Port: {url.port or 5432}   Database: {url.database}\n"
-        f"User: {url.username or 'of this system'}{testing}\n"
-        f"Table: {table.typed}{f'   {facts}' if facts else ''}"
-    )
-
-
-def _lock_wait(seconds: float) -> str:
-    return f"Writers wait for a lock at most {seconds:g} s at a time (--max-lock-wait)."
-
-
-def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
-    """What is known of a table that is to be migrated, and what will be done to it."""
-    table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
-    at_last = _at_last(table, hold, attaches=found.attaches)
-    if found.attaches:
-        what = (
-            f"Nothing is copied: partitions are built from {since} on;\n"
-            f"{quoted(table.name)} gets an index and a check;\n{at_last}"
-        )
-    else:
-        rows = "Every row is" if table.retention_days is None else f"The rows since {since} are"
-        what = f"{rows} copied into partitions beside it\nand compared; {at_last}"
-    return f"Rows (estimate): {found.rows_estimate:,}   Size: {in_bytes(found.bytes)}", what
-
-
-def _at_last(table: TableSpec, hold: bool, *, attaches: bool = False) -> str:
-    if hold:
-        return "no name changes yet."
-    if attaches:
-        return (
-            f"then it is renamed to {quoted(table.history)},\nand is the partition of all rows before that."
-        )
-    return (
-        f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"
-        "and the partitioned table takes its name."
-    )
-
-
-def _what_is_left(found: State, *, hold: bool) -> str:
-    """What ``migrate --resume`` will do."""
-    table = found.table
-    if found.phase is Phase.RETURNING:
-        return f"The rollback is called off: {table} stays partitioned, with all that was written."
-    if found.plan.attaches:
-        if found.phase.swapped:
-            return "The foreign keys of the whole adopt those of the partitions."
-        left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
-        return f"{left}." if hold else f"{left}; then it becomes the partition {quoted(table.history)}."
-    if found.phase.swapped:
-        return "The rows written during the migration are compared once more."
-    ready = found.phase is Phase.READY
-    left = "What was written meanwhile is replayed" if ready else "The rest is copied and compared"
-    return f"{left}; {_at_last(table, hold)}"
-
-
-def _next(context: _Context, strategy: Strategy) -> str:
+def _next(done: MigrationResult) -> str:
     """What to type once the migration is done."""
-    table = context.table
-    attaches = strategy is Strategy.ATTACH
+    table, settings = done.table, get_settings()
+    attaches = done.strategy is Strategy.ATTACH
     finalizing = "gives the way back up" if attaches else f"drops {quoted(table.old)}"
     steps = {
         commands.status(table): "how it is, now and every day",
@@ -284,21 +181,15 @@ def _next(context: _Context, strategy: Strategy) -> str:
             f"\n\n{table.history} is a partition of {table} now, and DROP TABLE {table} would drop all rows:"
             f" to go back by hand, DETACH {table.history} first; better: {commands.rollback(table)}"
         )
-    if context.listed:
+    if done.listed:
         return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
-    listed_by = context.settings.listed_in
-    alone = (
-        f" Once there is such a file it alone counts: list {context.settings.tables[0]}, too, if you have it."
-    )
+    listed_by = settings.listed_in
+    alone = f" Once there is such a file it alone counts: list {settings.tables[0]}, too, if you have it."
     return (
         f"\nNext: put this into {listed_by or CONFIGURATION}, and restart the worker: the jobs at 01:00 and"
         f" 02:00 keep only the tables that are listed.{'' if listed_by else alone}\n\n"
         f"{table.as_toml()}\n\nThen\n{lines}"
     )
-
-
-def _no_job_keeps(table: TableSpec, settings: Settings) -> str:
-    return f"No {CONFIGURATION} lists {table.typed}, so no job keeps it: {to_be_listed(settings, table)}"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -333,13 +224,13 @@ def cli() -> None:
 )
 @click.option(
     "--retention-days",
-    type=click.IntRange(0, 36_500),
+    type=_whole("retention_days"),
     metavar="DAYS",
     help="How many days of such a table are copied and kept.  [default: all]",
 )
 @click.option(
     "--ahead-days",
-    type=click.IntRange(0, 3_650),
+    type=_whole("ahead_days"),
     metavar="DAYS",
     help="How many days ahead such a table has partitions.  [default: 30]",
 )
@@ -371,23 +262,23 @@ def cli() -> None:
 )
 @click.option(
     "--max-lock-wait",
-    type=click.FloatRange(0.05, 60),
-    default=1.0,
+    type=_decimal("max_lock_wait"),
+    default=Options.max_lock_wait,
     show_default=True,
     metavar="SECONDS",
     help="The longest that anybody may have to wait behind an attempt at a lock.",
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(1, 1_000_000),
-    default=1_000,
+    type=_whole("batch_size"),
+    default=Options.batch_size,
     show_default=True,
     help="Rows in a transaction of the copy.",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1, 16),
-    default=2,
+    type=_whole("workers"),
+    default=Options.workers,
     show_default=True,
     help="Partitions filled at the same time.",
 )
@@ -400,13 +291,13 @@ def cli() -> None:
 )
 @click.option(
     "--rate-limit",
-    type=click.IntRange(1),
+    type=_whole("rate_limit"),
     metavar="ROWS_PER_SECOND",
     help="Copy no faster than this, all workers together.",
 )
 @click.option(
     "--max-replica-lag",
-    type=click.FloatRange(0),
+    type=_decimal("max_replica_lag"),
     metavar="SECONDS",
     help="Pause while any replica is further behind.",
 )
@@ -463,61 +354,30 @@ def migrate(
       python -m chronos migrate --resume
       python -m chronos migrate sales.events --column created_at --every week
     """
-    with _errors_as_lines(), _operator(max_lock_wait) as operator:
+    with _verb() as (output, stop):
         if (sql is not None or verbose) and not dry_run:
             raise RefusedError("--sql and --verbose are for --dry-run; nothing was changed")
-        described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
-        context = _context(Verb.RESUME if resume else Verb.MIGRATE, table, described, _other_options())
-        with opened(context.engine) as conn:
-            require_agreement(conn, require_located(conn, context.table), context.settings.listed_in)
         if dry_run:
+            described = Description(column, Interval(every) if every else None, retention_days, ahead_days)
+            work = api.session(Verb.RESUME if resume else Verb.MIGRATE, table, described=described)
+            work.require_agreement()
             print_plan(
-                context.engine,
-                context.table,
+                work.engine,
+                work.table,
                 Console(),
-                operator.patience,
+                Patience(longest_s=max_lock_wait),
                 Strategy(strategy),
                 frozenset(accept_duplicates),
                 sql_file=sql,
                 verbose=verbose,
             )
             return
-
-        def announce(table: TableSpec, facts: str, what: str, lock_wait: float) -> None:
-            click.echo(f"{context.head(table, facts)}\n{what}\n{_lock_wait(lock_wait)}")
-            if not yes:
-                _ask("MIGRATE")
-
-        done = run_migration(
-            context.engine,
-            context.table,
-            Options(
-                strategy=Strategy(strategy),
-                resume=resume,
-                hold=hold,
-                batch_size=batch_size,
-                workers=workers,
-                content=verify == "full",
-                rate_limit=rate_limit,
-                max_replica_lag=max_replica_lag,
-                accept_duplicates=frozenset(accept_duplicates),
-                report=report,
-                max_lock_wait=max_lock_wait,
-                given=_given(),
-            ),
-            operator,
-            lambda found: announce(found.spec, *_announcement(found, hold=hold), max_lock_wait),
-            lambda found, options: announce(
-                found.table,
-                f"{_weight(context.engine, found.table)}\n"
-                f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}"
-                f"{f'   Options: {options}' if str(options) else ''}",
-                f"{describe(found)}\n{_what_is_left(found, hold=hold)}",
-                options.max_lock_wait,
-            ),
-        )
+        typed = _typed()
+        for option in ("yes", "dry_run", "sql", "verbose"):
+            typed.pop(option, None)
+        done = api.migrate(**typed, confirm=_confirmed_by("MIGRATE", yes=yes), output=output, stop=stop)
         if not hold:
-            operator.output.line(_next(context, done))
+            output.line(_next(done))
 
 
 @cli.command()
@@ -536,59 +396,9 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
       python -m chronos rollback --yes
       python -m chronos rollback '"Sales"."Order Events"'
     """
-    with _errors_as_lines(), _operator() as operator:
-        context = _context(Verb.ROLLBACK, table)
-
-        def confirm(found: State, by_hand: bool) -> None:
-            click.echo(f"{context.head(found.table)}\n{_what_rollback_does(found, by_hand=by_hand)}")
-            if not yes:
-                _ask("ROLLBACK")
-
-        undo(context.engine, context.table, operator, confirm, force=force)
-
-
-def _what_rollback_does(found: State, *, by_hand: bool) -> str:
-    name = quoted(found.table.name)
-    if by_hand:
-        return (
-            f"{name} was put back by hand, and stays as it is; what is left of the migration will be removed."
-        )
-    since = ", with every row written since the swap" if found.phase.swapped else ""
-    return f"{describe(found)}\n{name} will be the plain table again{since}."
-
-
-def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) -> str:
-    if not old_is_there:
-        return (
-            f"{quoted(found.plan.former)} was dropped before; what is left of the migration will be removed."
-        )
-    if found.plan.attaches:
-        return (
-            f"{describe(found)}\nNothing is dropped, and there is no way back afterwards.\n"
-            f"{what_becomes_of(found.plan)}."
-        )
-    with_it = ""
-    if found.table.retention_days is not None:
-        with_it = f", and with it all from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
-    return (
-        f"{describe(found)}\n{_old_and_new(engine, found)}\n"
-        f"{quoted(found.table.old)} will be dropped for good{with_it}."
-    )
-
-
-def _old_and_new(engine: Engine, found: State) -> str:
-    """How much both tables hold, and how long ago the names changed."""
-    weighed = _weighed(engine, found.table)
-    if weighed is None:
-        return "How large they are is unknown: somebody has locked one of them."
-    now, sizes = weighed
-    lines = [
-        f"{quoted(relation)}: {counted(rows, 'row')} (estimate), {in_bytes(size)}"
-        for relation, (rows, size) in sizes.items()
-    ]
-    if found.fence is not None:
-        lines.append(f"swapped {ago(now - found.fence)}")
-    return "\n".join(lines)
+    with _verb() as (output, stop):
+        confirm = _confirmed_by("ROLLBACK", yes=yes)
+        api.rollback(table, force=force, confirm=confirm, output=output, stop=stop)
 
 
 @cli.command()
@@ -606,18 +416,10 @@ def finalize(table: str | None, yes: bool) -> None:
       python -m chronos finalize
       python -m chronos finalize --yes
     """
-    with _errors_as_lines(), _operator() as operator:
-        context = _context(Verb.FINALIZE, table)
-
-        def confirm(found: State, old_is_there: bool) -> None:
-            what = _what_finalize_drops(context.engine, found, old_is_there=old_is_there)
-            click.echo(f"{context.head(found.table)}\n{what}")
-            if not yes:
-                _ask("FINALIZE")
-
-        finish(context.engine, context.table, operator, confirm)
-        if not context.listed:
-            operator.output.line(_no_job_keeps(context.table, context.settings))
+    with _verb() as (output, stop):
+        done = api.finalize(table, confirm=_confirmed_by("FINALIZE", yes=yes), output=output, stop=stop)
+        if not done.listed:
+            output.line(no_job_keeps(get_settings(), done.table))
 
 
 @cli.command()
@@ -628,16 +430,9 @@ def upgrade_functions(table: str | None) -> None:
     They keep the partitions of a table and can be called by hand. Without TABLE: those of every table
     that is listed. Asks nothing.
     """
-    with _errors_as_lines():
-        settings, engine = _settings_and_engine(Verb.UPGRADE_FUNCTIONS)
-        found, listed = settings.tables, True
-        if table is not None:
-            one, listed = which_table(engine, settings, Verb.UPGRADE_FUNCTIONS, table)
-            found = (one,)
-        for line in upgrade(engine, *found, listed_in=settings.listed_in):
+    with _verb():
+        for line in api.upgrade_functions(table):
             click.echo(line)
-        if not listed:
-            click.echo(f"\n{_no_job_keeps(found[0], settings)}")
 
 
 @cli.command()
@@ -673,8 +468,7 @@ def demo(rows: int, strategy: str, keep: bool) -> None:
     from chronos.demo.run import demo as run_demo
 
     def confirm(url: URL, found: Survey) -> None:
-        facts, what = _announcement(found)
-        click.echo(f"{_head(url, found.spec, facts)}\n{what}\n{_lock_wait(Patience().longest_s)}")
+        click.echo(prompts.beginning(url, found, Patience().longest_s))
         if sys.stdin.isatty() and sys.stdout.isatty():
             _ask("MIGRATE")
 
@@ -721,25 +515,13 @@ def upkeep(retry_for: float) -> None:
       python -m chronos upkeep
       python -m chronos upkeep --retry-for 3000 >/dev/null
     """
-    # Here, for no other verb needs what they import.
-    from chronos import alerts, jobs
-
-    with _errors_as_lines(), _operator() as operator, _Lines():
-        settings, _ = _settings_and_engine("upkeep")
+    with _verb() as (_, stop), _Lines():
         try:
-            found = jobs.upkeep(settings, retry_for, operator.stop.wait)
+            done = api.upkeep(retry_for=retry_for, stop=stop)
         finally:
             telemetry.flush()
-        errors = [str(report["error"]) for report in found.values() if report["status"] == "failed"]
-        alerts.tell(settings, "; ".join(errors) or None)
-        tables = [table for report in found.values() for table in report["tables"].values()]
-        results = {report["status"] for report in found.values()}
-        if tables and all(table.get("refused") for table in tables):
-            sys.exit(ExitCode.REFUSED)
-        if "failed" in results:
-            sys.exit(ExitCode.FAILED)
-        if "incomplete" in results:
-            sys.exit(ExitCode.INTERRUPTED)
+        if not done.ok:
+            sys.exit(done.exit_code)
 
 
 @cli.command()
@@ -764,46 +546,29 @@ def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
       python -m chronos status --prometheus /var/lib/node_exporter/textfile/chronos.prom
     """
     # Here, for no other verb needs what it imports.
-    from chronos.status import Unknown, collect, collect_all, collect_others, show
+    from chronos.health import Overview, Unknown, show
 
     with _errors_as_lines():
+        telemetry.configure(get_settings())
         try:
-            settings, engine = _settings_and_engine(Verb.STATUS)
-            others: list[Other] = []
-            if table is None:
-                others = collect_others(settings)
-                try:
-                    found = collect_all(settings) if len(settings.tables) > 1 else [collect(settings)]
-                except ChronosError:
-                    if not as_json:
-                        _say_others(others)
-                    raise
-            else:
-                spec, listed = which_table(engine, settings, Verb.STATUS, table)
-                found = [collect(settings, spec, listed=listed)]
-        except DBAPIError as error:
+            found = api.overview() if table is None else Overview((api.status(table),))
+        except CannotTellError:
             _write_metrics(prometheus, None)
-            raise RefusedError(
-                f"cannot tell: {one_line(error)}. Check the server and the database URL"
-            ) from error
-        _write_metrics(prometheus, found)
-        healthy = all(one.healthy for one in (*found, *others))
+            raise
+        if len(found.tables) == 1 and isinstance(unknown := found.tables[0], Unknown):
+            if not as_json:
+                _say_others(found.others)
+            raise unknown.error
+        _write_metrics(prometheus, found.tables)
         if as_json:
-            shown = [one.as_json() for one in found]
-            whole: dict[str, Any] = shown[0] if len(shown) == 1 else {"tables": shown}
-            whole["healthy"] = healthy
-            if table is None:
-                whole["also_under_way"] = [other.as_json() for other in others]
-            click.echo(json.dumps(whole, indent=2))
+            click.echo(json.dumps(found.as_json() if table is None else found.tables[0].as_json(), indent=2))
         else:
-            for place, one in enumerate(found):
+            for place, one in enumerate(found.tables):
                 click.echo("\n" * 2 if place else "", nl=False)
                 show(one)
-            _say_others(others)
-        if not healthy:
-            sys.exit(
-                max((one.exit_code for one in found if isinstance(one, Unknown)), default=ExitCode.FAILED)
-            )
+            _say_others(found.others)
+        if not found.healthy:
+            sys.exit(found.exit_code)
 
 
 def _write_metrics(file: Path | None, found: Sequence[Status | Unknown] | None) -> None:

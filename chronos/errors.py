@@ -33,6 +33,17 @@ class RefusedError(ChronosError):
     exit_code = ExitCode.REFUSED
 
 
+class UndescribedError(RefusedError):
+    """Nobody has said which the time column of the table is: nothing was changed.
+
+    The message ends with the command that says it.
+    """
+
+
+class CannotTellError(RefusedError):
+    """How the tables are cannot be told, for the server does not answer; nothing was changed."""
+
+
 class InterruptedRunError(ChronosError):
     """Cut off half-way: nothing is lost, and the message says how to resume and how to undo."""
 

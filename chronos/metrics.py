@@ -10,7 +10,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
 from chronos.errors import RefusedError
-from chronos.status import Status, Unknown
+from chronos.health import Status, Unknown
 
 
 def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:

@@ -13,7 +13,7 @@ from chronos.catalog.locate import locate, require_located
 from chronos.catalog.partitions import scheme
 from chronos.commands import PROGRAM
 from chronos.db import execute, opened, statement, transaction
-from chronos.errors import RefusedError
+from chronos.errors import RefusedError, UndescribedError
 from chronos.functions import grace_days
 from chronos.migration import state as states
 from chronos.settings import CONFIGURATION, VARIABLES, Settings
@@ -81,12 +81,10 @@ def which_table(
     verb: Verb,
     name: str | None,
     described: Description | None = None,
-    options: str = "",
 ) -> tuple[TableSpec, bool]:
     """The table that ``name`` means, the only configured one for None, and whether a configuration lists it.
 
     What is in no file is as the state of its migration says, as it is described, or as it is partitioned.
-    ``options`` are those of the command that do not describe the table, for the command to type instead.
     No locks but ACCESS SHARE on the state. Raises RefusedError when there is no such table, when it cannot
     be told, or when ``described`` contradicts what is known.
     """
@@ -120,7 +118,7 @@ def which_table(
         with transaction(conn):
             found = states.read(conn, located)
             if found is None:
-                return _in_no_file(conn, settings, verb, located, described, options), False
+                return _in_no_file(conn, settings, verb, located, described), False
     table = found.table.located(located.home)
     described.require_agreement(table, f"the migration begun on {found.plan.started_at:%Y-%m-%d}")
     return table, False
@@ -148,7 +146,6 @@ def _in_no_file(
     verb: Verb,
     table: TableSpec,
     described: Description,
-    options: str,
 ) -> TableSpec:
     """What ``verb`` works with, where neither a file nor a migration tells of ``table``."""
     if verb in (Verb.ROLLBACK, Verb.FINALIZE):
@@ -175,24 +172,31 @@ def _in_no_file(
             f"{settings.listed_in} does not list {table.name}; nothing was changed. Add to it:"
             f"\n\n{missing.as_toml()}"
         )
-    command = _migrate_command(conn, table, described, options)
-    raise RefusedError(
-        {
-            Verb.MIGRATE: f"--column is missing, the time column of {table.typed}, which is in no"
-            f" {CONFIGURATION}; nothing was changed. Type: {command}",
-            Verb.RESUME: f"there is no migration of {table.typed} to resume; nothing was changed."
-            f" Start one with: {command}",
-        }.get(
-            verb,
-            f"{table.typed} is a plain table in no {CONFIGURATION}, and no migration of it is under way;"
-            f" nothing was changed. Migrate it with: {command}",
+    command = _migrate_command(conn, table, described)
+    if verb is Verb.MIGRATE:
+        raise UndescribedError(
+            f"--column is missing, the time column of {table.typed}, which is in no {CONFIGURATION};"
+            f" nothing was changed. Type: {command}"
         )
+    if verb is Verb.RESUME:
+        raise UndescribedError(
+            f"there is no migration of {table.typed} to resume; nothing was changed."
+            f" Start one with: {command}"
+        )
+    raise RefusedError(
+        f"{table.typed} is a plain table in no {CONFIGURATION}, and no migration of it is under way;"
+        f" nothing was changed. Migrate it with: {command}"
     )
 
 
 def to_be_listed(settings: Settings, table: TableSpec) -> str:
     """`add to chronos.toml:`, and the block to paste."""
     return f"add to {settings.listed_in or CONFIGURATION}:\n\n{table.as_toml()}"
+
+
+def no_job_keeps(settings: Settings, table: TableSpec) -> str:
+    """What to do about a table that the nightly jobs pass over."""
+    return f"No {CONFIGURATION} lists {table.typed}, so no job keeps it: {to_be_listed(settings, table)}"
 
 
 _TIME_COLUMNS = """
@@ -202,7 +206,7 @@ WHERE attrelid = to_regclass(format('%I.%I', {schema}, {table})) AND attnum > 0 
 """
 
 
-def _migrate_command(conn: Connection, table: TableSpec, described: Description, options: str) -> str:
+def _migrate_command(conn: Connection, table: TableSpec, described: Description) -> str:
     """The command that migrates a table of which the column is not told; where it has one only, with it."""
     columns = execute(conn, statement(_TIME_COLUMNS, schema=table.home, table=table.name)).scalars().all()
     given: dict[str, object] = {
@@ -211,4 +215,4 @@ def _migrate_command(conn: Connection, table: TableSpec, described: Description,
         **described.given,
     }
     words = (f"--{what.replace('_', '-')} {quote(str(value))}" for what, value in given.items())
-    return " ".join((f"{PROGRAM} migrate {quote(table.typed)}", *words, *filter(None, [options])))
+    return " ".join((f"{PROGRAM} migrate {quote(table.typed)}", *words))

@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 TIMEOUT_S = 120.0
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.command", "chronos.status"])
+_FORKS.set_forkserver_preload(["tests.command", "chronos.health"])
 
 
 def chronos_environment(url: str, **more: str) -> dict[str, str]:

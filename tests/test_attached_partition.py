@@ -14,13 +14,13 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from chronos.db import connect_engine
+from chronos.health import Status, collect
 from chronos.migration import run as migration_run
 from chronos.migration.checks import Survey, survey
 from chronos.migration.rollback import undo
 from chronos.migration.run import Options, migrate
 from chronos.migration.state import Strategy
 from chronos.settings import Settings
-from chronos.status import Status, collect
 from chronos.table import Interval, TableSpec
 from tests.command import chronos, started
 from tests.live import DAYS, Application, KeyType, Readers, load, phase

@@ -18,9 +18,9 @@ from chronos.db import connect_engine
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import RefusedError
 from chronos.functions import upgrade
+from chronos.health import Status, collect
 from chronos.jobs import DROP, JobFailedError, Message, TryAgainError, attempt
 from chronos.settings import Settings
-from chronos.status import Status, collect
 from chronos.table import WEBHOOK_LOG
 from tests.command import chronos
 from tests.partitioned import (

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from chronos import __version__
 from chronos.jobs import CREATE
 from tests.command import chronos_environment
-from tests.tables import exists, value
+from tests.tables import exists, query, value
 from tests.test_jobs import migrate
 from tests.waiting import wait_until
 
@@ -50,7 +50,7 @@ def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() ->
         assert requirement.specifier.contains(pins[name]), requirement
 
 
-@pytest.mark.parametrize("extra", ["demo", "alembic"])
+@pytest.mark.parametrize("extra", ["demo", "plan", "alembic"])
 def test_an_extra_takes_what_the_tests_run_on(extra: str) -> None:
     pins = pinned("requirements-dev.txt")
     for name, requirement in ranges(PROJECT["optional-dependencies"][extra]).items():
@@ -86,10 +86,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
 def installed(request: pytest.FixtureRequest, built: Path, tmp_path: Path) -> Path:
     """The folder of the commands of an environment in which chronos is installed."""
+    [file] = built.glob(request.param)
+    return install(file, tmp_path)
+
+
+def install(file: Path, tmp_path: Path) -> Path:
+    """The folder of the commands of a new environment in which ``file`` is installed."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     borrow_packages(environment)
-    [file] = built.glob(request.param)
     pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python")
     run(*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", file, cwd=tmp_path)
     return environment / "bin"
@@ -120,6 +125,83 @@ conn.cursor().execute('CREATE TABLE webhook_log (id bigserial PRIMARY KEY, "time
                       ' CREATE INDEX ON webhook_log ("timestamp")')
 conn.commit()
 """
+
+
+# What somebody else's program may look like.
+_PROGRAM = """
+from __future__ import annotations
+
+import os
+import threading
+
+import chronos
+from chronos import InterruptedRunError, MigrationResult, RefusedError, Status, migrate, rollback, status
+
+URL = os.environ["THEIRS"]
+
+
+def night(stop: threading.Event) -> MigrationResult:
+    try:
+        return migrate("events", url=URL, column="at", every="week", hold=True, rate_limit=50_000, stop=stop)
+    except InterruptedRunError:
+        return migrate("events", url=URL, resume=True)
+
+
+def healthy(found: Status) -> bool:
+    return found.healthy and not found.missing and found.runway_days > 7
+
+
+def main() -> None:
+    try:
+        migrate("events", url=URL)
+    except RefusedError as error:
+        assert error.exit_code is chronos.ExitCode.REFUSED, error
+        assert "--column is missing" in str(error), error
+    else:
+        raise AssertionError("it was not refused")
+    held = night(threading.Event())
+    copied: int | None = held.rows_copied
+    assert copied == 300, held
+    assert status("events", url=URL).state == "ready"
+    done = migrate("events", url=URL, resume=True)
+    assert done.phase == "migrated", done
+    assert not healthy(status("events", url=URL))  # no file lists it
+    assert rollback("events", url=URL).rows_carried == 0
+    assert status("webhook_log", url=URL).state == "plain"
+
+
+main()
+"""
+_EVENTS = """
+CREATE TABLE events (id bigserial PRIMARY KEY, at timestamptz NOT NULL);
+CREATE INDEX ON events (at);
+INSERT INTO events (at) SELECT now() - n * interval '1 hour' FROM generate_series(1, 300) n;
+CREATE TABLE webhook_log (id bigserial PRIMARY KEY, "timestamp" timestamptz NOT NULL);
+"""
+
+
+def test_a_program_elsewhere_has_the_types_and_nothing_on_its_screen(
+    built: Path, database: str, tmp_path: Path
+) -> None:
+    [wheel] = built.glob("*.whl")
+    python = install(wheel, tmp_path) / "python"
+    (tmp_path / "night.py").write_text(_PROGRAM, "utf-8")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", python)
+    run(*mypy, "--cache-dir", tmp_path / "cache", "night.py", cwd=tmp_path)
+    wrong = _PROGRAM.replace('every="week"', 'every="year"').replace(": int | None = held", ": str = held")
+    (tmp_path / "wrong.py").write_text(wrong, "utf-8")
+    checked = subprocess.run(
+        [*mypy, "--cache-dir", tmp_path / "cache", "wrong.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = {*re.findall(r"error: .*\[([a-z-]+)\]$", checked.stdout, re.M)}
+    assert {"arg-type", "assignment"} <= found, checked
+    query(database, _EVENTS)
+    env = {**chronos_environment("postgresql://nobody@127.0.0.1:1/none"), "THEIRS": database}
+    done = subprocess.run(
+        [python, "night.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_message_names_the_command_that_was_typed(installed: Path, tmp_path: Path) -> None:

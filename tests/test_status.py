@@ -24,11 +24,11 @@ from chronos.demo.embedded import create_database
 from chronos.demo.rows import create_webhook_log
 from chronos.errors import ChronosError
 from chronos.functions import VERSION, upgrade
+from chronos.health import Status, collect, judge
 from chronos.job_lock import keep_lease
 from chronos.jobs import CREATE, DROP, JOBS, Job, JobFailedError, Message, attempt, upkeep
 from chronos.migration.state import Phase, Plan, State, Strategy, create_statement
 from chronos.settings import Settings
-from chronos.status import Status, collect, judge
 from chronos.table import WEBHOOK_LOG, Period, midnight
 from tests.command import chronos, chronos_environment, started
 from tests.conftest import MakeDatabase

@@ -7,9 +7,9 @@ from psycopg2 import errors
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from chronos.health import collect
 from chronos.jobs import JOBS, Message, attempt
 from chronos.settings import Settings
-from chronos.status import collect
 from tests.command import chronos
 from tests.live import load
 from tests.tables import query

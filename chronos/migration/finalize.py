@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from sqlalchemy.engine import Connection, Engine
@@ -37,6 +38,7 @@ from chronos.migration.state import (
     take_over,
     undone_by_hand,
 )
+from chronos.results import FinalizeResult
 from chronos.table import Period, TableSpec, midnight
 
 _BLOCKING = """
@@ -64,14 +66,14 @@ def finish(
     table: TableSpec,
     operator: Operator,
     confirm: Callable[[State, bool], None],
-) -> None:
+) -> FinalizeResult:
     """Drop the old table, once nothing needs it any more.
 
     Refuses unless the migration is complete, the new table holds every row of the old one within
     retention, and nothing depends on the old table. ``confirm`` is told the state, and whether the old
     table is still there; it raises RefusedError to call it off.
     """
-    retention_days = table.retention_days
+    retention_days, began = table.retention_days, time.monotonic()
     with sole_operator(engine, table) as (conn, table):
         with transaction(conn):
             found = states.read(conn, table)
@@ -104,6 +106,8 @@ def finish(
         stays = found.plan.attaches and there
         done = f"{table.history} stays a partition" if stays else f"{found.plan.former} is dropped"
         operator.output.ok(f"{done}; {table} stands on its own")
+        dropped = TableSpec(table.old, schema=table.home).typed if shape is not None else None
+        return FinalizeResult(table, dropped, time.monotonic() - began)
 
 
 def _is_ours(conn: Connection, table: TableSpec) -> bool:

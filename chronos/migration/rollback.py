@@ -7,6 +7,7 @@ and the names change. What was built is dropped afterwards, partition by partiti
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -79,6 +80,7 @@ from chronos.migration.state import (
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Throttle
 from chronos.migration.workers import CheckStop
+from chronos.results import RollbackResult
 from chronos.table import Period, TableSpec
 
 _BATCH = 5_000
@@ -91,13 +93,14 @@ def undo(
     confirm: Callable[[State, bool], None],
     *,
     force: bool = False,
-) -> None:
+) -> RollbackResult:
     """Back to the plain table, from whatever phase the migration is in, with the rows written since.
 
     ``confirm`` is told the state, and whether somebody has put the plain table back by hand; it raises
     RefusedError to call it off. Refuses, with nothing changed, when
     something stands in the way (obstacles.py); ``force`` gives up what may be given up.
     """
+    began = time.monotonic()
     with sole_operator(engine, table) as (conn, table):
         with transaction(conn):
             found = states.read(conn, table)
@@ -127,13 +130,14 @@ def undo(
             if by_hand:
                 tidy_up(engine, conn, found, operator)
                 operator.output.ok(f"{table} was put back by hand before; what was left over is gone")
-                return
+                return RollbackResult(table, 0, by_hand=True, seconds=time.monotonic() - began)
             with transaction(conn):
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
         came = f"; {carried:,} rows written since the swap came along" if found.phase.swapped else ""
         operator.output.ok(f"{table} is the plain table again{came}")
+        return RollbackResult(table, carried, by_hand=False, seconds=time.monotonic() - began)
 
 
 def _require_none(table: TableSpec, in_the_way: list[Obstacle], *, force: bool) -> None:

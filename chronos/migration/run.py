@@ -70,6 +70,7 @@ from chronos.migration.state import Phase, State, Strategy, phase_statement
 from chronos.migration.statistics import gather_statistics
 from chronos.migration.swap import swap
 from chronos.migration.throttle import Lag, ReplicaLag, Throttle
+from chronos.results import MigrationResult
 from chronos.table import Period, TableSpec
 from chronos.telemetry import span
 
@@ -116,6 +117,17 @@ class Options:
             f"{_REPEATED[option]} {quote(_as_typed(value))}" for option, value in self.kept().items()
         )
 
+
+# From where to where, None: no bound. Of the options, and of what describes a table that no file lists.
+LIMITS: dict[str, tuple[float, float | None]] = {
+    "retention_days": (0, 36_500),
+    "ahead_days": (0, 3_650),
+    "batch_size": (1, 1_000_000),
+    "workers": (1, 16),
+    "rate_limit": (1, None),
+    "max_replica_lag": (0, None),
+    "max_lock_wait": (0.05, 60),
+}
 
 _REPEATED = {
     "batch_size": "--batch-size",
@@ -173,8 +185,8 @@ def migrate(
     operator: Operator,
     confirm: Callable[[Survey], None],
     confirm_resume: Callable[[State, Options], None] = lambda found, options: None,
-) -> Strategy:
-    """Turn the table into partitions, or carry on where an earlier run was cut off; returns the strategy.
+) -> MigrationResult:
+    """Turn the table into partitions, or carry on where an earlier run was cut off.
 
     ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came, and the options with
     which it goes on; either raises RefusedError to call it off. Each error raised is a ChronosError whose
@@ -190,14 +202,13 @@ def migrate(
                 ):
                     stay(migration)
                 operator.output.ok(f"The rollback is called off; {table} stays partitioned")
-                return migration.plan.strategy
+                return _Run(migration, options).result()
         else:
             _require_lag_is_seen(conn, options)
             found = _look(engine, conn, table, operator, options, confirm)
             migration = _begin(engine, conn, operator, found, options)
         run = _Adoption if migration.plan.attaches else _Run
-        run(migration, options).forward()
-        return migration.plan.strategy
+        return run(migration, options).forward()
 
 
 def _require_possible(options: Options) -> None:
@@ -326,25 +337,27 @@ class _Run:
         self.wal_start: str | None = None
         self.held = False
         self.statistics_s: float | None = None
+        self.written: Path | None = None
         self.began = datetime.now(UTC)
+        self._started = time.monotonic()
 
     @property
     def phase(self) -> Phase:
         """How far the migration is, as this run last saw it."""
         return self.migration.state.phase
 
-    def forward(self) -> None:
+    def forward(self) -> MigrationResult:
         """The six steps; on failure, the way back. Once they are done, no failure leads back.
 
         However it ends, the report is written.
         """
         try:
-            self._there_or_back()
+            return self._there_or_back()
         except ChronosError as error:
             self._report_partly(error)
             raise
 
-    def _there_or_back(self) -> None:
+    def _there_or_back(self) -> MigrationResult:
         try:
             self._forward()
         except (StopRequestedError, KeyboardInterrupt) as error:
@@ -357,17 +370,21 @@ class _Run:
                 raise InterruptedRunError(self._cut_off(str(error))) from error
             discard(self.migration.conn)
             self._undo(error)
+            return self._finish_again()
         except Exception as error:
             if self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError)):
                 # What is copied and compared is not thrown away for that.
                 raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
             self._undo(error)
-            with opened(self.migration.engine) as again:
-                self.migration.conn = again
-                self._finish()
-        else:
-            self._finish()
+            return self._finish_again()
+        return self._finish()
+
+    def _finish_again(self) -> MigrationResult:
+        """``_finish`` over a new connection."""
+        with opened(self.migration.engine) as again:
+            self.migration.conn = again
+            return self._finish()
 
     def _forward(self) -> None:
         with transaction(self.migration.conn) as conn:
@@ -498,7 +515,7 @@ class _Run:
             if rows:
                 self.output.line(f"Rows written during the migration: {rows:,}, compared and equal")
 
-    def _finish(self) -> None:
+    def _finish(self) -> MigrationResult:
         """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
         if not self.held:
             self._gather_statistics()
@@ -506,9 +523,10 @@ class _Run:
         self.output.line()
         if self.held:
             self._end_held()
-            return
-        self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
-        self.output.summary(found)
+        else:
+            self.output.banner("MIGRATION COMPLETED SUCCESSFULLY!")
+            self.output.summary(found)
+        return self.result(found)
 
     def _report_partly(self, error: ChronosError) -> None:
         """A report of a run that did not come to its end, over a new connection if there is one to be had."""
@@ -524,11 +542,30 @@ class _Run:
                     migration.state = found
             self._report(error)
 
-    def _report(self, error: ChronosError | None = None) -> Summary:
-        """What was done, and written to the report's file if one is wanted; ``error`` has ended the run."""
+    def result(self, found: Summary | None = None) -> MigrationResult:
+        """What the caller gets."""
+        migration, found = self.migration, found or self._summary()
+        former = TableSpec(migration.plan.former, schema=self.table.home).typed
+        return MigrationResult(
+            table=self.table,
+            strategy=migration.plan.strategy,
+            phase=self.phase,
+            former=former if self.phase.swapped else None,
+            rows_copied=found.copied,
+            notes_replayed=migration.notes_replayed,
+            periods=found.periods,
+            seconds=time.monotonic() - self._started,
+            steps=tuple(found.steps),
+            swap_seconds=migration.swap_s,
+            longest_lock_seconds=found.lock_s,
+            wal_bytes=found.wal_bytes,
+            report=self.written,
+        )
+
+    def _summary(self) -> Summary:
         migration = self.migration
         compared = migration.state.compared
-        found = Summary(
+        return Summary(
             steps=[(title, self.timings.seconds.get(number, 0.0)) for number, title in self.titles.items()],
             periods={self.table.period(start): result for start, result in compared.items()},
             copied=None if migration.plan.attaches else sum(result.new_rows for result in compared.values()),
@@ -536,10 +573,15 @@ class _Run:
             lock_s=migration.longest_lock_s,
             statistics_s=self.statistics_s,
         )
+
+    def _report(self, error: ChronosError | None = None) -> Summary:
+        """What was done, and written to the report's file if one is wanted; ``error`` has ended the run."""
+        migration, found = self.migration, self._summary()
         if self.options.report:
             ended = Ended(self.began, error, self.held, self.step, str(self.options))
             try:
                 write_report(self.options.report, facts(migration, found, ended))
+                self.written = self.options.report
             except OSError as failed:
                 self.output.line(
                     f"The report could not be written to {self.options.report}: {failed.strerror}"

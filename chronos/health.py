@@ -92,7 +92,7 @@ class TableSize:
 
 @dataclass(frozen=True)
 class Status:
-    """Everything that ``collect`` has found; times are UTC, ``now`` is the database server's.
+    """Everything that is known of a table; times are UTC, ``now`` is the database server's.
 
     ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
     no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
@@ -288,18 +288,17 @@ class Unknown:
     """A table of which nothing can be told, and why."""
 
     table: TableSpec
-    problem: str
-    exit_code: ExitCode
+    error: ChronosError
     healthy: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
         """The only one."""
-        return (self.problem,)
+        return (str(self.error),)
 
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
-        return {"table": self.table.typed, "state": None, "healthy": False, "problems": [self.problem]}
+        return {"table": self.table.typed, "state": None, "healthy": False, "problems": list(self.problems)}
 
 
 @dataclass(frozen=True)
@@ -322,6 +321,35 @@ class Other:
     def as_json(self) -> dict[str, Any]:
         """What ``status --json`` prints."""
         return {"table": self.table.typed, "phase": self.phase and self.phase.value, "healthy": self.healthy}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All that ``overview`` has found: the ``tables`` that a configuration lists, in its order, and the
+    ``others`` that have a migration under way.
+    """
+
+    tables: tuple[Status | Unknown, ...]
+    others: tuple[Other, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is nothing that somebody should do."""
+        return all(one.healthy for one in (*self.tables, *self.others))
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What ``chronos status`` returns to the shell."""
+        if self.healthy:
+            return ExitCode.DONE
+        unknown = [one.error.exit_code for one in self.tables if isinstance(one, Unknown)]
+        return max(unknown, default=ExitCode.FAILED)
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``status --json`` prints; of a single table as ``Status.as_json``."""
+        shown = [one.as_json() for one in self.tables]
+        whole: dict[str, Any] = shown[0] if len(shown) == 1 else {"tables": shown}
+        return {**whole, "healthy": self.healthy, "also_under_way": [one.as_json() for one in self.others]}
 
 
 @dataclass(frozen=True)
@@ -360,7 +388,7 @@ def collect_all(settings: Settings) -> list[Status | Unknown]:
         try:
             found.append(_collect(settings, table, True, lambda: datetime.now(UTC), leases))
         except ChronosError as error:
-            found.append(Unknown(table, str(error), error.exit_code))
+            found.append(Unknown(table, error))
     return found
 
 
@@ -833,7 +861,7 @@ def show(status: Status | Unknown, console: Console | None = None) -> None:
         _Page(console, status).print()
     else:
         console.print(Text(f"{status.table.typed}: unknown", "bold"))
-        console.print(Text(f"\nproblem\n- {status.problem}", "red"), soft_wrap=True)
+        console.print(Text(f"\nproblem\n- {status.error}", "red"), soft_wrap=True)
 
 
 class _Page:

@@ -1,0 +1,428 @@
+"""The verbs as functions, for programs; the command line calls these same functions.
+
+Nothing is printed, no signal is taken over, and nobody is asked: the call is the consent. What goes wrong is
+raised, as one of the errors in errors.py. Each function may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import SecretStr
+from rich.console import Console
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import DBAPIError
+
+from chronos import prompts
+from chronos.agreement import require_agreement
+from chronos.catalog.locate import require_located
+from chronos.db import connect_engine, one_line, opened
+from chronos.errors import CannotTellError, ChronosError, RefusedError
+from chronos.functions import upgrade
+from chronos.locks import Patience
+from chronos.migration.checks import Survey
+from chronos.migration.console import Output
+from chronos.migration.finalize import finish
+from chronos.migration.operator import Operator
+from chronos.migration.rollback import undo
+from chronos.migration.run import LIMITS, Options
+from chronos.migration.run import migrate as run_migration
+from chronos.migration.state import State, Strategy
+from chronos.results import FinalizeResult, JobResult, MigrationResult, RollbackResult, UpkeepResult
+from chronos.settings import Settings, get_settings, postgres_url
+from chronos.table import Interval, TableSpec
+from chronos.which_table import Description, Verb, no_job_keeps, which_table
+
+if TYPE_CHECKING:
+    from chronos.health import Overview, Status
+
+logger = logging.getLogger(__name__)
+
+_Word = TypeVar("_Word", bound=StrEnum)
+_Number = TypeVar("_Number", int, float)
+
+
+def migrate(
+    table: str | None = None,
+    *,
+    url: str | URL | None = None,
+    column: str | None = None,
+    every: Literal["hour", "day", "week", "month"] | Interval | None = None,
+    retention_days: int | None = None,
+    ahead_days: int | None = None,
+    strategy: Literal["copy", "attach"] | Strategy = "copy",
+    resume: bool = False,
+    hold: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    verify: Literal["full", "counts"] | None = None,
+    rate_limit: int | None = None,
+    max_replica_lag: float | None = None,
+    max_lock_wait: float | None = None,
+    accept_duplicates: Collection[str] = (),
+    report: str | Path | None = None,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
+    stop: threading.Event | None = None,
+) -> MigrationResult:
+    """Turn a table into partitions under live writes, or carry on where an earlier run ended.
+
+    Returns when the names have changed and every row was compared or, with ``hold``, just before that. Takes
+    as long as the copy takes.
+
+    - ``table``: as SQL writes it, ``webhook_log`` or ``audit."Order Events"``; None is the only one that
+      ``chronos.toml`` lists.
+    - ``url``: ``postgresql://...``; None is ``DATABASE_URL``.
+    - ``column``, ``every``, ``retention_days``, ``ahead_days``: the time column, the interval of a partition,
+      and the days that are kept and made ahead, for a table that no configuration lists. Left out, every row
+      is kept, in partitions of a day, 30 days ahead. What a configuration says cannot be contradicted.
+    - ``strategy``: ``copy`` the rows into partitions, or ``attach`` the table as the partition of them all.
+    - ``resume``: carry on what was stopped or held; what is None below is then as it was.
+    - ``hold``: end before the names change, with all else done.
+    - ``batch_size``: rows in a transaction of the copy, 1,000. ``workers``: partitions filled at a time, 2.
+    - ``verify``: compare contents (``full``, the default), or ``counts`` of rows alone.
+    - ``rate_limit``: rows a second that are copied at most, all workers together.
+    - ``max_replica_lag``: seconds; the copy pauses while a replica is further behind.
+    - ``max_lock_wait``: seconds that anybody may have to wait behind an attempt at a lock, 1.
+    - ``accept_duplicates``: replication slots whose readers may get copied rows twice.
+    - ``report``: a file, ``.json`` or ``.html``, that says what was done, however it ends.
+    - ``confirm``: is shown what is about to be done, before anything is changed; unless it returns True the
+      call ends with RefusedError. None: the call is the consent.
+    - ``output``: called with each line that the command line would print, from any thread. What it raises is
+      logged, and it is not called again; the migration goes on.
+    - ``stop``: set it, from anywhere, to stop at the next batch.
+
+    Locks on the table: ACCESS SHARE while rows are copied, SHARE ROW EXCLUSIVE for an instant as it begins,
+    ACCESS EXCLUSIVE for milliseconds when the names change; each strong one in attempts of 0.1 s, later of up
+    to ``max_lock_wait``.
+
+    Raises RefusedError (a blocker, a wrong option: nothing was changed), InterruptedRunError (stopped or cut
+    off; nothing is lost, call again with ``resume``, or ``rollback``), ChronosError (failed, and the table is
+    as it was; a difference between copy and origin is the ``__cause__``) or NeedsPersonError.
+    """
+    described = Description(
+        column,
+        _word(Interval, "every", every) if every is not None else None,
+        _within("retention_days", retention_days),
+        _within("ahead_days", ahead_days),
+    )
+    asked: dict[str, Any] = {
+        "batch_size": _within("batch_size", batch_size),
+        "workers": _within("workers", workers),
+        "content": None if verify is None else _one_of("verify", verify, ("full", "counts")) == "full",
+        "rate_limit": _within("rate_limit", rate_limit),
+        "max_replica_lag": _within("max_replica_lag", max_replica_lag),
+        "max_lock_wait": _within("max_lock_wait", max_lock_wait),
+        "report": None if report is None else Path(report),
+    }
+    given = {option: value for option, value in asked.items() if value is not None}
+    options = replace(
+        Options(
+            strategy=_word(Strategy, "strategy", strategy),
+            resume=resume,
+            hold=hold,
+            accept_duplicates=frozenset(accept_duplicates),
+            given=frozenset(given),
+        ),
+        **given,
+    )
+    with _typed_errors():
+        work = session(Verb.RESUME if resume else Verb.MIGRATE, table, url, described)
+        work.require_agreement()
+        operator = _operator(output, stop, Patience(longest_s=options.max_lock_wait))
+
+        def begins(found: Survey) -> None:
+            lock_wait = options.max_lock_wait
+            _ask(operator, confirm, prompts.beginning(work.url, found, lock_wait, work.settings, hold=hold))
+
+        def goes_on(found: State, with_options: Options) -> None:
+            _ask(operator, confirm, prompts.resuming(work.engine, found, with_options, work.settings))
+
+        try:
+            done = run_migration(work.engine, work.table, options, operator, begins, goes_on)
+        finally:
+            operator.output.close()
+    return replace(done, listed=work.listed)
+
+
+def rollback(
+    table: str | None = None,
+    *,
+    url: str | URL | None = None,
+    force: bool = False,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
+    stop: threading.Event | None = None,
+) -> RollbackResult:
+    """Go back to the plain table, from every phase of a migration until ``finalize``.
+
+    Every row, update, delete and TRUNCATE since the swap comes along. ``force`` gives up what stands in the
+    way and can be given up. ``table``, ``url``, ``confirm``, ``output`` and ``stop`` are as in ``migrate``.
+
+    Locks: ACCESS EXCLUSIVE on both tables for milliseconds, when the names change, and on what foreign keys
+    refer to for moments; each in attempts of 0.1 to 1 s.
+
+    Raises RefusedError (no migration, or something stands in the way: nothing was changed),
+    InterruptedRunError (cut off; call it again) or NeedsPersonError.
+    """
+    with _typed_errors():
+        work = session(Verb.ROLLBACK, table, url)
+        operator = _operator(output, stop)
+
+        def goes_back(found: State, by_hand: bool) -> None:
+            _ask(operator, confirm, prompts.going_back(work.url, found, work.settings, by_hand=by_hand))
+
+        try:
+            return undo(
+                work.engine,
+                work.table,
+                operator,
+                goes_back,
+                force=force,
+            )
+        finally:
+            operator.output.close()
+
+
+def finalize(
+    table: str | None = None,
+    *,
+    url: str | URL | None = None,
+    confirm: Callable[[str], bool] | None = None,
+    output: Callable[[str], object] | Output | None = None,
+    stop: threading.Event | None = None,
+) -> FinalizeResult:
+    """Drop the old table for good and end the way back, once nothing needs it any more.
+
+    Checks first that the migration is complete, that no row within retention is in the old table alone, and
+    that nothing depends on it. After ``attach`` nothing is dropped. ``table``, ``url``, ``confirm``,
+    ``output`` and ``stop`` are as in ``migrate``.
+
+    Locks: ACCESS EXCLUSIVE on the table in use for an instant, in attempts of 0.1 to 1 s, and on the old one.
+
+    Raises RefusedError (nothing was changed) or InterruptedRunError (cut off; call it again).
+    """
+    with _typed_errors():
+        work = session(Verb.FINALIZE, table, url)
+        operator = _operator(output, stop)
+
+        def confirmed(found: State, old_is_there: bool) -> None:
+            text = prompts.finalizing(work.engine, found, work.settings, old_is_there=old_is_there)
+            _ask(operator, confirm, text)
+
+        try:
+            done = finish(work.engine, work.table, operator, confirmed)
+        finally:
+            operator.output.close()
+    return replace(done, listed=work.listed)
+
+
+def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
+    """Look at one table: its state, partitions, gaps, runway, sizes, jobs, and what is wrong with it.
+
+    ``table`` and ``url`` are as in ``migrate``. Locks: ACCESS SHARE, waited for 1 s at the most. Changes
+    nothing.
+
+    Raises CannotTellError (the server does not answer), RefusedError (there is no such table) or
+    ChronosError (somebody has locked it).
+    """
+    from chronos.health import collect  # here, as below, for no other verb needs what it imports
+
+    with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
+        work = session(Verb.STATUS, table, url)
+        return collect(work.settings, work.table, listed=work.listed)
+
+
+def overview(*, url: str | URL | None = None) -> Overview:
+    """Look at every table that a configuration lists, and at all that have a migration under way.
+
+    A table of which nothing can be told is an Unknown, and does not hide the others. Locks as ``status``.
+
+    Raises CannotTellError (the server does not answer) or RefusedError (the configuration cannot be read).
+    """
+    from chronos.health import Overview, collect_all, collect_others
+
+    with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
+        settings = settings_for(url)
+        others = collect_others(settings)
+        return Overview(tuple(collect_all(settings)), tuple(others))
+
+
+def upkeep(
+    *, url: str | URL | None = None, retry_for: float = 300.0, stop: threading.Event | None = None
+) -> UpkeepResult:
+    """Create the partitions of the days ahead and drop expired ones, for every listed table, once.
+
+    What the two nightly jobs do, without Celery or Redis; safe beside them and beside itself. What is in use
+    is tried again for ``retry_for`` seconds, both jobs together; set ``stop`` to end that. What it did is
+    logged to ``chronos.jobs``, and ``CHRONOS_ALERT_COMMAND`` is run if a problem has appeared or is gone.
+
+    Locks: ACCESS EXCLUSIVE on an expired partition and on its table, each waited for 0.2 s at the most and
+    held for one short transaction.
+
+    What goes wrong with a table is in the result. Raises RefusedError (the configuration cannot be read) or
+    InterruptedRunError (``stop`` was set; what was done is done).
+    """
+    from chronos import alerts, jobs
+
+    with _typed_errors():
+        settings = settings_for(url)
+        found = jobs.upkeep(settings, retry_for, (stop or threading.Event()).wait)
+        errors = [str(report["error"]) for report in found.values() if report["status"] == "failed"]
+        alerts.tell(settings, "; ".join(errors) or None)
+    did = {job.name: job.did for job in jobs.JOBS}
+    return UpkeepResult(
+        tuple(
+            JobResult(
+                job=name,
+                status=report["status"],
+                names=tuple(report.get(did[name]) or ()),
+                left=tuple(report.get("contended") or ()),
+                error=report.get("error") or report.get("reason"),
+                reports=report["tables"],
+            )
+            for name, report in found.items()
+        )
+    )
+
+
+def upgrade_functions(table: str | None = None, *, url: str | URL | None = None) -> list[str]:
+    """Install the two SQL functions of this version, of one table or of every one that is listed.
+
+    Safe at any time. Returns a line for each table. Locks: none on a table. Raises RefusedError.
+    """
+    with _typed_errors():
+        settings = settings_for(url)
+        if table is not None:
+            work = session(Verb.UPGRADE_FUNCTIONS, table, url)
+            done = upgrade(work.engine, work.table, listed_in=settings.listed_in)
+            return done if work.listed else [*done, f"\n{no_job_keeps(settings, work.table)}"]
+        engine = connect_engine(settings.database, application_name=f"chronos {Verb.UPGRADE_FUNCTIONS}")
+        return upgrade(engine, *settings.tables, listed_in=settings.listed_in)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a verb works with; ``listed`` tells whether a configuration lists the table."""
+
+    settings: Settings
+    engine: Engine
+    table: TableSpec
+    listed: bool
+
+    @property
+    def url(self) -> URL:
+        """Where it works."""
+        return self.engine.url
+
+    def require_agreement(self) -> None:
+        """Raise RefusedError when the configuration says of the table what is not so."""
+        with opened(self.engine) as conn:
+            require_agreement(conn, require_located(conn, self.table), self.settings.listed_in)
+
+
+def session(
+    verb: Verb, table: str | None, url: str | URL | None = None, described: Description | None = None
+) -> Session:
+    """What ``verb`` works with. Raises RefusedError, see ``which_table``."""
+    settings = settings_for(url)
+    engine = connect_engine(settings.database, application_name=f"chronos {verb.split()[0]}")
+    return Session(settings, engine, *which_table(engine, settings, verb, table, described))
+
+
+def settings_for(url: str | URL | None) -> Settings:
+    """The settings of this process, with ``url`` as the database where one is given. Raises RefusedError."""
+    settings = get_settings()
+    if url is None:
+        return settings
+    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+    postgres_url(text, "url")  # refused here, and never quoted
+    return settings.model_copy(update={"database_url": SecretStr(text), "testing": False})
+
+
+@contextmanager
+def _typed_errors(
+    kind: type[ChronosError] = ChronosError,
+    text: str = "{}; nothing was changed. Check the server and the database URL",
+) -> Iterator[None]:
+    """What the driver raises before anything has begun becomes a ``kind``."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise kind(text.format(one_line(error))) from error
+
+
+def _ask(operator: Operator, confirm: Callable[[str], bool] | None, text: str) -> None:
+    operator.output.line(text)
+    if confirm is not None and not confirm(text):
+        raise RefusedError("it was not confirmed; nothing was changed")
+
+
+def _operator(
+    output: Callable[[str], object] | Output | None,
+    stop: threading.Event | None,
+    patience: Patience | None = None,
+) -> Operator:
+    if not isinstance(output, Output):
+        file = io.StringIO() if output is None else _Lines(output)
+        # Whatever the environment says of terminals and colours: this is none.
+        console = Console(
+            file=file, quiet=output is None, force_terminal=False, no_color=True, highlight=False,
+            soft_wrap=True, width=100, emoji=False,
+        )  # fmt: skip
+        output = Output(console)
+    return Operator(output, stop or threading.Event(), patience or Patience())
+
+
+class _Lines(io.StringIO):
+    """A file that hands each line on as soon as it is whole."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        super().__init__()
+        self._tell: Callable[[str], object] | None = tell
+        self._rest = ""
+        self._turn = threading.Lock()
+
+    def write(self, text: str) -> int:
+        """Called by Rich, from any thread."""
+        with self._turn:
+            *lines, self._rest = (self._rest + text).split("\n")
+            for line in lines:
+                self._hand_on(line.rstrip())
+        return len(text)
+
+    def _hand_on(self, line: str) -> None:
+        if self._tell is None:
+            return
+        try:
+            self._tell(line)
+        except Exception:  # who only listens must not end a migration
+            self._tell = None
+            logger.exception("the function that is told of the progress has failed, and is told no more")
+
+
+def _within(option: str, value: _Number | None) -> _Number | None:
+    """``value``, or RefusedError when it is not within the limits of ``option``."""
+    lowest, highest = LIMITS[option]
+    if value is None or (lowest <= value and (highest is None or value <= highest)):
+        return value
+    bounds = f"at least {lowest:,}" if highest is None else f"from {lowest:,} to {highest:,}"
+    raise RefusedError(f"{option} is to be {bounds}, not {value!r}; nothing was changed")
+
+
+def _one_of(option: str, value: str, words: Collection[str]) -> str:
+    if value not in words:
+        raise RefusedError(f"{option} is to be {' or '.join(words)}, not {value!r}; nothing was changed")
+    return value
+
+
+def _word(kind: type[_Word], option: str, value: str) -> _Word:
+    return kind(_one_of(option, value, [word.value for word in kind]))

@@ -1,0 +1,116 @@
+"""What the functions of the library return: frozen values, times in UTC, durations in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chronos.errors import ExitCode
+from chronos.migration.state import PeriodResult, Phase, Strategy
+from chronos.table import Period, TableSpec
+
+if TYPE_CHECKING:
+    from chronos.reports import Report
+
+
+@dataclass(frozen=True)
+class MigrationResult:
+    """What a run of ``migrate`` has done. That there is one says that all was compared and nothing differs.
+
+    ``phase`` is ``migrated``, or ``ready`` when the run was to hold; ``former`` is what the plain table is
+    called now, None while it has its name. ``rows_copied`` counts the rows of all runs of this migration,
+    None where nothing is copied; ``notes_replayed`` the notes that this run has replayed. ``periods`` maps
+    each period to what its comparison found. ``seconds`` is how long this run took, ``steps`` each step with
+    its seconds (0: an earlier run did it), ``swap_seconds`` for how long writers can have waited in the swap
+    (None: an earlier run did it, or none yet), ``longest_lock_seconds`` for how long anybody can have waited
+    behind a lock of ours. ``wal_bytes`` is what the whole server wrote meanwhile, None if it did not say.
+    ``report`` is the file that was written, None without one. ``listed`` tells whether a configuration lists
+    the table, so that the nightly jobs keep it.
+    """
+
+    table: TableSpec
+    strategy: Strategy
+    phase: Phase
+    former: str | None
+    rows_copied: int | None
+    notes_replayed: int
+    periods: Mapping[Period, PeriodResult]
+    seconds: float
+    steps: tuple[tuple[str, float], ...]
+    swap_seconds: float | None
+    longest_lock_seconds: float
+    wal_bytes: int | None
+    report: Path | None
+    listed: bool = True
+
+
+@dataclass(frozen=True)
+class RollbackResult:
+    """What ``rollback`` has done: the table is the plain one again.
+
+    ``rows_carried`` counts the rows written since the swap that came along, but for those that were noted
+    and replayed; ``by_hand`` tells that somebody had put the plain table back, and only remains were dropped.
+    """
+
+    table: TableSpec
+    rows_carried: int
+    by_hand: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinalizeResult:
+    """What ``finalize`` has done: the way back is closed.
+
+    ``dropped`` is the old table, None where it had gone before, or became a partition and stays.
+    """
+
+    table: TableSpec
+    dropped: str | None
+    seconds: float
+    listed: bool = True
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job came to, with all tables: ``create_future_partitions_job`` or ``drop_old_partitions_job``.
+
+    ``status`` is ``done``, ``skipped`` (no table is migrated yet), ``incomplete`` (something is in use, and
+    left to the next run) or ``failed``. ``names`` are the partitions that were created or dropped, ``left``
+    those that are still to be; ``error`` is why. ``reports`` maps each table to its own report, as it is kept
+    in the database.
+    """
+
+    job: str
+    status: str
+    names: tuple[str, ...]
+    left: tuple[str, ...]
+    error: str | None
+    reports: Mapping[str, Report]
+
+
+@dataclass(frozen=True)
+class UpkeepResult:
+    """What ``upkeep`` has done: both jobs, in their order."""
+
+    jobs: tuple[JobResult, ...]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What ``chronos upkeep`` returns to the shell: 0 all is done; 1 something failed; 2 nothing was
+        begun; 3 something is in use and left to the next run.
+        """
+        tables = [report for job in self.jobs for report in job.reports.values()]
+        results = {job.status for job in self.jobs}
+        if tables and all(report.get("refused") for report in tables):
+            return ExitCode.REFUSED
+        if "failed" in results:
+            return ExitCode.FAILED
+        return ExitCode.INTERRUPTED if "incomplete" in results else ExitCode.DONE
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that was to do is done."""
+        return self.exit_code is ExitCode.DONE
