@@ -281,11 +281,13 @@ SELECT pg_get_userbyid(c.relowner), c.relkind = 'r',
        o.rolsuper OR o.rolname = current_user
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles o ON o.oid = c.relowner
 WHERE n.nspname = {schema} AND c.relname = {state}
+  AND (SELECT count(*) FROM pg_attribute a
+       WHERE a.attrelid = c.oid AND a.attname IN ('phase', 'verified')) = 2
 """
 
 
 def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> State | None:
-    """The state of the migration of ``table``, None when there is none.
+    """The state of the migration of ``table``, None when there is none, or a table of the application's.
 
     Raises RefusedError when what is there is no table, or belongs to somebody whom the current user must not
     trust; a table may be read ``only_to_show`` it, whoever made it.
