@@ -89,9 +89,9 @@ def _is_there(conn: Connection, table: TableSpec, *, to_write: bool = False) -> 
     reports = f"{quoted(table.home)}.{NAME}"
     if not trusted:
         raise UntrustedError(
-            f"{reports} is not the plain table, with the comment, that chronos makes, or belongs to {owner},"
-            f" not to the owner of {table.typed} or of its schema; look at it, and rename it or drop it: the"
-            " next run makes it anew"
+            f"{reports} belongs to {owner}, not to the owner of {table.typed} or of its schema, or is not the"
+            " plain table that chronos has made, whose comment says so; look at it, and rename it or drop it:"
+            " the next run makes it anew"
         )
     if not (writable if to_write else readable):
         grant = "SELECT, INSERT, UPDATE, DELETE" if to_write else "SELECT"

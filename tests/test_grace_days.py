@@ -161,7 +161,7 @@ def test_a_detached_table_that_a_dump_brings_back_in_one_transaction_stays(
     url = make_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
     dumped = subprocess.run([pg_bin / "pg_dump", "-t", back, url], capture_output=True, text=True, check=True)
     query(database, f"DROP TABLE {back}")
-    restore = [pg_bin / "psql", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", url]
+    restore = [str(pg_bin / "psql"), "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", url]
     subprocess.run(restore, input=dumped.stdout, capture_output=True, text=True, check=True)
     assert later(own, 100)[:2] == others
     assert value(database, f"SELECT count(*) FROM {back}") == 1
