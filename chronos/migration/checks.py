@@ -825,6 +825,15 @@ def _slot_sends_everything(subject: Subject) -> Iterator[str]:
             )
 
 
+def sent_again(conn: Connection, spec: TableSpec, now: datetime, accepted: frozenset[str]) -> list[Finding]:
+    """The slots that would send what a half-done copy has still to write, without those that are accepted."""
+    subject = Subject(conn, Survey(spec, now, 0, 0, None, (), accepted=accepted))
+    return [
+        *(Finding("slot-sends-all-tables", text) for text in _slot_sends_all_tables(subject)),
+        *(Finding("slot-sends-everything", text) for text in _slot_sends_everything(subject)),
+    ]
+
+
 def _no_such_slot(subject: Subject) -> Iterator[str]:
     if accepted := subject.survey.accepted:
         for slot in accepted - slots(subject.conn):
