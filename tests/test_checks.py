@@ -533,11 +533,11 @@ def test_a_slot_that_came_while_a_migration_was_held_stops_the_resumed_run_unles
     database: str,
 ) -> None:
     """What is replayed after that would go out twice."""
-    query(database, _TABLE)
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
-    with slot(database, "$libdir/pgoutput") as name:
+    with slot(database, "pgoutput") as name:
         refused = chronos(database, "migrate", "--yes", "--resume")
-        assert (refused.returncode, "[slot-sends-everything]" in refused.stderr) == (2, True), refused.stderr
+        assert (refused.returncode, "[slot-sends-all-tables]" in refused.stderr) == (2, True), refused.stderr
         accepted = ("--accept-duplicates", name)
         assert chronos(database, "migrate", "--yes", "--resume", "--hold", *accepted).returncode == 0
         resumed = chronos(database, "migrate", "--yes", "--resume")
@@ -545,11 +545,11 @@ def test_a_slot_that_came_while_a_migration_was_held_stops_the_resumed_run_unles
         assert f"Options: --accept-duplicates {name}" in resumed.stdout
 
 
-def test_a_slot_of_another_plugin_is_no_obstacle_to_an_attach_until_rows_have_to_be_carried_back(
+def test_a_slot_is_no_obstacle_to_an_attach_until_rows_have_to_be_carried_back(
     database: str,
 ) -> None:
-    query(database, _TABLE)
-    with slot(database, "$libdir/pgoutput") as name:
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
+    with slot(database, "pgoutput") as name:
         assert surveyed(database, strategy=Strategy.ATTACH).blockers == ()
         there = ("migrate", "--yes", "--strategy", "attach")
         assert chronos(database, *there).returncode == 0

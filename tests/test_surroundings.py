@@ -77,6 +77,39 @@ def test_a_migration_is_refused_where_the_application_has_a_table_of_the_states_
     assert (refused.returncode, "[names-taken]" in refused.stderr) == (2, True)
 
 
+# Gives each new table to one role, as servers do that several people make tables on.
+_GIVES_AWAY = """
+CREATE FUNCTION give_away() RETURNS event_trigger LANGUAGE plpgsql AS $$
+DECLARE made record;
+BEGIN
+    FOR made IN SELECT object_identity FROM pg_event_trigger_ddl_commands() WHERE object_type = 'table' LOOP
+        EXECUTE format('ALTER TABLE %s OWNER TO {role}', made.object_identity);
+    END LOOP;
+END $$;
+CREATE EVENT TRIGGER gives_away ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'CREATE TABLE AS')
+    EXECUTE FUNCTION give_away();
+"""
+
+
+@pytest.mark.parametrize("strategy", ["copy", "attach"])
+def test_an_event_trigger_that_gives_tables_away_stops_nobody_half_way(database: str, strategy: str) -> None:
+    role = f"owner_{make_url(database).database}"
+    load(database, 100)
+    query(
+        database,
+        f"CREATE ROLE {role}; GRANT USAGE, CREATE ON SCHEMA public TO {role};"
+        f"ALTER TABLE webhook_log OWNER TO {role}; ALTER TABLE webhook_endpoint OWNER TO {role};"
+        + _GIVES_AWAY.format(role=role),
+    )
+    try:
+        for verb in (("migrate", "--strategy", strategy), ("rollback",)):
+            done = chronos(database, *verb, "--yes")
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert value(database, "SELECT count(*) FROM webhook_log") == 100
+    finally:
+        query(database, f"DROP EVENT TRIGGER gives_away; DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
 def test_a_report_that_makes_no_sense_does_not_keep_a_night_from_being_done(
     partitioned: str, redis_url: str, client: redis.Redis
 ) -> None:

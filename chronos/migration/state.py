@@ -256,6 +256,8 @@ CREATE TABLE {table} (
     changed_at timestamptz NOT NULL DEFAULT now(),
     options jsonb NOT NULL DEFAULT '{{}}'
 );
+-- An event trigger may have given it to somebody whose state could not be trusted.
+ALTER TABLE {table} OWNER TO CURRENT_USER;
 COMMENT ON TABLE {table} IS {comment};
 INSERT INTO {table} (run_id, phase, plan, options) VALUES ({run_id}, {phase}, {plan}, {options})
 """
