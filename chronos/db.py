@@ -8,10 +8,12 @@ from typing import Any
 
 import psycopg2
 from psycopg2 import errorcodes, sql
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, CursorResult, Engine
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.pool import NullPool
+
+from chronos.errors import RefusedError
 
 Statement = sql.Composable
 
@@ -28,7 +30,18 @@ def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
     # SQLAlchemy asks two questions of every new connection, for hstore and for the current schema, with the
     # operators and functions that the role's search path has, which may be a stranger's. We need neither.
     engine.dialect._get_default_schema_name = lambda _: ""  # type: ignore
+    event.listen(engine, "connect", _require_standard_strings)
     return engine
+
+
+def _require_standard_strings(driver: Any, _: object) -> None:
+    """Our statements have backslashes in their strings, and so have those that the parser has taken apart."""
+    if driver.get_parameter_status("standard_conforming_strings") == "off":
+        raise RefusedError(
+            "standard_conforming_strings is off for this role or database, so the server would misread what"
+            " chronos tells it; nothing was changed. Connect as a role that has it on: ALTER ROLE ... SET"
+            " standard_conforming_strings = on"
+        )
 
 
 @contextmanager

@@ -352,9 +352,10 @@ class _Attempt:
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 found = reports.of_night(conn, table, self.job.name, self.night, run)
-        except (DBAPIError, reports.UntrustedError):
-            return  # twice is as good as once
-        if reason := _taken_care_of(found, self.night):
+            reason = _taken_care_of(found, self.night)
+        except (DBAPIError, reports.UntrustedError, LookupError, TypeError, ValueError):
+            return  # whatever is written there: twice is as good as once
+        if reason:
             raise _TakenCareOfError(reason)
 
     def _calls(self, conn: Connection, table: TableSpec) -> Iterator[list[str]]:

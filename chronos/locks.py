@@ -122,7 +122,8 @@ class LockHolder:
         return f"{self.who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"
 
 
-# A query may quote a row: the first words say what it is, and no more of it is shown.
+# A query may quote a row: the first words say what it is, and no more of it is shown; nor may it tell the
+# terminal what to do.
 _HOLDERS = r"""
 WITH held AS (
     SELECT DISTINCT l.pid, l.virtualtransaction FROM pg_locks l
@@ -135,7 +136,7 @@ SELECT a.pid, NULL::text,
        coalesce(a.state, ''),
        coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8 AS age,
        left(regexp_replace(regexp_replace(coalesce(a.query, ''), '''[^'']*(''|$)', '''...''', 'g'),
-                           '\s+', ' ', 'g'), 60)
+                           '[[:space:][:cntrl:]]+', ' ', 'g'), 60)
 FROM pg_stat_activity a WHERE a.pid IN (SELECT pid FROM held) AND a.pid <> pg_backend_pid()
   AND NOT a.pid = ANY({ours})
 UNION ALL

@@ -26,6 +26,8 @@ Report = dict[str, Any]
 
 NAME = "chronos_reports"
 KEPT_DAYS = 35
+# With these words the comment on it begins: the application may have a table of that name.
+_COMMENT = "chronos: "
 
 
 class UntrustedError(ChronosError):
@@ -57,7 +59,7 @@ class History:
 # Neither an owner whom the table's owner need not trust, nor a view or a policy that could call anything.
 _STANDING = """
 SELECT pg_get_userbyid(c.relowner),
-       c.relkind = 'r' AND NOT c.relrowsecurity
+       c.relkind = 'r' AND NOT c.relrowsecurity AND starts_with(obj_description(c.oid, 'pg_class'), {ours})
        AND (o.rolsuper OR o.rolname = current_user OR pg_has_role(c.relowner, n.nspowner, 'MEMBER')
             OR pg_has_role(c.relowner, t.relowner, 'MEMBER')),
        has_table_privilege(c.oid, 'SELECT'),
@@ -74,7 +76,7 @@ WHERE n.nspname = {schema} AND c.relname = {reports}
 
 def _standing(conn: Connection, table: TableSpec) -> tuple[str, bool, bool, bool, bool] | None:
     """The owner of the reports, and whether they are trusted, readable, writable, and the owner's to read."""
-    query = statement(_STANDING, schema=table.home, table=table.name, reports=NAME)
+    query = statement(_STANDING, schema=table.home, table=table.name, reports=NAME, ours=_COMMENT)
     found = execute(conn, query).one_or_none()
     return tuple(found) if found else None
 
@@ -87,8 +89,9 @@ def _is_there(conn: Connection, table: TableSpec, *, to_write: bool = False) -> 
     reports = f"{quoted(table.home)}.{NAME}"
     if not trusted:
         raise UntrustedError(
-            f"{reports} belongs to {owner}, not to the owner of {table.typed} or of its schema, or is no"
-            " plain table; look at it and drop it: the next run makes it anew"
+            f"{reports} belongs to {owner}, not to the owner of {table.typed} or of its schema, or is not the"
+            " plain table that chronos has made, whose comment says so; look at it, and rename it or drop it:"
+            " the next run makes it anew"
         )
     if not (writable if to_write else readable):
         grant = "SELECT, INSERT, UPDATE, DELETE" if to_write else "SELECT"
@@ -227,14 +230,19 @@ DECLARE
     reports CONSTANT regclass := to_regclass(format('%I.%I', {schema}, {reports}));
 BEGIN
     IF reports IS NULL OR NOT (SELECT c.relkind = 'r' AND pg_has_role(c.relowner, 'USAGE')
-                               FROM pg_class c WHERE c.oid = reports) THEN
+                                      AND starts_with(obj_description(c.oid, 'pg_class'), {ours})
+                               FROM pg_class c WHERE c.oid = reports) IS TRUE THEN
         RETURN;
     END IF;
     IF EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
                WHERE n.nspname = {schema} AND p.proname = 'chronos_drop_partitions') THEN
         EXECUTE format('DELETE FROM %s WHERE table_name = %L', reports, {table});
     ELSE
-        EXECUTE format('DROP TABLE %s', reports);
+        BEGIN
+            EXECUTE format('DROP TABLE %s', reports);
+        EXCEPTION WHEN dependent_objects_still_exist THEN  -- somebody's view of the nights
+            EXECUTE format('DELETE FROM %s', reports);
+        END;
     END IF;
 END
 $do$"""
@@ -242,4 +250,4 @@ $do$"""
 
 def drop_unused_statement(table: TableSpec) -> Statement:
     """Forget a table that is plain again: its reports, or all of them when it was the last of its schema."""
-    return statement(_DROP_UNUSED, schema=table.home, reports=NAME, table=table.name)
+    return statement(_DROP_UNUSED, schema=table.home, reports=NAME, table=table.name, ours=_COMMENT)

@@ -529,10 +529,37 @@ def test_a_slot_of_another_plugin_is_refused_unless_its_reader_may_get_rows_twic
         assert chronos(database, "rollback", "--yes", "--force").returncode == 0
 
 
-def test_a_slot_of_another_plugin_is_no_obstacle_to_an_attach(database: str) -> None:
-    query(database, _TABLE)
-    with slot(database, "$libdir/pgoutput"):
+def test_a_slot_that_came_while_a_migration_was_held_stops_the_resumed_run_unless_it_is_accepted(
+    database: str,
+) -> None:
+    """What is replayed after that would go out twice."""
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
+    assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
+    with slot(database, "pgoutput") as name:
+        refused = chronos(database, "migrate", "--yes", "--resume")
+        assert (refused.returncode, "[slot-sends-all-tables]" in refused.stderr) == (2, True), refused.stderr
+        accepted = ("--accept-duplicates", name)
+        assert chronos(database, "migrate", "--yes", "--resume", "--hold", *accepted).returncode == 0
+        resumed = chronos(database, "migrate", "--yes", "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"Options: --accept-duplicates {name}" in resumed.stdout
+
+
+def test_a_slot_is_no_obstacle_to_an_attach_until_rows_have_to_be_carried_back(
+    database: str,
+) -> None:
+    query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
+    with slot(database, "pgoutput") as name:
         assert surveyed(database, strategy=Strategy.ATTACH).blockers == ()
+        there = ("migrate", "--yes", "--strategy", "attach")
+        assert chronos(database, *there).returncode == 0
+        assert chronos(database, "rollback", "--yes").returncode == 0
+        assert chronos(database, *there).returncode == 0
+        query(database, "INSERT INTO webhook_log (id, timestamp) VALUES (-1, now() + interval '9 days')")
+        refused = chronos(database, "rollback", "--yes")
+        assert (refused.returncode, "[slot-sends-again]" in refused.stderr) == (2, True), refused.stderr
+        assert f"pg_drop_replication_slot('{name}')" in refused.stderr
+        assert chronos(database, "rollback", "--yes", "--force").returncode == 0
 
 
 def test_what_a_role_may_not_do_is_named(make_database: MakeDatabase) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -118,6 +119,7 @@ def test_a_detached_table_comes_back_as_it_was_and_then_stays(own: connection) -
         "GRANT SELECT ON {} TO PUBLIC",
         "ALTER TABLE {} SET SCHEMA kept",
         "ALTER TABLE {} RENAME TO kept",
+        "CREATE TABLE kept (LIKE {0}); ALTER TABLE {0} INHERIT kept",
     ],
 )
 def test_whoever_changes_a_detached_table_or_its_comment_keeps_it(own: connection, change: str) -> None:
@@ -149,6 +151,43 @@ def test_a_table_that_only_looks_detached_by_its_name_or_its_comment_stays(own: 
     assert later(own, GRACE) == gone
     for spared in ("webhook_log_y2020m01d01", "forged"):
         assert column(cur, "SELECT to_regclass(%s) IS NOT NULL", spared) == [True]
+
+
+def test_a_detached_table_that_a_dump_brings_back_in_one_transaction_stays(
+    database: str, own: connection, pg_bin: Path
+) -> None:
+    """Somebody has fetched it out of a backup: its comment says that it is due, and it is wanted."""
+    [back, *others] = detach(own)
+    url = make_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
+    dumped = subprocess.run([pg_bin / "pg_dump", "-t", back, url], capture_output=True, text=True, check=True)
+    query(database, f"DROP TABLE {back}")
+    restore = [str(pg_bin / "psql"), "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", url]
+    subprocess.run(restore, input=dumped.stdout, capture_output=True, text=True, check=True)
+    assert later(own, 100)[:2] == others
+    assert value(database, f"SELECT count(*) FROM {back}") == 1
+
+
+def test_a_detached_table_stays_for_as_long_as_a_longer_retention_keeps_its_rows(own: connection) -> None:
+    cur = own.cursor()
+    gone = detach(own)
+    assert column(cur, ON_DAY.replace(" 15,", " 23,"), GRACE) == gone[:2]
+    own.rollback()
+    assert column(cur, ON_DAY.replace(" 15,", " 90,"), GRACE) == []
+    own.commit()
+    assert later(own, GRACE) == gone
+
+
+def test_detached_tables_that_a_view_needs_do_not_keep_the_others_from_their_turn(own: connection) -> None:
+    """More of them than one call drops."""
+    cur = own.cursor()
+    add_partitions(cur, -60, -19)
+    for _ in range(2):
+        drop(cur, 15)
+        own.commit()
+    needed = leaves(cur, -60, -20)
+    run(cur, "CREATE VIEW needing AS " + " UNION ALL ".join(f"SELECT id FROM {name}" for name in needed))
+    own.commit()
+    assert later(own, GRACE) == leaves(cur, -19, -16)
 
 
 def test_a_detached_table_keeps_no_row_that_it_refers_to(database: str, own: connection) -> None:
@@ -219,8 +258,10 @@ def overdue(url: str, table: str) -> None:
     """As if it had been detached a week and a day earlier."""
     query(
         url,
-        f"DROP TABLE {table}; BEGIN; CREATE TABLE {table} (n int); COMMENT ON TABLE {table} IS"
-        " 'chronos: detached from public.webhook_log, to be dropped on 2025-01-01; to keep it'; COMMIT",
+        f"DROP TABLE {table}; BEGIN; CREATE TABLE {table} (n int);"
+        f" DO $$ BEGIN EXECUTE format('COMMENT ON TABLE {table} IS %L', format("
+        "'chronos: detached from public.webhook_log, to be dropped on 2025-01-01 with all before"
+        f" 2024-12-25 00:00:00 UTC (table %s); to keep it', '{table}'::regclass::oid)); END $$; COMMIT",
     )
 
 
@@ -236,6 +277,15 @@ def test_the_job_drops_what_is_due_and_tries_again_when_it_is_read(
         assert again.value.report["contended"] == gone[:1]
     assert attempt(DROP, settings, Message("a task"), 1.0)["dropped"] == gone[:1]
     assert not exists(database, gone[0])
+
+
+def test_status_says_that_a_detached_table_goes_when_a_longer_retention_is_over(
+    settings: Settings, own: connection
+) -> None:
+    detach(own)
+    longer = settings.model_copy(update={"webhook_log_retention_days": 90})
+    day = today(own.cursor())
+    assert [d.drop_on for d in look(longer).detached] == [day + timedelta(days=n) for n in (73, 74, 75)]
 
 
 def test_status_says_which_detached_table_stays_because_somebody_has_changed_it(

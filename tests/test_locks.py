@@ -83,6 +83,14 @@ def test_the_message_names_the_session_and_what_would_end_it(database: str) -> N
     assert messages[-1].endswith("(3 attempts)")
 
 
+def test_the_message_tells_the_terminal_nothing_that_a_query_says(database: str) -> None:
+    query(database, HELD)
+    with holding(database, "SELECT /* \x1b[2J\x07\r\x9b2J */ FROM held"):
+        [message] = held_messages(database, attempts=1)
+    assert "query: SELECT /* [2J 2J */ FROM held" in message
+    assert message.isprintable()
+
+
 def test_the_message_names_a_prepared_transaction(database: str) -> None:
     query(database, HELD)
     gid = f"transfer o'clock {make_url(database).database}"

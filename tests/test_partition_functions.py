@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import psycopg2
@@ -567,6 +568,51 @@ def test_a_partition_that_is_read_stays_while_the_others_go(database: str, own: 
             drop(cur, 15)
         own.rollback()
     assert drop(cur, 15) == [used]
+
+
+def test_a_table_that_takes_the_name_of_a_partition_that_is_waited_for_is_not_dropped(
+    database: str, own: connection
+) -> None:
+    cur = committed(own, -33, -31)
+    [name, *others] = leaves(cur, -33, -31)
+    own.commit()
+    with (
+        connected(database, autocommit=False) as using,
+        connected(database) as looking,
+        ThreadPoolExecutor() as pool,
+    ):
+        other = using.cursor()
+        run(other, f"SELECT FROM {name} LIMIT 1")
+        dropped = pool.submit(drop, cur, 15)
+        waits = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = %s::regclass"
+        wait_until(lambda: run(looking.cursor(), waits, name), 10, "the partition is waited for")
+        run(other, f"ALTER TABLE {name} RENAME TO kept; CREATE TABLE {name} (n int)")
+        using.commit()
+        assert dropped.result(timeout=10) == others
+    own.commit()
+    assert column(cur, "SELECT to_regclass(%s) IS NOT NULL", name) == [True]
+    assert drop(cur, 15) == ["kept"]
+
+
+def test_a_partition_of_another_owner_is_named_and_the_others_go(
+    database: str, own: connection, role: str
+) -> None:
+    """As one that a superuser has made by hand."""
+    cur = committed(own, -33, -31)
+    [theirs, *others] = leaves(cur, -33, -31)
+    run(cur, f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
+    owned = ["webhook_endpoint", "webhook_log", *others, *leaves(cur, 0, 0)]
+    run(cur, "; ".join(f"ALTER TABLE {table} OWNER TO {role}" for table in owned))
+    run(cur, f"ALTER FUNCTION drop_old_webhook_log_partitions OWNER TO {role}")
+    own.commit()
+    assert drop(cur, 15) == others
+    own.commit()
+    remedy = f"belongs to .*: ALTER TABLE public.{theirs} OWNER TO {role}"
+    with pytest.raises(errors.DependentObjectsStillExist, match=remedy):
+        drop(cur, 15)
+    own.rollback()
+    run(cur, f"DROP OWNED BY {role} CASCADE")
+    own.commit()
 
 
 def test_however_many_are_in_use_the_wait_is_one(database: str, own: connection) -> None:

@@ -375,6 +375,15 @@ def test_statements_that_are_hidden_or_cut_off_are_counted(database: str) -> Non
     assert "1 statement could not be read" in found.notes[1]
 
 
+def test_a_statement_that_is_nested_too_deep_is_counted_as_unread(database: str) -> None:
+    with partitioned(database), reading(database) as conn:
+        subject, _ = queries._subject(conn, _LOG)
+        deep = " UNION ALL ".join(["SELECT id FROM webhook_log"] * 2_000)
+        found = read_workload(conn, subject, rows_of([deep, "SELECT id FROM webhook_log"]), 92, "webhook_log")
+    assert [one.text for one in found.statements] == ["SELECT id FROM webhook_log"]
+    assert "1 statement could not be read" in found.notes[0]
+
+
 def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postgres: OwnPostgres) -> None:
     there = {"shared_preload_libraries": "pg_stat_statements"}
     has_it = (find_postgres().parent / "lib" / "pg_stat_statements.so").exists()

@@ -169,6 +169,21 @@ def test_what_somebody_has_put_under_the_name_beforehand_is_replaced_or_refused(
     assert len(call(shop, EVENTS.create_function, 0, by=alice)) >= 1
 
 
+def test_a_function_that_a_stranger_has_put_there_leaves_nobody_a_right_to_call_ours(
+    shop: str, roles: tuple[str, str, str]
+) -> None:
+    home, alice, bob = roles
+    query(
+        shop,
+        f"SET ROLE {bob}; CREATE FUNCTION shop.{EVENTS.drop_function}(retention_days integer)"
+        " RETURNS SETOF text LANGUAGE sql AS 'SELECT NULL::text';"
+        f" GRANT EXECUTE ON FUNCTION shop.{EVENTS.drop_function} TO {home}",
+    )
+    install(shop, EVENTS, alice)
+    with pytest.raises(errors.InsufficientPrivilege, match=f"for function {EVENTS.drop_function}"):
+        call(shop, EVENTS.drop_function, 0, by=home)
+
+
 def test_no_other_function_of_the_name_takes_the_place_of_the_shared_one(
     shop: str, roles: tuple[str, str, str]
 ) -> None:

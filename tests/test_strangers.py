@@ -61,6 +61,13 @@ BEGIN
                        format('BEGIN PERFORM public.spring(%L); RETURN NULL; END', f.n));
     END LOOP;
     FOR f IN
+        SELECT n, a FROM unnest(ARRAY['format', 'concat', 'concat_ws']) n,
+                         unnest(ARRAY['text, text', 'text, text, text', 'text, text, text, text']) a
+    LOOP
+        EXECUTE format('CREATE FUNCTION public.%I(%s) RETURNS text LANGUAGE plpgsql AS %L', f.n, f.a,
+                       format('BEGIN PERFORM public.spring(%L); RETURN NULL; END', f.n));
+    END LOOP;
+    FOR f IN
         SELECT DISTINCT o.oprname, l AS left_type, r AS right_type,
                coalesce((SELECT x.oprresult FROM pg_operator x
                          WHERE x.oprname = o.oprname AND x.oprleft = l AND x.oprright = r
@@ -80,6 +87,12 @@ BEGIN
     END LOOP;
 END
 $do$;
+
+-- Nor is a view the jobs of pg_cron because of its name.
+CREATE SCHEMA cron;
+CREATE FUNCTION cron.spring() RETURNS text LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'a stranger''s view was read'; END $$;
+CREATE VIEW cron.job AS SELECT 1::bigint AS jobid, cron.spring() AS command;
 """
 
 

@@ -79,7 +79,8 @@ def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> lis
 class Detached:
     """A former partition that retention has detached.
 
-    ``drop_on`` is the UTC day on which it is dropped; None: somebody has changed it since, and it stays.
+    ``drop_on`` is the UTC day on which it is dropped: its grace is over, and its last row has expired. None:
+    somebody has changed it since, and it stays.
     """
 
     name: str
@@ -89,14 +90,21 @@ class Detached:
 
 
 # The same rule as in sql/partition_functions.sql, where it is explained.
-_DETACHED = """
-SELECT c.relname, n.nspname, coalesce(pg_total_relation_size(c.oid), 0),
-       CASE WHEN c.xmin = d.xmin THEN substr(d.description, length(mark) + 1, 10) END
+_DETACHED = r"""
+SELECT c.relname, n.nspname, coalesce(pg_total_relation_size(c.oid), 0), o.told[1], o.told[2]
 FROM format('chronos: detached from %I.%I, to be dropped on ', {schema}, {table}) AS mark
 JOIN pg_description d ON d.classoid = 'pg_class'::regclass AND d.objsubid = 0
 JOIN pg_class c ON c.oid = d.objoid
 JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_class t ON t.oid = to_regclass(format('%I.%I', {schema}, {table}))
+LEFT JOIN LATERAL (
+    SELECT told
+    FROM regexp_match(
+        substr(d.description, length(mark) + 1),
+        '^(\d{{4}}-\d\d-\d\d) with all before (\d{{4}}-\d\d-\d\d [\d:.]+) UTC \(table (\d+)\);') AS told
+    WHERE c.xmin = d.xmin AND told[3] = c.oid::text
+      AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid)
+) AS o ON true
 WHERE starts_with(d.description, mark) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
   AND pg_has_role(c.relowner, t.relowner, 'MEMBER')
 ORDER BY 4, 1
@@ -109,12 +117,13 @@ def detached(conn: Connection, spec: TableSpec) -> list[Detached]:
     To be called inside ``db.transaction``. ACCESS SHARE on each, for its size.
     """
     found = []
-    for table, schema, size, day in execute(
+    for table, schema, size, day, upper in execute(
         conn, statement(_DETACHED, schema=spec.home, table=spec.name)
     ).all():
         drop_on = None
         with suppress(TypeError, ValueError):
-            drop_on = date.fromisoformat(day)
+            expired_on = expires_on(datetime.fromisoformat(upper).replace(tzinfo=UTC), spec.retention_days)
+            drop_on = max(date.fromisoformat(day), expired_on or date.min)
         found.append(Detached(table, schema, size, drop_on))
     return found
 

@@ -1,4 +1,4 @@
-"""Where the statements are kept that the application has sent: the view of pg_stat_statements."""
+"""Where extensions keep statements: those that the application has sent, and those that are scheduled."""
 
 from __future__ import annotations
 
@@ -7,19 +7,32 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import execute, name, statement
 
-# The view that the extension owns, wherever it was put: another of that name is anybody's.
-_VIEW = """
-SELECT n.nspname::text, c.relname::text
+# What the extension owns, wherever it was put: another of that name is anybody's.
+_OWNED = """
+SELECT n.nspname::text, c.relname::text,
+       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
 FROM pg_extension e
 JOIN pg_depend d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid
                 AND d.classid = 'pg_class'::regclass AND d.deptype = 'e'
-JOIN pg_class c ON c.oid = d.objid AND c.relname = 'pg_stat_statements'
+JOIN pg_class c ON c.oid = d.objid AND c.relname = {relation}
 JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE e.extname = 'pg_stat_statements'
+WHERE e.extname = {extension}
 """
 
 
 def statistics_view(conn: Connection) -> sql.Identifier | None:
-    """The view with its schema; None where the extension is not installed. No lock."""
-    found = execute(conn, statement(_VIEW)).one_or_none()
-    return name(*found) if found else None
+    """The view of pg_stat_statements with its schema; None where that is not installed. No lock."""
+    found = _owned(conn, "pg_stat_statements", "pg_stat_statements")
+    return found[0] if found else None
+
+
+def scheduled_jobs(conn: Connection) -> sql.Identifier | None:
+    """The table of pg_cron's jobs with its schema; None where there is none that may be read. No lock."""
+    found = _owned(conn, "pg_cron", "job")
+    return found[0] if found and found[1] else None
+
+
+def _owned(conn: Connection, extension: str, relation: str) -> tuple[sql.Identifier, bool] | None:
+    """A relation of an extension's, and whether the current user may read it."""
+    found = execute(conn, statement(_OWNED, extension=extension, relation=relation)).one_or_none()
+    return (name(found[0], found[1]), found[2]) if found else None

@@ -43,6 +43,7 @@ from chronos.catalog.shape import read as read_shape
 from chronos.db import Statement, execute, joined, name, opened, sqlstate, statement, transaction
 from chronos.errors import ChronosError, ShapeError, StrayRowError
 from chronos.locks import lock_table
+from chronos.migration import state as states
 from chronos.migration.build import leaves_statements
 from chronos.migration.context import Migration
 from chronos.migration.foreign_keys import add_to_leaves, adopt_keys
@@ -108,6 +109,7 @@ def build(migration: Migration) -> None:
     """Step 1. No lock on the table in use."""
     with transaction(migration.conn) as conn:
         execute(conn, joined(build_statements(migration), ";\n"))
+        states.read(conn, migration.table)  # as in build.py
     migration.refresh()
 
 

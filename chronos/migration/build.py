@@ -15,6 +15,7 @@ from chronos.catalog.ddl import (
 from chronos.catalog.shape import TableShape
 from chronos.db import Statement, execute, joined, statement, transaction
 from chronos.locks import lock_table
+from chronos.migration import state as states
 from chronos.migration.changes import change_log_statements, note_trigger_statements
 from chronos.migration.context import Direction, Migration
 from chronos.migration.state import Phase, State, create_statement, phase_statement
@@ -50,6 +51,7 @@ def build_parent(migration: Migration) -> None:
     shape, state, conn = migration.shape, migration.state, migration.conn
     with transaction(conn):
         execute(conn, joined(parent_and_log_statements(shape, state), ";\n"))
+        states.read(conn, migration.table)  # refuses what could not be read later, before it is there
     begin_notes(migration)
 
 

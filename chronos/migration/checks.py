@@ -23,6 +23,7 @@ from chronos.catalog.dependents import dependents
 from chronos.catalog.shape import Index, TableShape
 from chronos.catalog.shape import read as read_shape
 from chronos.catalog.slots import Sender, senders, slots
+from chronos.catalog.statements import scheduled_jobs
 from chronos.db import Statement, execute, joined, name, sqlstate, statement
 from chronos.functions import distrusted
 from chronos.migration import idioms
@@ -824,6 +825,15 @@ def _slot_sends_everything(subject: Subject) -> Iterator[str]:
             )
 
 
+def sent_again(conn: Connection, spec: TableSpec, now: datetime, accepted: frozenset[str]) -> list[Finding]:
+    """The slots that would send what a half-done copy has still to write, without those that are accepted."""
+    subject = Subject(conn, Survey(spec, now, 0, 0, None, (), accepted=accepted))
+    return [
+        *(Finding("slot-sends-all-tables", text) for text in _slot_sends_all_tables(subject)),
+        *(Finding("slot-sends-everything", text) for text in _slot_sends_everything(subject)),
+    ]
+
+
 def _no_such_slot(subject: Subject) -> Iterator[str]:
     if accepted := subject.survey.accepted:
         for slot in accepted - slots(subject.conn):
@@ -987,18 +997,12 @@ def _repeatable_read(subject: Subject) -> Iterator[str]:
 
 def _scheduled_delete(subject: Subject) -> Iterator[str]:
     """Jobs of pg_cron that delete from the table, where pg_cron is there and shows them."""
-    readable = execute(
-        subject.conn,
-        statement(
-            "SELECT CASE WHEN to_regclass('cron.job') IS NULL THEN false"
-            " ELSE has_table_privilege('cron.job', 'SELECT') END"
-        ),
-    ).scalar_one()
-    if not readable:
+    jobs = scheduled_jobs(subject.conn)
+    if jobs is None:
         return
     query = statement(
         "SELECT jobid, command FROM {job} WHERE command ~* {deletes} ORDER BY 1",
-        job=name("cron", "job"),
+        job=jobs,
         deletes=_deletes_from(subject.spec),
     )
     for job, command in execute(subject.conn, query).all():

@@ -75,14 +75,8 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
             f" make the same changes to {table.old} first, or take them back",
             forcible=True,
         )
-    for sender in senders(conn, table.home) if waiting else ():
-        yield Obstacle(
-            "slot-sends-again",
-            f"replication slot {sender.slot} ({sender.plugin}) sends whatever is written in this database,"
-            f" and what was written since then would go out a second time, as rows of {table.old}; drop it"
-            f" if nobody needs it: SELECT pg_drop_replication_slot('{sender.slot}')",
-            forcible=True,
-        )
+    if waiting:
+        yield from _sent_again(conn, table, "what was written since then", table.old)
     if gone := dropped_since(conn, found):
         still = [d.name for d in detached(conn, table) if d.name in set(map(table.partition, gone))]
         where = f" than those that wait detached; attach them first: {', '.join(still)}" if still else ""
@@ -108,6 +102,17 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
         )
 
 
+def _sent_again(conn: Connection, table: TableSpec, what: str, as_rows_of: str) -> Iterator[Obstacle]:
+    for sender in senders(conn, table.home):
+        yield Obstacle(
+            "slot-sends-again",
+            f"replication slot {sender.slot} ({sender.plugin}) sends whatever is written in this database,"
+            f" and {what} would go out a second time, as rows of {as_rows_of}; drop it"
+            f" if nobody needs it: SELECT pg_drop_replication_slot('{sender.slot}')",
+            forcible=True,
+        )
+
+
 def _repeated(plan: Plan, plain: str, keys: list[str]) -> Obstacle:
     return Obstacle(
         "repeated-key",
@@ -128,6 +133,9 @@ def _of_an_attached_table(conn: Connection, found: State, shape: TableShape) -> 
     beyond = rows_beyond(conn, table, bound)
     if beyond and table.column not in plan.old_key and (repeated := _repeated_beyond(conn, plan, bound)):
         yield _repeated(plan, "the plain table", repeated)
+    if beyond:
+        what = f"what lies at or beyond {plan.first:%Y-%m-%d}, where {table.history} ends,"
+        yield from _sent_again(conn, table, what, table.name)
     if beyond > FEW_BEYOND:
         yield Obstacle(
             "rows-beyond-the-bound",

@@ -972,7 +972,8 @@ def _facts(found: Workload) -> Iterator[tuple[str, Statistic]]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """What somebody else has written, without what would move the cursor or end a comment."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _cut(text: str, width: int) -> str:

@@ -108,10 +108,13 @@ def parse(text: str) -> tuple[Any, ...]:
 
 
 def read(text: str, subject: Subject) -> Reading:
-    """What the statement ``text`` asks of the table. Raises UnreadableError."""
+    """What a statement asks of the table. Raises UnreadableError, also when it is nested too deep."""
     analysis = _Analysis(subject)
-    for node in parse(text):
-        analysis.statement(node)
+    try:
+        for node in parse(text):
+            analysis.statement(node)
+    except RecursionError as error:
+        raise UnreadableError("nested too deep") from error
     unbounded = [use for use in analysis.uses if not use.bounded]
     why = min((use.reason() for use in unbounded), key=list(Why).index) if unbounded else None
     return Reading(analysis.touches, why, tuple(dict.fromkeys(analysis.facts)))

@@ -383,7 +383,7 @@ class _Planner:
             if rewritten is None:
                 return None
             found = self._explain(*rewritten)
-        except (_RefusedStatementError, pruning.UnreadableError):
+        except (_RefusedStatementError, pruning.UnreadableError, RecursionError):
             self.refused += 1
             return None
         except DBAPIError as error:
@@ -457,6 +457,8 @@ class _Planner:
         again = pruning.parse(query)
         if len(again) != 1 or kind(again[0]) != kind(tree):
             raise _RefusedStatementError
+        # It is the text that is planned, so what counts is how that is understood.
+        self._require_harmless(again[0])
         return query, relations
 
     def _require_harmless(self, tree: Any) -> None:

@@ -49,7 +49,7 @@ from chronos.migration import attach
 from chronos.migration import state as states
 from chronos.migration.build import begin_notes, build_parent, build_partitions, pending_periods
 from chronos.migration.changes import replay_most, verified_statements
-from chronos.migration.checks import Survey, first_plan, survey
+from chronos.migration.checks import Survey, first_plan, sent_again, survey
 from chronos.migration.compare import VerificationError, compare_replayed
 from chronos.migration.console import RowCount, Summary
 from chronos.migration.context import Direction, Migration, read_plain
@@ -102,19 +102,23 @@ class Options:
     def kept(self) -> dict[str, Any]:
         """Those that a resumed run repeats, for the state."""
         found = {option: getattr(self, option) for option in sorted(self.given & _REPEATED.keys())}
-        return {o: str(v.absolute()) if isinstance(v, Path) else v for o, v in found.items()}
+        return {o: _as_json(v) for o, v in found.items()}
 
     def repeating(self, kept: dict[str, Any]) -> Options:
         """These, and what was kept of an earlier run where nothing was given anew."""
         before = {o: v for o, v in kept.items() if o in _REPEATED and o not in self.given}
         if "report" in before:
             before["report"] = Path(before["report"])
+        if "accept_duplicates" in before:
+            before["accept_duplicates"] = frozenset(before["accept_duplicates"])
         return replace(self, **before, given=self.given | before.keys())
 
     def __str__(self) -> str:
         """As they are typed: those that were given."""
         return " ".join(
-            f"{_REPEATED[option]} {quote(_as_typed(value))}" for option, value in self.kept().items()
+            f"{_REPEATED[option]} {quote(_as_typed(one))}"
+            for option, value in self.kept().items()
+            for one in (value if isinstance(value, list) else [value])
         )
 
 
@@ -136,8 +140,15 @@ _REPEATED = {
     "rate_limit": "--rate-limit",
     "max_replica_lag": "--max-replica-lag",
     "max_lock_wait": "--max-lock-wait",
+    "accept_duplicates": "--accept-duplicates",
     "report": "--report",
 }
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _as_typed(value: Any) -> str:
@@ -313,6 +324,11 @@ def _take_over(
     options = options.repeating(found.options)
     _require_possible(options)
     _require_lag_is_seen(conn, options)
+    if not found.phase.swapped and not found.plan.attaches:
+        with transaction(conn):
+            sent = sent_again(conn, table, now, options.accept_duplicates)
+        if sent:
+            raise RefusedError("; ".join((*map(str, sent), "nothing was changed")))
     with asking(conn, found.table):
         confirm(found, options)
     operator.patience = replace(operator.patience, longest_s=options.max_lock_wait)

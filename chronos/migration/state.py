@@ -272,6 +272,8 @@ CREATE TABLE {table} (
     changed_at timestamptz NOT NULL DEFAULT now(),
     options jsonb NOT NULL DEFAULT '{{}}'
 );
+-- An event trigger may have given it to somebody whose state could not be trusted.
+ALTER TABLE {table} OWNER TO CURRENT_USER;
 COMMENT ON TABLE {table} IS {comment};
 INSERT INTO {table} (run_id, phase, plan, options) VALUES ({run_id}, {phase}, {plan}, {options})
 """
@@ -294,14 +296,16 @@ def create_statement(state: State) -> Statement:
 # superuser. That the owner of the table to be migrated, or of its schema, made it is not enough.
 _OWNER = """
 SELECT pg_get_userbyid(c.relowner), c.relkind = 'r',
-       o.rolsuper OR o.rolname = current_user
+       o.rolsuper OR o.rolname = current_user,
+       (SELECT count(*) FROM pg_attribute a
+        WHERE a.attrelid = c.oid AND a.attname IN ('phase', 'verified')) = 2
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles o ON o.oid = c.relowner
 WHERE n.nspname = {schema} AND c.relname = {state}
 """
 
 
 def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> State | None:
-    """The state of the migration of ``table``, None when there is none.
+    """The state of the migration of ``table``, None when there is none, or a table of the application's.
 
     Raises RefusedError when what is there is no table, or belongs to somebody whom the current user must not
     trust; a table may be read ``only_to_show`` it, whoever made it.
@@ -309,13 +313,15 @@ def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> S
     found = execute(conn, statement(_OWNER, schema=table.home, state=table.state)).one_or_none()
     if found is None:
         return None
-    owner, is_table, trusted = found
+    owner, is_table, trusted, looks_like_one = found
     if not is_table or not (trusted or only_to_show):
         raise RefusedError(
             f"{table.state}, where a migration of {table} keeps its state, belongs to {owner}, who may not"
             f" tell the current user what to do; nothing was changed. Connect as {owner}, or find out what it"
             " is"
         )
+    if not looks_like_one:
+        return None
     row = execute(
         conn,
         statement(

@@ -5,9 +5,9 @@
 --     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
 --     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
 --
--- With grace_days, the second detaches what is older, and drops it that many days later. The comment of a
--- detached table says so. Nothing but that comment makes it ours, and only for as long as nobody changes the
--- comment or the table.
+-- With grace_days, the second detaches what is older, and drops it that many days later, if it has expired by
+-- then, too. The comment of a detached table says so. Nothing but that comment makes it ours, and only for as
+-- long as nobody changes the comment or the table.
 --
 -- What both have in common. A day is a UTC day, whatever the zone of the server, and however much time one
 -- partition holds. What exists is read from the catalog's bounds, never from a name. Neither waits more than
@@ -21,7 +21,8 @@
 -- who that may be. The wrappers know the shared pair by its identity, not by its name (BEGIN ATOMIC): no
 -- other function can take its place, and it cannot be dropped while a wrapper calls it.
 
--- An older version with another result or other argument names cannot be replaced in place.
+-- An older version with another result or other argument names cannot be replaced in place. What a role has put
+-- there that cannot act as the owner goes as well: with it go the grants that this role has given on it.
 DO $chronos$
 DECLARE
     older pg_catalog.oid;
@@ -35,7 +36,8 @@ BEGIN
           AND ((p.proname = @'create_function'@ AND p.proargnames IS DISTINCT FROM ARRAY['days_ahead'])
             OR (p.proname = @'drop_function'@ AND p.proargnames IS DISTINCT FROM ARRAY['retention_days'])
             OR (p.proname IN (@'create_function'@, @'drop_function'@)
-                AND (p.prokind <> 'f' OR pg_get_function_result(p.oid) <> 'SETOF text')))
+                AND (p.prokind <> 'f' OR pg_get_function_result(p.oid) <> 'SETOF text'
+                     OR NOT pg_has_role(p.proowner, @'owner'@::name, 'MEMBER'))))
     LOOP
         EXECUTE format('DROP ROUTINE %s', older::regprocedure);
     END LOOP;
@@ -73,6 +75,7 @@ SET search_path = pg_catalog, pg_temp
 SET lock_timeout = '200ms'
 SET timezone = 'UTC'
 SET datestyle = 'ISO'
+SET standard_conforming_strings = on
 AS $chronos$
 DECLARE
     parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
@@ -125,7 +128,7 @@ BEGIN
           FROM pg_inherits i
           JOIN pg_class c ON c.oid = i.inhrelid
           CROSS JOIN LATERAL regexp_match(
-              pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \((.+)\) TO \((.+)\)$') AS bound
+              pg_get_expr(c.relpartbound, '0'::oid), '^FOR VALUES FROM \((.+)\) TO \((.+)\)$') AS bound
           WHERE i.inhparent = parent AND NOT i.inhdetachpending
             AND bound IS NOT NULL) p;  -- the default partition has no bounds
 
@@ -238,6 +241,7 @@ SET search_path = pg_catalog, pg_temp
 SET lock_timeout = '200ms'
 SET timezone = 'UTC'
 SET datestyle = 'ISO'
+SET standard_conforming_strings = on
 AS $chronos$
 DECLARE
     -- Every lock is held to the end of the call: a month at a time keeps the wait of the others short
@@ -288,7 +292,9 @@ BEGIN
     SELECT s.oid INTO state
     FROM pg_class s JOIN pg_class t ON t.oid = parent
     WHERE s.oid = to_regclass(format('%I.%I', schema_name, table_name || '_migration'))
-      AND s.relkind = 'r' AND pg_has_role(s.relowner, t.relowner, 'MEMBER');
+      AND s.relkind = 'r' AND pg_has_role(s.relowner, t.relowner, 'MEMBER')
+      AND (SELECT count(*) FROM pg_attribute a
+           WHERE a.attrelid = s.oid AND a.attname IN ('phase', 'verified')) = 2;
     IF state IS NOT NULL THEN
         IF snapshot THEN
             RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions '
@@ -323,20 +329,26 @@ BEGIN
     -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
     -- The partition that reaches furthest into the future stays in any case: a table without any
     -- refuses every insert.
-    -- A detached table is due on the day that its comment says. It is still ours as long as the table and
-    -- its comment were last changed together, by the same (sub)transaction, which is the one that detached
-    -- it: whoever attaches it again, or changes either, keeps it. An old snapshot does not tell that.
+    -- A detached table is due on the day that its comment says, if it has expired by then, too. It is still
+    -- ours as long as the table and its comment were last changed together, by the same (sub)transaction,
+    -- which is the one that detached it: whoever attaches it again, or changes either, keeps it. An old
+    -- snapshot does not tell that. A dump restored in one transaction changes both together as well, but makes
+    -- another table than the one that the comment names; ALTER TABLE ... INHERIT changes neither.
+    -- What a view needs comes last: it must not take the place of others in every call.
     FOR leaf IN
-        SELECT p.relid, p.name, p.qualified, NULL::xid AS detached_by, p.upper_bound
+        SELECT p.relid, p.name, p.qualified, NULL::xid AS detached_by, p.upper_bound, p.viewed
         FROM (SELECT c.oid AS relid,
                      c.relname::text AS name,
                      c.oid::regclass::text AS qualified,
                      c.relkind,
                      b.upper_bound,
+                     EXISTS (SELECT FROM pg_depend v
+                             WHERE v.refclassid = 'pg_class'::regclass AND v.refobjid = c.oid
+                               AND v.classid = 'pg_rewrite'::regclass) AS viewed,
                      row_number() OVER (ORDER BY b.upper_bound DESC) AS from_newest
               FROM pg_inherits i
               JOIN pg_class c ON c.oid = i.inhrelid
-              CROSS JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid), ' TO \((.+)\)$') AS bound
+              CROSS JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, '0'::oid), ' TO \((.+)\)$') AS bound
               CROSS JOIN LATERAL (
                   SELECT CASE bound[1] WHEN 'MAXVALUE' THEN 'infinity'
                                        ELSE trim('''' FROM bound[1])::timestamp END AS upper_bound) b
@@ -344,15 +356,24 @@ BEGIN
                 AND bound IS NOT NULL) p  -- the default partition has no bounds
         WHERE p.upper_bound <= today - retention_days AND p.from_newest > 1 AND p.relkind IN ('r', 'p')
         UNION ALL
-        SELECT c.oid, c.relname::text, c.oid::regclass::text, c.xmin, '-infinity'
+        SELECT c.oid, c.relname::text, c.oid::regclass::text, c.xmin, '-infinity',
+               EXISTS (SELECT FROM pg_depend v
+                       WHERE v.refclassid = 'pg_class'::regclass AND v.refobjid = c.oid
+                         AND v.classid = 'pg_rewrite'::regclass)
         FROM pg_description d
         JOIN pg_class c ON c.oid = d.objoid AND c.xmin = d.xmin
         JOIN pg_class t ON t.oid = parent
+        CROSS JOIN LATERAL regexp_match(
+            substr(d.description, length(mark) + 1),
+            '^(\d{4}-\d\d-\d\d) with all before (\d{4}-\d\d-\d\d [\d:.]+) UTC \(table (\d+)\);') AS told
         WHERE d.classoid = 'pg_class'::regclass AND d.objsubid = 0 AND starts_with(d.description, mark)
-          AND substr(d.description, length(mark) + 1, 10) COLLATE "C" <= today::text
+          AND told[1] COLLATE "C" <= today::text
+          AND told[2] COLLATE "C" <= to_char(today - retention_days, 'YYYY-MM-DD 00:00:00')
+          AND told[3] = c.oid::text
+          AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid)
           AND c.relkind IN ('r', 'p') AND NOT c.relispartition
           AND pg_has_role(c.relowner, t.relowner, 'MEMBER') AND NOT snapshot
-        ORDER BY upper_bound, name
+        ORDER BY viewed, upper_bound, name
     LOOP
         IF cardinality(doomed) = most THEN
             RAISE NOTICE 'more partitions have expired than one call drops (%); call again', most;
@@ -366,11 +387,20 @@ BEGIN
             wait := 'NOWAIT';
             contended := contended || leaf.name;
             CONTINUE;
+        WHEN insufficient_privilege THEN
+            needed := needed || (
+                SELECT format('%s belongs to %I: ALTER TABLE %s OWNER TO %I', leaf.name,
+                              pg_get_userbyid(c.relowner), leaf.qualified, pg_get_userbyid(t.relowner))
+                FROM pg_class c, pg_class t WHERE c.oid = leaf.relid AND t.oid = parent);
+            CONTINUE;
         END;
+        -- Whoever was waited for may have renamed it, and given its name to another table.
+        CONTINUE WHEN to_regclass(leaf.qualified) IS DISTINCT FROM leaf.relid;
         IF leaf.detached_by IS NULL OR EXISTS (
             SELECT FROM pg_description d JOIN pg_class c ON c.oid = d.objoid AND c.xmin = d.xmin
             WHERE c.oid = leaf.relid AND d.classoid = 'pg_class'::regclass AND d.objsubid = 0
-              AND c.xmin = leaf.detached_by) THEN
+              AND c.xmin = leaf.detached_by
+              AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid)) THEN
             doomed := doomed || leaf.qualified;
         END IF;
     END LOOP;
@@ -379,7 +409,9 @@ BEGIN
         EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
     FOR leaf IN
-        SELECT d.qualified, c.oid AS relid, c.relname::text AS name, c.relispartition AND grace > 0 AS waits
+        SELECT d.qualified, c.oid AS relid, c.relname::text AS name, c.relispartition AND grace > 0 AS waits,
+               trim('''' FROM substring(pg_get_expr(c.relpartbound, '0'::oid) FROM ' TO \((.+)\)$'))::timestamp
+                   AS upper_bound
         FROM unnest(doomed) WITH ORDINALITY d(qualified, nr) JOIN pg_class c ON c.oid = d.qualified::regclass
         ORDER BY d.nr
     LOOP
@@ -393,16 +425,17 @@ BEGIN
                     EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', leaf.qualified, key);
                 END LOOP;
                 EXECUTE format('COMMENT ON TABLE %s IS %L', leaf.qualified,
-                               mark || today + grace || '; to keep it, change this comment');
+                               format('%s%s with all before %s UTC (table %s); to keep it, change this comment',
+                                      mark, today + grace, leaf.upper_bound, leaf.relid));
                 RAISE NOTICE '% is detached, and will be dropped on %', leaf.name, today + grace;
             ELSE
                 EXECUTE 'DROP TABLE ' || leaf.qualified;
                 RETURN NEXT leaf.name;
             END IF;
             done := true;
-        EXCEPTION WHEN dependent_objects_still_exist OR foreign_key_violation THEN
+        EXCEPTION WHEN dependent_objects_still_exist OR foreign_key_violation OR insufficient_privilege THEN
             GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL;
-            needed := needed || replace(detail, E'\n', '; ');
+            needed := needed || replace(coalesce(nullif(detail, ''), SQLERRM), E'\n', '; ');
         END;
     END LOOP;
 

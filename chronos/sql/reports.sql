@@ -5,6 +5,10 @@
 -- It is made by the first run that may, beside the functions, and belongs to whom these belong: to the owner of
 -- the schema where the current user can act as that role, else to the owner of the table. origin is the database
 -- that the row was written in: one that a dump brought along does not count where it is restored.
+
+-- Before the first expression: a function in the schema of the table may fit better than the server's own.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 DO $chronos$
 DECLARE
     home    CONSTANT oid := (SELECT n.nspowner FROM pg_namespace n WHERE n.nspname = @'schema'@);
