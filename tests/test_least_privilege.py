@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,27 @@ def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
     assert value(roles.owner, "SELECT count(*) FROM app.webhook_log") == 100
     result = chronos(roles.owner, "finalize", "app.webhook_log", "--yes")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = tmp_path / "chronos.toml"
+    monkeypatch.setenv("CHRONOS_CONFIG", str(listed))
+    table = TableSpec("webhook_log", retention_days=15, schema="app", grace_days=7)
+    listed.write_text(table.as_toml())
+    migrated = chronos(roles.owner, "migrate", "--yes")
+    assert migrated.returncode == 0, migrated.stdout + migrated.stderr
+    assert query(roles.owner, f"SELECT app.{table.drop_function}(3)") == []
+    detached = value(
+        roles.superuser, "SELECT count(*) FROM pg_description WHERE description LIKE 'chronos: detached from%'"
+    )
+    assert detached > 0
+    listed.write_text(replace(table, grace_days=30).as_toml())
+    upgraded = chronos(roles.owner, "upgrade-functions")
+    assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr
+    assert "Installed" in upgraded.stdout
+    assert "grace_days" not in chronos(roles.owner, "status").stdout
 
 
 def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) -> None:
