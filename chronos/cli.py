@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from psycopg2 import errorcodes
 from rich.console import Console
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
@@ -25,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos import __version__, commands, telemetry
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import require_located
-from chronos.db import connect_engine, is_lock_failure, one_line, opened, transaction
+from chronos.db import connect_engine, is_lock_failure, one_line, opened, sqlstate, transaction
 from chronos.errors import ChronosError, ExitCode, RefusedError
 from chronos.explain import explain as explanation_of
 from chronos.explain import id_of
@@ -59,6 +60,13 @@ def _say(error: str) -> None:
     _to_stderr(text)
 
 
+def _what_to_check(error: DBAPIError) -> str:
+    """Where to look for the cause of what the server, or the driver, has said."""
+    if sqlstate(error) == errorcodes.INSUFFICIENT_PRIVILEGE:
+        return f"What a role needs: {commands.PROGRAM} explain {errorcodes.INSUFFICIENT_PRIVILEGE}"
+    return "Check the server and the database URL"
+
+
 def _to_stderr(text: str) -> None:
     """Whether anybody can read it or not: the exit code counts, and what was begun goes on."""
     with suppress(OSError, ValueError):
@@ -75,7 +83,7 @@ def _errors_as_lines() -> Iterator[None]:
         _say(f"{error} [{id_}]" if id_ else str(error))
         sys.exit(error.exit_code)
     except DBAPIError as error:
-        _say(f"{one_line(error)}; nothing was changed. Check the server and the database URL")
+        _say(f"{one_line(error)}; nothing was changed. {_what_to_check(error)}")
         sys.exit(ExitCode.FAILED)
     except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
         _say(
@@ -284,8 +292,12 @@ def _next(context: _Context, strategy: Strategy) -> str:
             f"\n\n{table.history} is a partition of {table} now, and DROP TABLE {table} would drop all rows:"
             f" to go back by hand, DETACH {table.history} first; better: {commands.rollback(table)}"
         )
+    by_celery = bool(context.settings.redis_url)
     if context.listed:
-        return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
+        jobs = "make restart-worker, for the jobs at 01:00 and 02:00"
+        if not by_celery:
+            jobs = f"let cron run {commands.upkeep()} every night, as there is no REDIS_URL"
+        return f"\nNext: {jobs}; then\n{lines}"
     listed_by = context.settings.listed_in
     alone = (
         f" Once there is such a file it alone counts: list {context.settings.tables[0]}, too, if you have it."
@@ -542,9 +554,13 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
         def confirm(found: State) -> None:
             click.echo(
                 f"{context.head(found.table)}\n"
-                f"{describe(found)}\n"
-                f"{quoted(found.table.name)} will be the plain table again"
-                f"{', with every row written since the swap' if found.phase.swapped else ''}."
+                f"{describe(found)}"
+                + (
+                    ""
+                    if found.phase is Phase.UNDONE
+                    else f"\n{quoted(found.table.name)} will be the plain table again"
+                    f"{', with every row written since the swap' if found.phase.swapped else ''}."
+                )
             )
             if not yes:
                 _ask("ROLLBACK")
@@ -778,9 +794,7 @@ def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
                 found = [collect(settings, spec, listed=listed)]
         except DBAPIError as error:
             _write_metrics(prometheus, None)
-            raise RefusedError(
-                f"cannot tell: {one_line(error)}. Check the server and the database URL"
-            ) from error
+            raise RefusedError(f"cannot tell: {one_line(error)}. {_what_to_check(error)}") from error
         _write_metrics(prometheus, found)
         healthy = all(one.healthy for one in (*found, *others))
         if as_json:

@@ -519,6 +519,19 @@ def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
         assert len(judge(later, settings)) == problems, hours
 
 
+def test_days_that_were_dropped_too_early_are_a_problem_while_the_old_table_has_them(
+    migrated: str, redis_url: str, look: Look
+) -> None:
+    first = today(migrated) - timedelta(days=15)
+    query(migrated, "SELECT drop_old_webhook_log_partitions(3)")
+    problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
+    assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
+    assert "Bring them back with: python -m chronos rollback" in problem
+    # Whoever wants them gone says so.
+    shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
+    assert not [p for p in collect(shorter).problems if "webhook_log_old" in p]
+
+
 def test_expired_partitions(migrated: str, look: Look) -> None:
     add_days(migrated, -19, -16)
     end = today(migrated) - timedelta(days=19)

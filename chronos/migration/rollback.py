@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection, Engine
@@ -48,6 +49,7 @@ from chronos.migration.changes import (
     replay_most,
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
+from chronos.migration.console import counted
 from chronos.migration.context import (
     Direction,
     Migration,
@@ -94,7 +96,8 @@ def undo(
 ) -> None:
     """Back to the plain table, from whatever phase the migration is in, with the rows written since.
 
-    ``confirm`` is shown the state and raises RefusedError to call it off. Refuses, with nothing changed, when
+    ``confirm`` is shown the state, in phase UNDONE when somebody has put the tables back by hand, and raises
+    RefusedError to call it off. Refuses, with nothing changed, when
     something stands in the way (obstacles.py); ``force`` gives up what may be given up.
     """
     with sole_operator(engine, table) as (conn, table):
@@ -114,7 +117,7 @@ def undo(
             in_the_way = obstacles(conn, found) if found.phase.swapped and not by_hand else []
         _require_none(table, in_the_way, force=force)
         with asking(conn, table):
-            confirm(found)
+            confirm(replace(found, phase=Phase.UNDONE) if by_hand else found)
         with transaction(conn):
             found = take_over(conn, found)
         command = rollback_command(table)
@@ -131,7 +134,7 @@ def undo(
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
-        came = f"; {carried:,} rows written since the swap came along" if found.phase.swapped else ""
+        came = f"; {counted(carried, 'row')} written since the swap came along" if found.phase.swapped else ""
         operator.output.ok(f"{table} is the plain table again{came}")
 
 
