@@ -16,15 +16,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from psycopg2 import errorcodes
 from pydantic import SecretStr
 from rich.console import Console
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 
-from chronos import prompts
+from chronos import commands, prompts
 from chronos.agreement import require_agreement
 from chronos.catalog.locate import require_located
-from chronos.db import connect_engine, one_line, opened
+from chronos.db import connect_engine, one_line, opened, sqlstate
 from chronos.errors import CannotTellError, ChronosError, RefusedError
 from chronos.functions import upgrade
 from chronos.locks import Patience
@@ -236,7 +237,7 @@ def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
     """
     from chronos.health import collect  # here, as below, for no other verb needs what it imports
 
-    with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
+    with _typed_errors(CannotTellError, "cannot tell: {}"):
         work = session(Verb.STATUS, table, url)
         return collect(work.settings, work.table, listed=work.listed)
 
@@ -250,7 +251,7 @@ def overview(*, url: str | URL | None = None) -> Overview:
     """
     from chronos.health import Overview, collect_all, collect_others
 
-    with _typed_errors(CannotTellError, "cannot tell: {}. Check the server and the database URL"):
+    with _typed_errors(CannotTellError, "cannot tell: {}"):
         settings = settings_for(url)
         others = collect_others(settings)
         return Overview(tuple(collect_all(settings)), tuple(others))
@@ -351,13 +352,20 @@ def settings_for(url: str | URL | None) -> Settings:
 @contextmanager
 def _typed_errors(
     kind: type[ChronosError] = ChronosError,
-    text: str = "{}; nothing was changed. Check the server and the database URL",
+    text: str = "{}; nothing was changed",
 ) -> Iterator[None]:
     """What the driver raises before anything has begun becomes a ``kind``."""
     try:
         yield
     except DBAPIError as error:
-        raise kind(text.format(one_line(error))) from error
+        raise kind(f"{text.format(one_line(error))}. {_what_to_check(error)}") from error
+
+
+def _what_to_check(error: DBAPIError) -> str:
+    """Where to look for the cause of what the server, or the driver, has said."""
+    if sqlstate(error) == errorcodes.INSUFFICIENT_PRIVILEGE:
+        return f"What a role needs: {commands.PROGRAM} explain {errorcodes.INSUFFICIENT_PRIVILEGE}"
+    return "Check the server and the database URL"
 
 
 def _ask(operator: Operator, confirm: Callable[[str], bool] | None, text: str) -> None:

@@ -182,7 +182,10 @@ def _next(done: MigrationResult) -> str:
             f" to go back by hand, DETACH {table.history} first; better: {commands.rollback(table)}"
         )
     if done.listed:
-        return f"\nNext: make restart-worker, for the jobs at 01:00 and 02:00; then\n{lines}"
+        jobs = "make restart-worker, for the jobs at 01:00 and 02:00"
+        if not settings.redis_url:
+            jobs = f"let cron run {commands.upkeep()} every night, as there is no REDIS_URL"
+        return f"\nNext: {jobs}; then\n{lines}"
     listed_by = settings.listed_in
     alone = f" Once there is such a file it alone counts: list {settings.tables[0]}, too, if you have it."
     return (

@@ -53,6 +53,11 @@ def status(table: TableSpec | None = None) -> str:
     return command if table is None or _listed(table) else f"{command} {quote(table.typed)}"
 
 
+def upkeep() -> str:
+    """The command that cron gives once a night."""
+    return f"{PROGRAM} upkeep"
+
+
 def upgrade_functions(table: TableSpec) -> str:
     """The command that installs the SQL functions of ``table`` again."""
     return _verb("upgrade-functions", table)

@@ -21,7 +21,7 @@ from chronos.errors import RefusedError
 from chronos.migration import state as states
 from chronos.table import TableSpec, in_quotes, quoted
 
-VERSION = 4
+VERSION = 5
 
 _INSUFFICIENT_PRIVILEGE = "42501"
 
@@ -49,14 +49,7 @@ def function_statements(shape: TableShape) -> list[Statement]:
 
 def installation(table: TableSpec, owner: str) -> list[Statement]:
     """The functions for a table of ``owner``; its own pair belongs to the current user as yet."""
-    files = ("shared_functions_check.sql", "partition_functions.sql")
-    grace = statement(
-        "ALTER FUNCTION {function}(integer) SET chronos.grace_days = {days}",
-        function=name(table.home, table.drop_function),
-        days=str(table.grace_days),
-    )
-    # Kept with the function, so that whoever calls it by hand cannot forget it.
-    return [*(_script(file, table, owner) for file in files), *([grace] if table.grace_days else [])]
+    return [_script(file, table, owner) for file in ("shared_functions_check.sql", "partition_functions.sql")]
 
 
 def _script(file: str, table: TableSpec, owner: str) -> Statement:
@@ -66,8 +59,9 @@ def _script(file: str, table: TableSpec, owner: str) -> Statement:
         table,
         owner=owner,
         version=str(VERSION),
+        grace_days=str(table.grace_days),
         create_shared=f"{home}.chronos_create_partitions(text, text, text, integer, timestamptz)",
-        drop_shared=f"{home}.chronos_drop_partitions(text, text, integer, timestamptz)",
+        drop_shared=f"{home}.chronos_drop_partitions(text, text, integer, timestamptz, integer)",
     )
 
 
@@ -159,8 +153,8 @@ def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
 
 
 _GRACE = r"""
-SELECT coalesce(max(substring(setting FROM '^chronos\.grace_days=(\d+)$')::integer), 0)
-FROM pg_proc p, unnest(p.proconfig) AS setting
+SELECT coalesce(max(substring(pg_get_function_sqlbody(p.oid) FROM '\mgrace_days => (\d+)')::integer), 0)
+FROM pg_proc p
 WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
 """
 

@@ -178,8 +178,6 @@ class Status:
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]
-        if self.migration is not None and self.migration.phase.swapped:
-            lowers.append(self.migration.plan.first)  # whatever has been dropped since
         uppers = [p.upper for p in self.partitions if p.upper]
         ahead = self.table.wanted(self.now, back=False)
         first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
@@ -786,11 +784,8 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     if past:
         leaf = _qualified(table, table.partition(past[0]))
         lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (past[0].start, past[0].end))
-        kept = "within what is kept"
-        if status.old_table and status.migration and past[0].start < status.migration.plan.started_at:
-            kept += f", and {table.old} has rows of it: finalize refuses until they are back"
         yield (
-            f"no partition for {_some(past)}, {kept}. Create it: CREATE TABLE {leaf}"
+            f"no partition for {_some(past)}, within what is kept. Create it: CREATE TABLE {leaf}"
             f" PARTITION OF {_qualified(table, table.name)} FOR VALUES FROM ('{lower}') TO ('{upper}');"
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
@@ -798,8 +793,11 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     last_drop = _has_run(DROP, status, settings)
     overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
-        drop = f"SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
-        yield f"expired and still there: {_some([p.name for p in overdue])}. Drop them: {drop}"
+        drop = f"Drop them: SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
+        if grace_disagrees(table, status.grace_days):  # it would drop what is to be detached, or the reverse
+            drop = "Bring the function up to date first"
+        yield f"expired and still there: {_some([p.name for p in overdue])}. {drop}"
+    yield from _dropped_too_early(status)
     yield from _detached_problems(status, last_drop.date())
     for partition in status.partitions:
         if partition.detach_pending:
@@ -809,6 +807,24 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
                 f" {quoted(partition.schema)}.{quoted(partition.name)} FINALIZE;"
             )
     yield from status.stray
+
+
+def _dropped_too_early(status: Status) -> Iterator[str]:
+    """Periods that are to be kept, and that the old table alone has any more."""
+    table, migration = status.table, status.migration
+    begins = min((p.lower for p in status.partitions if p.lower), default=None)
+    endless = any(p.lower is None and p.upper for p in status.partitions)
+    if migration is None or migration.plan.attaches or status.old_table is None or begins is None or endless:
+        return
+    kept_from = migration.plan.first
+    if table.retention_days is not None:
+        kept_from = max(kept_from, midnight(status.today - timedelta(days=table.retention_days)))
+    if begins > kept_from:
+        yield (
+            f"{table.typed} begins at {table.period(begins)}, and what is to be kept at"
+            f" {table.period(kept_from)}; the rows between are in {quoted(table.old)} alone. Bring them back"
+            f" with: {commands.rollback(table)}; or, if they were to go, lower retention_days"
+        )
 
 
 def _has_run(job: Job, status: Status, settings: Settings) -> datetime:
@@ -830,7 +846,7 @@ def _job_problems(status: Status) -> Iterator[str]:
     who = (
         "are a worker and a beat running? (make run-worker, make run-beat)"
         if status.by_celery
-        else "does cron run it? (python -m chronos upkeep)"
+        else f"does cron run it? ({commands.upkeep()})"
     )
     for job_name, job in (status.jobs or {}).items():
         since = job.succeeded or (status.migration.fence if status.migration else None)
@@ -839,7 +855,7 @@ def _job_problems(status: Status) -> Iterator[str]:
             when = f"since {job.succeeded:%Y-%m-%d %H:%M} UTC" if job.succeeded else "yet"
             yield f"{job_name} has not succeeded {when}{f' ({why})' if why else ''}; {who}"
         elif job.report.get("status") == "failed":
-            yield f"{job_name} failed at its last run ({why}); run it again with: python -m chronos upkeep"
+            yield f"{job_name} failed at its last run ({why}); run it again with: {commands.upkeep()}"
         if job.running and "never expires" in job.running:
             yield f"{job_name} is locked for good: {job.running}"
 
@@ -999,7 +1015,7 @@ class _Page:
         """A row for each job."""
         table = Table(box=self.box, pad_edge=False, padding=(0, 1))
         for column in ("job", "last run", "result"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column != "result")
         for job_name, job in jobs.items():
             started = job.report.get("started")
             when = (

@@ -40,7 +40,9 @@ def going_back(url: URL, found: State, settings: Settings, *, by_hand: bool) -> 
     """Before a rollback; ``by_hand``: somebody has put the plain table back already."""
     table = quoted(found.table.name)
     what = f"{table} was put back by hand, and stays as it is; what is left of the migration will be removed."
-    if not by_hand:
+    if found.phase is Phase.UNDONE:
+        what = describe(found)
+    elif not by_hand:
         since = ", with every row written since the swap" if found.phase.swapped else ""
         what = f"{describe(found)}\n{table} will be the plain table again{since}."
     return f"{_head(url, found.table, settings=settings)}\n{what}"

@@ -17,6 +17,7 @@ from typing import Any
 from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
+from chronos import commands
 from chronos.catalog.ddl import script
 from chronos.db import Statement, execute, joined, name, statement
 from chronos.errors import ChronosError
@@ -101,6 +102,17 @@ def _is_there(conn: Connection, table: TableSpec, *, to_write: bool = False) -> 
             f" GRANT {grant} ON {reports} TO {user};"
         )
     return True
+
+
+def _require_create(conn: Connection, table: TableSpec, owner: str) -> None:
+    query = statement("SELECT has_schema_privilege({s}, 'CREATE'), current_user::text", s=table.home)
+    may, user = execute(conn, query).one()
+    if not may:
+        reports = f"{quoted(table.home)}.{NAME}"
+        raise UntrustedError(
+            f"{quoted(user)} may not create {reports}; let {owner} run {commands.upkeep()} once, which makes"
+            f" it, then: GRANT SELECT, INSERT, UPDATE, DELETE ON {reports} TO {quoted(user)};"
+        )
 
 
 def _name(table: TableSpec) -> sql.Identifier:
@@ -198,7 +210,10 @@ def keep(conn: Connection, table: TableSpec, kept: Kept, *, make: bool = True) -
             s=table.home,
             t=table.name,
         )
-        execute(conn, script("reports.sql", table, owner=execute(conn, owner).scalar_one()))
+        owner_name = execute(conn, owner).scalar_one()
+        if standing is None:
+            _require_create(conn, table, owner_name)
+        execute(conn, script("reports.sql", table, owner=owner_name))
     _is_there(conn, table, to_write=True)
     query = statement(
         "DELETE FROM {reports} WHERE table_name = {table} AND reported < now() - {days} * interval '1 day';"

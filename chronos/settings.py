@@ -230,7 +230,8 @@ def postgres_url(text: str, variable: str = "DATABASE_URL") -> URL:
     # What follows an unencoded @ in a password would be taken for the host, and shown as such.
     if text.count("@") > 1:
         raise RefusedError(
-            f"{variable} has more than one @; nothing was changed. Write %40 for an @ in the password"
+            f"{variable} has more than one @; nothing was changed. Write %40 for each of them but the one"
+            " before the host, for example in the password"
         )
     return url.set(drivername="postgresql+psycopg2")
 

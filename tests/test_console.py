@@ -155,7 +155,7 @@ def on_a_terminal(width: int) -> tuple[Console, io.StringIO]:
 def test_on_a_terminal_the_partitions_are_one_line() -> None:
     console, file = on_a_terminal(80)
     Output(console).partitions(WEBHOOK_LOG, [day(2026, 11, 11 + n) for n in range(16)])
-    assert file.getvalue() == "Created 16 partitions, one a day: 2026-11-11 to 2026-11-27\n"
+    assert file.getvalue() == "Created 16 partitions, one a day: 2026-11-11 to 2026-11-26\n"
 
 
 def test_on_a_terminal_the_summary_has_one_line_for_all_periods() -> None:

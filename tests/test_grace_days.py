@@ -39,10 +39,7 @@ from tests.tables import connected, exists, holding, query, value
 
 GRACE = 7
 # What the wrapper calls, on another day.
-ON_DAY = (
-    "SET LOCAL chronos.grace_days = '7';"
-    " SELECT chronos_drop_partitions('public', 'webhook_log', 15, now() + %s * interval '1 day')"
-)
+ON_DAY = "SELECT chronos_drop_partitions('public', 'webhook_log', 15, now() + %s * interval '1 day', 7)"
 
 
 @pytest.fixture
@@ -322,8 +319,7 @@ def test_a_rollback_says_which_days_since_the_swap_are_only_detached(database: s
         [written_since] = leaves(conn.cursor(), 0, 0)
     query(
         database,
-        "BEGIN; SET LOCAL chronos.grace_days = '7';"
-        " SELECT chronos_drop_partitions('public', 'webhook_log', 0, now() + interval '1 day'); COMMIT",
+        "SELECT chronos_drop_partitions('public', 'webhook_log', 0, now() + interval '1 day', 7)",
     )
     refused = chronos(database, "rollback", "--yes")
     assert refused.returncode == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from psycopg2 import errors
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from chronos.commands import upkeep as upkeep_command
 from chronos.jobs import CREATE, DROP, Message, attempt
 from chronos.settings import Settings
 from chronos.table import TableSpec
@@ -103,6 +104,25 @@ def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = tmp_path / "chronos.toml"
+    monkeypatch.setenv("CHRONOS_CONFIG", str(listed))
+    table = TableSpec("webhook_log", retention_days=15, schema="app", grace_days=7)
+    listed.write_text(table.as_toml())
+    migrated = chronos(roles.owner, "migrate", "--yes")
+    assert migrated.returncode == 0, migrated.stdout + migrated.stderr
+    assert query(roles.owner, f"SELECT app.{table.drop_function}(3)") == []
+    detached = "SELECT count(*) FROM pg_description WHERE description LIKE 'chronos: detached from%'"
+    assert value(roles.superuser, detached) > 0
+    listed.write_text(replace(table, grace_days=30).as_toml())
+    upgraded = chronos(roles.owner, "upgrade-functions")
+    assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr
+    assert "Installed" in upgraded.stdout
+    assert "grace_days" not in chronos(roles.owner, "status").stdout
+
+
 def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) -> None:
     with holding(roles.superuser, "SELECT FROM app.webhook_log LIMIT 1") as other:
         run = Run(roles.owner, "migrate", "app.webhook_log", "--yes")
@@ -141,3 +161,32 @@ def test_a_worker_that_may_only_call_the_functions_does_the_nightly_upkeep(
     assert owners == [(roles.names[0],)]
     with connected(roles.worker) as conn, conn.cursor() as cur, pytest.raises(errors.InsufficientPrivilege):
         cur.execute("SELECT FROM app.webhook_log")
+
+
+def test_a_worker_is_told_what_it_lacks_to_keep_its_reports_and_the_grant_is_enough(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = tmp_path / "chronos.toml"
+    monkeypatch.setenv("CHRONOS_CONFIG", str(listed))
+    monkeypatch.setenv("REDIS_URL", "")
+    table = TableSpec("webhook_log", retention_days=15, schema="app")
+    listed.write_text(table.as_toml())
+    migrated = chronos(roles.owner, "migrate", "--yes")
+    assert f"let cron run {upkeep_command()} every night" in migrated.stdout, migrated.stderr
+    create, drop = table.functions
+    query(roles.owner, f"GRANT EXECUTE ON FUNCTION app.{create}, app.{drop} TO {roles.names[1]}")
+    alone = chronos(roles.worker, "upkeep")
+    assert alone.returncode == 0
+    assert f"let {roles.names[0]} run {upkeep_command()} once" in alone.stderr
+    assert chronos(roles.owner, "upkeep").returncode == 0
+    query(roles.owner, alone.stderr.splitlines()[0].partition("then: ")[2])
+    again = chronos(roles.worker, "upkeep")
+    assert (again.returncode, again.stderr) == (0, "")
+    cannot = chronos(roles.worker, "status")
+    assert cannot.returncode == 2
+    assert "denied for table webhook_log_migration. What a role needs: python -m chronos explain 42501" in (
+        cannot.stderr
+    )
+    tables = "app.webhook_log_migration, app.webhook_log_migration_changes"
+    query(roles.owner, f"GRANT SELECT ON {tables} TO {roles.names[1]}")
+    assert chronos(roles.worker, "status").returncode == 0

@@ -498,7 +498,11 @@ def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
             "SETOF text",
             ["schema_name", "table_name", "every", "days_ahead", "as_of"],
         ),
-        ("chronos_drop_partitions", "SETOF text", ["schema_name", "table_name", "retention_days", "as_of"]),
+        (
+            "chronos_drop_partitions",
+            "SETOF text",
+            ["schema_name", "table_name", "retention_days", "as_of", "grace_days"],
+        ),
         ("create_future_webhook_log_partitions", "SETOF text", ["days_ahead"]),
         ("drop_old_webhook_log_partitions", "SETOF text", ["retention_days"]),
     ]

@@ -32,6 +32,7 @@ from chronos import cli
 from chronos.db import connect_engine
 from chronos.demo.embedded import EmbeddedRedis
 from chronos.demo.rows import create_webhook_log
+from chronos.errors import RefusedError
 from chronos.jobs import CREATE
 from chronos.settings import Settings, get_settings, postgres_url
 from tests.tables import holding, query, waiting_pid
@@ -362,3 +363,11 @@ def test_a_worker_with_a_url_that_cannot_be_read(url: str, tmp_path: Path) -> No
     with worker(environment(url, wrong), log) as has_said:
         wait_until(lambda: has_said("REDIS_URL cannot be read"), 60, "the worker gives up")
     assert_secret(log.read_text())
+
+
+@pytest.mark.parametrize("password", ["s3cr@et", "s3cr@et?x", "s3cr@et/x?y", "s3@cr@et"])
+def test_an_unencoded_at_in_a_password_is_refused_and_no_part_of_it_is_shown(password: str) -> None:
+    with pytest.raises(RefusedError, match=r"DATABASE_URL has more than one @.*Write %40") as refused:
+        postgres_url(f"postgresql://app:{password}@127.0.0.1:5432/chronos")
+    assert "cr" not in str(refused.value).replace("password", "")
+    assert "et" not in str(refused.value).split("DATABASE_URL")[1].split()

@@ -192,10 +192,10 @@ def test_no_other_function_of_the_name_takes_the_place_of_the_shared_one(
         f"SET ROLE {bob}; CREATE FUNCTION shop.chronos_drop_partitions({{}}) RETURNS SETOF text"
         " LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''trapped''; END'"
     )
-    query(shop, trap.format("varchar, varchar, integer, timestamptz"))
+    query(shop, trap.format("varchar, varchar, integer, timestamptz, grace_days integer"))
     query(shop, trap.format("VARIADIC text[]"))
     install(shop, EVENTS, alice)
-    query(shop, trap.format("text, text, integer, timestamptz, integer DEFAULT 0"))
+    query(shop, trap.format("text, text, integer, timestamptz, grace_days integer, integer DEFAULT 0"))
     assert call(shop, EVENTS.drop_function, 1, by=alice) == []
     with pytest.raises(errors.AmbiguousFunction):
         install(shop, METRICS, bob)

@@ -524,31 +524,6 @@ def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-def test_days_dropped_before_their_time_are_a_problem_as_long_as_finalize_refuses(
-    migrated: str, look: Look
-) -> None:
-    """Somebody calls the function with 3 where 15 days are kept."""
-    query(migrated, f"SELECT {WEBHOOK_LOG.drop_function}(3)")
-    status = look(migrated)
-    assert [period.start.date() for period in status.missing] == [
-        today(migrated) - timedelta(days=days) for days in range(15, 3, -1)
-    ]
-    lost = "within what is kept, and webhook_log_old has rows of it: finalize refuses"
-    refused = chronos(migrated, "finalize", "--yes")
-    assert refused.returncode == 2
-    assert "rows of webhook_log_old within retention are not in webhook_log" in refused.stderr
-
-    for _ in status.missing:
-        query(migrated, the_problem(look(migrated), lost).partition("Create it: ")[2])
-    query(
-        migrated,
-        "INSERT INTO webhook_log SELECT * FROM webhook_log_old"
-        " WHERE timestamp >= date_trunc('day', now() - interval '15 days', 'UTC') ON CONFLICT DO NOTHING",
-    )
-    assert look(migrated).healthy
-    assert chronos(migrated, "finalize", "--yes").returncode == 0
-
-
 def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
     migrated: str, look: Look, redis_url: str
 ) -> None:
@@ -562,6 +537,19 @@ def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
         later = replace(status, now=tomorrow + timedelta(hours=hours))
         assert [str(period) for period in later.missing] == [str(later.today + timedelta(days=30))]
         assert len(judge(later, settings)) == problems, hours
+
+
+def test_days_that_were_dropped_too_early_are_a_problem_while_the_old_table_has_them(
+    migrated: str, redis_url: str, look: Look
+) -> None:
+    first = today(migrated) - timedelta(days=15)
+    query(migrated, "SELECT drop_old_webhook_log_partitions(3)")
+    problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
+    assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
+    assert "Bring them back with: python -m chronos rollback" in problem
+    # Whoever wants them gone says so.
+    shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
+    assert not [p for p in collect(shorter).problems if "webhook_log_old" in p]
 
 
 def test_expired_partitions(migrated: str, look: Look) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.engine import make_url
 from chronos.catalog.shape import TableShape, differences, read
 from chronos.db import connect_engine, transaction
 from chronos.demo.rows import create_webhook_log
-from chronos.table import WEBHOOK_LOG
+from chronos.table import WEBHOOK_LOG, quoted
 from tests.command import chronos, started
 from tests.conftest import MakeDatabase
 from tests.kitchen_sink import SCHEMA, forget, kitchen_sink
@@ -274,11 +274,16 @@ def test_differences_name_what_differs(database: str) -> None:
     query(
         database,
         "COMMENT ON TABLE webhook_log IS 'x'; DROP INDEX by_status; CREATE INDEX other ON webhook_log (id);"
-        " ALTER TABLE webhook_log ALTER status SET DEFAULT 'new', REPLICA IDENTITY FULL",
+        " ALTER TABLE webhook_log ALTER status SET DEFAULT 'new', REPLICA IDENTITY FULL, ADD note text;"
+        " GRANT SELECT, UPDATE ON webhook_log TO PUBLIC",
     )
+    owner = quoted(value(database, "SELECT current_user::text"))
     assert differences(was, shape(database, schema="public")) == [
         "columns: default of status: nothing became 'new'::text",
+        "columns: note is new",
         "comment: nothing became x",
+        f"grants: SELECT to PUBLIC by {owner} is new",
+        f"grants: UPDATE to PUBLIC by {owner} is new",
         "indexes: by_status is missing",
         "indexes: other is new",
         "replica identity: d became f",

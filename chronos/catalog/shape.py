@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from psycopg2 import sql
 from sqlalchemy.engine import Connection
 
 from chronos.db import Statement, execute, joined, name, statement
-from chronos.table import TableSpec
+from chronos.table import TableSpec, in_quotes, quoted
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ class Grant:
     grantee: str | None
     grantable: bool
     grantor: str
+
+    def __str__(self) -> str:
+        """`SELECT, INSERT to app`, as people say it."""
+        what = ", ".join(f"{p} ({in_quotes(self.column)})" if self.column else p for p in self.privileges)
+        whom = quoted(self.grantee) if self.grantee else "PUBLIC"
+        return f"{what} to {whom}{' with grant option' if self.grantable else ''} by {quoted(self.grantor)}"
+
+    def apart(self) -> Iterator[Grant]:
+        """The same, one for each privilege."""
+        return (replace(self, privileges=[privilege]) for privilege in self.privileges)
 
 
 @dataclass(frozen=True)
@@ -596,7 +606,12 @@ def differences(
         if announced and field.name in _ANNOUNCED:
             continue
         one, other = getattr(was, field.name), getattr(now, field.name)
-        if not isinstance(one, tuple) or field.name in ("options", "grants"):
+        if field.name == "grants":
+            given, gives = ({str(one) for all_of in it for one in all_of.apart()} for it in (one, other))
+            found += [f"grants: {grant} is missing" for grant in given - gives]
+            found += [f"grants: {grant} is new" for grant in gives - given]
+            continue
+        if not isinstance(one, tuple) or field.name == "options":
             if one != other:
                 found.append(f"{what}: {_shown(one)} became {_shown(other)}")
             continue
@@ -618,7 +633,8 @@ def differences(
                 for part in fields(befores[key])
                 if (before := getattr(befores[key], part.name)) != (after := getattr(afters[key], part.name))
             ]
-        if list(befores) != list(afters) and field.name == "columns":
+        in_both = [key for key in befores if key in afters]
+        if in_both != [key for key in afters if key in befores] and field.name == "columns":
             found.append("the columns stand in another order")
     return sorted(found)
 

@@ -205,7 +205,7 @@ class Output:
                 self.line(f"Created partition: {table.partition(period)} ({period} to {_day_after(period)})")
             return
         first, last = periods[0], periods[-1]
-        self.line(f"Created {len(periods):,} partitions, one a {table.every}: {first} to {_day_after(last)}")
+        self.line(f"Created {len(periods):,} partitions, one a {table.every}: {first} to {last}")
 
     def waiting(self, conflict: LockConflict, attempt: int) -> None:
         """What an attempt at a lock came to; on a terminal the line is written over until the wait ends."""

@@ -164,7 +164,8 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
         some = ", ".join(f"{period} ({count:,})" for period, count in sorted(lost.items())[:3])
         raise RefusedError(
             f"{sum(lost.values()):,} rows of {table.old} within retention are not in {table}: {some};"
-            " nothing was changed. Find out who removed them before the old table goes"
+            f" nothing was changed. Bring them back with: {rollback_command(table)}; or, if they were to go,"
+            " lower retention_days, or delete them there"
         )
 
 

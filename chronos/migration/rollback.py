@@ -49,6 +49,7 @@ from chronos.migration.changes import (
     replay_most,
 )
 from chronos.migration.compare import compare_newer_rows, compare_replayed, require_equal
+from chronos.migration.console import counted
 from chronos.migration.context import (
     Direction,
     Migration,
@@ -135,7 +136,7 @@ def undo(
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
-        came = f"; {carried:,} rows written since the swap came along" if found.phase.swapped else ""
+        came = f"; {counted(carried, 'row')} written since the swap came along" if found.phase.swapped else ""
         operator.output.ok(f"{table} is the plain table again{came}")
         return RollbackResult(table, carried, by_hand=False, seconds=time.monotonic() - began)
 

@@ -296,9 +296,13 @@ def _take_over(
     with transaction(conn):
         found = states.read(conn, table)
         if found is None:
-            raise RefusedError(
-                f"there is nothing to resume; nothing was changed. Start with: {start_command(table)}"
+            partitioned = states.relkind(conn, table.home, table.name) == "p"
+            then = (
+                f"{table} is partitioned already: {status_command(table)}"
+                if partitioned
+                else f"Start with: {start_command(table)}"
             )
+            raise RefusedError(f"there is nothing to resume; nothing was changed. {then}")
         require_no_citus(conn, table)
         if (found.phase is Phase.MIGRATED and found.verified) or found.phase is Phase.FINALIZING:
             raise RefusedError(

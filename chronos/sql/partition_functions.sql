@@ -5,9 +5,10 @@
 --     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
 --     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
 --
--- With grace_days, the second detaches what is older, and drops it that many days later, if it has expired by
--- then, too. The comment of a detached table says so. Nothing but that comment makes it ours, and only for as
--- long as nobody changes the comment or the table.
+-- With grace_days the second detaches what is older, and drops it that many days later, if it has expired by
+-- then, too. The number stands in the text of the wrapper, so nobody who calls it can forget it; a setting of the
+-- function would take a superuser. The comment of a detached table says when it goes. Nothing but that comment
+-- makes it ours, and only for as long as nobody changes the comment or the table.
 --
 -- What both have in common. A day is a UTC day, whatever the zone of the server, and however much time one
 -- partition holds. What exists is read from the catalog's bounds, never from a name. Neither waits more than
@@ -228,12 +229,12 @@ END
 $chronos$;
 
 -- Drops the partitions whose last instant lies before the day that is retention_days before as_of, and returns
--- their names. With chronos.grace_days, which the wrapper sets, it detaches these, and drops the ones that it
+-- their names. With grace_days, which the wrapper hands over, it detaches these, and drops the ones that it
 -- detached so many days ago. A plain DETACH, for the partition is locked already, and it commits together with
 -- the comment that says when the table goes. CONCURRENTLY would have to wait for every older transaction,
 -- cannot run in a function, refuses a default partition, and leaves a half detached one when it is cut off.
 CREATE OR REPLACE FUNCTION @schema@.chronos_drop_partitions(
-    schema_name text, table_name text, retention_days integer, as_of timestamptz
+    schema_name text, table_name text, retention_days integer, as_of timestamptz, grace_days integer DEFAULT 0
 )
 RETURNS SETOF text
 LANGUAGE plpgsql
@@ -249,7 +250,6 @@ DECLARE
     most      CONSTANT integer := 31;
     parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
     today     CONSTANT date := (as_of AT TIME ZONE 'UTC')::date;
-    grace     CONSTANT integer := coalesce(nullif(current_setting('chronos.grace_days', true), ''), '0');
     mark      CONSTANT text := format('chronos: detached from %I.%I, to be dropped on ', schema_name, table_name);
     citus     CONSTANT boolean := to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL;
     snapshot  CONSTANT boolean := current_setting('transaction_isolation') IN ('repeatable read', 'serializable');
@@ -409,7 +409,7 @@ BEGIN
         EXECUTE format('LOCK TABLE ONLY %I.%I IN ACCESS EXCLUSIVE MODE', schema_name, table_name);
     END IF;
     FOR leaf IN
-        SELECT d.qualified, c.oid AS relid, c.relname::text AS name, c.relispartition AND grace > 0 AS waits,
+        SELECT d.qualified, c.oid AS relid, c.relname::text AS name, c.relispartition AND grace_days > 0 AS waits,
                trim('''' FROM substring(pg_get_expr(c.relpartbound, '0'::oid) FROM ' TO \((.+)\)$'))::timestamp
                    AS upper_bound
         FROM unnest(doomed) WITH ORDINALITY d(qualified, nr) JOIN pg_class c ON c.oid = d.qualified::regclass
@@ -426,8 +426,8 @@ BEGIN
                 END LOOP;
                 EXECUTE format('COMMENT ON TABLE %s IS %L', leaf.qualified,
                                format('%s%s with all before %s UTC (table %s); to keep it, change this comment',
-                                      mark, today + grace, leaf.upper_bound, leaf.relid));
-                RAISE NOTICE '% is detached, and will be dropped on %', leaf.name, today + grace;
+                                      mark, today + grace_days, leaf.upper_bound, leaf.relid));
+                RAISE NOTICE '% is detached, and will be dropped on %', leaf.name, today + grace_days;
             ELSE
                 EXECUTE 'DROP TABLE ' || leaf.qualified;
                 RETURN NEXT leaf.name;
@@ -465,7 +465,7 @@ COMMENT ON FUNCTION @#create_shared@ IS
     'days later, one each hour, day, week or month; create_future_..._partitions of the table calls it';
 COMMENT ON FUNCTION @#drop_shared@ IS
     'chronos @#version@: drops the partitions of a table that end before the day that is retention_days before '
-    'as_of (UTC), or detaches them now and drops them chronos.grace_days days later; drop_old_..._partitions of '
+    'as_of (UTC), or detaches them now and drops them grace_days days later; drop_old_..._partitions of '
     'the table calls it';
 
         $shared$;
@@ -506,7 +506,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT @schema@.chronos_drop_partitions(
-        @'schema'@::text, @'table'@::text, retention_days, pg_catalog.now());
+        @'schema'@::text, @'table'@::text, retention_days, pg_catalog.now(), grace_days => @#grace_days@);
 END;
 
 REVOKE ALL ON FUNCTION @schema@.@create_function@(integer) FROM PUBLIC;
@@ -519,6 +519,6 @@ COMMENT ON FUNCTION @schema@.@create_function@(integer) IS
 COMMENT ON FUNCTION @schema@.@drop_function@(integer) IS
     'chronos @#version@: drops the partitions that end before the day that is retention_days old (UTC), at most 31 '
     'in a call, never the newest, and none while a migration is on its way back or not compared to its end; '
-    'returns their names. With chronos.grace_days it detaches them now, and drops them so many days later. ACCESS '
-    'EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
+    'returns their names. With grace_days (here @#grace_days@; 0: none) it detaches them now, and drops them so many '
+    'days later. ACCESS EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
     ' without a lock, having changed nothing.';
