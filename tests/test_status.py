@@ -392,25 +392,6 @@ def test_how_far_the_copy_has_come(database: str, look: Look) -> None:
     assert (found["running"], found["by"]) == (False, None)
 
 
-def test_while_it_copies_status_says_how_far_since_when_and_by_whom(database: str) -> None:
-    begin(database, Phase.COPYING)
-    since = value(
-        database,
-        "SELECT to_char((plan ->> 'started_at')::timestamptz AT TIME ZONE 'UTC',"
-        " 'YYYY-MM-DD HH24:MI') FROM webhook_log_migration",
-    )
-    assert "operator    none: it was cut off" in chronos(database, "status").stdout
-    with holding(database, OPERATORS_LOCK) as operator:
-        printed = chronos(database, "status").stdout
-        user, pid = value(database, "SELECT current_user"), operator.info.backend_pid
-    for line in (
-        "copied      0 of 16 periods",
-        f"migration   begun {since} UTC; readers see every row all the time",
-        f"operator    pid {pid}, user {user}, from ",
-    ):
-        assert line in printed
-
-
 def test_a_table_that_waits_for_its_swap_is_healthy(database: str, look: Look) -> None:
     begin(database, Phase.READY)
     add_notes(database, 1234, "o")

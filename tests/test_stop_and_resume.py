@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import re
 import signal
 import subprocess
 import sys
@@ -182,10 +183,11 @@ def test_on_a_terminal_the_whole_wait_for_a_lock_leaves_one_line(database: str) 
     assert len(ended) <= 60
 
 
-def test_status_says_since_when_a_copy_is_under_way_and_that_readers_see_every_row(database: str) -> None:
+def test_status_says_since_when_and_by_whom_a_copy_runs_and_that_readers_see_every_row(database: str) -> None:
     fill(database)
     with stopped_in_the_copy(database) as migration:
         running = chronos(database, "status").stdout
+        user = value(database, "SELECT current_user")
         migration.process.send_signal(signal.SIGTERM)
         migration.release()
         migration.process.communicate(timeout=60)
@@ -194,6 +196,8 @@ def test_status_says_since_when_a_copy_is_under_way_and_that_readers_see_every_r
         "SELECT to_char((plan ->> 'started_at')::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI')"
         " FROM webhook_log_migration",
     )
-    line = f"migration   begun {begun} UTC, {{}}; readers see every row all the time"
-    assert line.format("is running") in running.splitlines()
-    assert line.format("was cut off") in chronos(database, "status").stdout.splitlines()
+    assert f"migration   begun {begun} UTC; readers see every row all the time" in running.splitlines()
+    assert re.search(
+        rf"^operator    pid \d+, user {user}, from \S+ since {begun[:10]} .* UTC$", running, re.M
+    )
+    assert "operator    none: it was cut off" in chronos(database, "status").stdout.splitlines()
