@@ -119,7 +119,7 @@ def parse(text: str) -> tuple[Any, ...]:
 
 
 def read(text: str, subject: Subject) -> Reading:
-    """What the statement ``text`` asks of the table. Raises UnreadableError, also for what is nested too deep."""
+    """What the statement ``text`` asks of the table. Raises UnreadableError, for too deep nesting as well."""
     analysis = _Analysis(subject)
     try:
         for node in parse(text):
