@@ -767,6 +767,27 @@ def _detached_problems(status: Status, last_drop: date) -> Iterator[str]:
         yield f"detached, due and still there: {names}. Drop them: DROP TABLE {tables};"
 
 
+def _detached_too_early(status: Status) -> Iterator[str]:
+    """What a shorter retention than that of now has detached: its rows are missed."""
+    table = status.table
+    early = [
+        d
+        for d in status.detached
+        if d.drop_on
+        and d.upper
+        and (expires_on(d.upper, table.retention_days) or status.today) > status.today
+    ]
+    for one in early[:1]:
+        assert one.upper is not None
+        period = table.period(one.upper - timedelta(microseconds=1))
+        lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (period.start, one.upper))
+        yield (
+            f"detached, though within what is kept: {_some([d.name for d in early])}. Attach it: ALTER TABLE"
+            f" {_qualified(table, table.name)} ATTACH PARTITION {quoted(one.schema)}.{quoted(one.name)}"
+            f" FOR VALUES FROM ('{lower}') TO ('{upper}'); or, to be rid of this message, change its comment"
+        )
+
+
 def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     table = status.table
     create = f"SELECT {_qualified(table, table.create_function)}({table.ahead_days});"
@@ -780,7 +801,9 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     if ahead:
         what = "day" if table.every is Interval.DAY else "time"
         yield f"no partition for {_some(ahead)}: an insert of such a {what} fails. Create them: {create}"
-    past = [period for period in gaps if period.end <= status.now]
+    yield from _detached_too_early(status)
+    there = {(d.schema, d.name) for d in status.detached}
+    past = [p for p in gaps if p.end <= status.now and (table.home, table.partition(p)) not in there]
     if past:
         leaf = _qualified(table, table.partition(past[0]))
         lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (past[0].start, past[0].end))

@@ -61,8 +61,8 @@ class History:
 _STANDING = """
 SELECT pg_get_userbyid(c.relowner),
        c.relkind = 'r' AND NOT c.relrowsecurity AND starts_with(obj_description(c.oid, 'pg_class'), {ours})
-       AND (o.rolsuper OR o.rolname = current_user OR pg_has_role(c.relowner, n.nspowner, 'MEMBER')
-            OR pg_has_role(c.relowner, t.relowner, 'MEMBER')),
+       AND (o.rolsuper OR o.rolname = current_user OR pg_has_role(c.relowner, t.relowner, 'MEMBER')
+            OR pg_has_role(c.relowner, n.nspowner, 'MEMBER') AND w.rolsuper IS NOT TRUE),
        has_table_privilege(c.oid, 'SELECT'),
        has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')
        AND has_table_privilege(c.oid, 'DELETE'),
@@ -71,6 +71,7 @@ FROM pg_class c
 JOIN pg_roles o ON o.oid = c.relowner
 JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_class t ON t.relnamespace = n.oid AND t.relname = {table}
+LEFT JOIN pg_roles w ON w.oid = t.relowner
 WHERE n.nspname = {schema} AND c.relname = {reports}
 """
 

@@ -285,6 +285,24 @@ def test_status_says_that_a_detached_table_goes_when_a_longer_retention_is_over(
     assert [d.drop_on for d in look(longer).detached] == [day + timedelta(days=n) for n in (73, 74, 75)]
 
 
+def test_what_too_short_a_retention_has_detached_is_attached_again_by_what_status_says(
+    settings: Settings, database: str, own: connection
+) -> None:
+    cur = own.cursor()
+    drop(cur, 14)
+    own.commit()
+    assert attached(cur) == leaves(cur, -14, 0)
+    own.commit()
+    [problem] = [p for p in look(settings).problems if "within what is kept" in p]
+    assert problem.startswith(
+        f"detached, though within what is kept: {leaves(cur, -15, -15)[0]}. Attach it: "
+    )
+    own.commit()
+    query(database, problem.partition("Attach it: ")[2].partition("; or")[0])
+    assert attached(cur) == leaves(cur, -15, 0)
+    assert not [p for p in look(settings).problems if "within what is kept" in p]
+
+
 def test_status_says_which_detached_table_stays_because_somebody_has_changed_it(
     settings: Settings, database: str, own: connection
 ) -> None:

@@ -169,6 +169,26 @@ def test_what_somebody_has_put_under_the_name_beforehand_is_replaced_or_refused(
     assert len(call(shop, EVENTS.create_function, 0, by=alice)) >= 1
 
 
+def test_a_superusers_table_calls_no_function_of_the_owner_of_the_schema(
+    shop: str, roles: tuple[str, str, str]
+) -> None:
+    """Who would become a superuser by it: the wrapper runs as the owner of the table."""
+    home, alice, _ = roles
+    install(shop, EVENTS, alice)
+    [(_, before), _] = query(shop, SHARED)
+    assert before == home
+    me = value(shop, "SELECT current_user::text")
+    query(shop, f"ALTER TABLE shop.metrics OWNER TO {me}")
+    install(shop, METRICS, me)
+    kept = [("chronos_create_partitions", me), ("chronos_drop_partitions", me)]
+    assert query(shop, SHARED) == kept
+    install(shop, EVENTS, alice)
+    assert query(shop, SHARED) == kept
+    assert len(call(shop, EVENTS.create_function, 0, by=alice)) >= 1
+    with pytest.raises(errors.InsufficientPrivilege, match="must be owner of function"):
+        query(shop, f"SET ROLE {home}; ALTER FUNCTION shop.chronos_drop_partitions RENAME TO mine")
+
+
 def test_a_function_that_a_stranger_has_put_there_leaves_nobody_a_right_to_call_ours(
     shop: str, roles: tuple[str, str, str]
 ) -> None:

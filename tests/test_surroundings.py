@@ -59,6 +59,26 @@ def test_a_view_of_the_reports_does_not_keep_a_rollback_from_its_end(database: s
     assert not [name for _, name in relations(database) if "_migration" in name]
 
 
+def test_the_reports_of_a_superusers_table_are_none_of_the_owner_of_the_schema(partitioned: str) -> None:
+    """Whose triggers on them would run as the superuser."""
+    role = f"owner_{make_url(partitioned).database}"
+    query(partitioned, f"CREATE ROLE {role}; ALTER SCHEMA public OWNER TO {role}")
+    try:
+        done = chronos(partitioned, "upkeep", env=BY_CRON)
+        assert (done.returncode, done.stderr) == (0, "")
+        owner = (
+            "SELECT pg_get_userbyid(relowner) = current_user FROM pg_class WHERE relname = 'chronos_reports'"
+        )
+        assert value(partitioned, owner)
+        query(partitioned, f"ALTER TABLE chronos_reports OWNER TO {role}")
+        done = chronos(partitioned, "upkeep", env=BY_CRON)
+        assert (done.returncode, f"chronos_reports belongs to {role}, not to" in done.stderr) == (0, True)
+    finally:
+        query(
+            partitioned, f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}"
+        )
+
+
 def test_a_table_of_the_applications_that_has_the_name_of_the_state_is_left_alone(partitioned: str) -> None:
     query(partitioned, "CREATE TABLE webhook_log_migration (version integer)")
     done = chronos(partitioned, "upkeep", env=BY_CRON)

@@ -365,15 +365,17 @@ def test_an_alert_command_that_hangs_is_killed_with_what_it_started(
     )
 
 
-def test_the_alert_command_gets_no_database_url(
+def test_the_alert_command_gets_no_database_url_and_no_password(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = tmp_path / "seen"
     monkeypatch.setenv("MY_WEBHOOK", "for the command")
+    monkeypatch.setenv("PGPASSWORD", "of the database")
     tell(settings_that_alert(url, f"env > {quote(str(seen))}"))
     text = seen.read_text()
     assert "MY_WEBHOOK=for the command" in text
-    assert not any(f"{name}=" in text for name in ("DATABASE_URL", "REDIS_URL", "CHRONOS_ALERT_COMMAND"))
+    kept_back = ("DATABASE_URL", "PGPASSWORD", "REDIS_URL", "CHRONOS_ALERT_COMMAND")
+    assert not any(f"{name}=" in text for name in kept_back)
 
 
 def test_while_one_run_gives_the_alert_another_does_not(

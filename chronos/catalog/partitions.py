@@ -80,13 +80,14 @@ class Detached:
     """A former partition that retention has detached.
 
     ``drop_on`` is the UTC day on which it is dropped: its grace is over, and its last row has expired. None:
-    somebody has changed it since, and it stays.
+    somebody has changed it since, and it stays. ``upper`` is where it ended (UTC, exclusive).
     """
 
     name: str
     schema: str
     bytes: int
     drop_on: date | None
+    upper: datetime | None = None
 
 
 # The same rule as in sql/partition_functions.sql, where it is explained.
@@ -120,11 +121,11 @@ def detached(conn: Connection, spec: TableSpec) -> list[Detached]:
     for table, schema, size, day, upper in execute(
         conn, statement(_DETACHED, schema=spec.home, table=spec.name)
     ).all():
-        drop_on = None
+        drop_on = until = None
         with suppress(TypeError, ValueError):
-            expired_on = expires_on(datetime.fromisoformat(upper).replace(tzinfo=UTC), spec.retention_days)
-            drop_on = max(date.fromisoformat(day), expired_on or date.min)
-        found.append(Detached(table, schema, size, drop_on))
+            until = datetime.fromisoformat(upper).replace(tzinfo=UTC)
+            drop_on = max(date.fromisoformat(day), expires_on(until, spec.retention_days) or date.min)
+        found.append(Detached(table, schema, size, drop_on, until))
     return found
 
 

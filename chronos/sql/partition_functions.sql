@@ -46,7 +46,8 @@ END
 $chronos$;
 
 -- The shared pair is made, or brought to this version, by whoever may: a superuser, or its owner. It goes to
--- the owner of the schema, who can replace anything in it anyhow; else to the owner of the table.
+-- the owner of the schema, who can replace anything in it anyhow; else to the owner of the table. A superuser's
+-- table takes it for a superuser, who keeps it.
 DO $install$
 DECLARE
     home     CONSTANT oid := (SELECT n.nspowner FROM pg_namespace n WHERE n.nspname = @'schema'@);
@@ -55,13 +56,18 @@ DECLARE
     state    regclass;
 BEGIN
     SELECT coalesce(bool_and(pg_has_role(p.proowner, 'USAGE')), true) AS ours,
-           coalesce(bool_and(pg_has_role(p.proowner, home, 'MEMBER')
+           coalesce(bool_and(pg_has_role(p.proowner, home, 'MEMBER') AND NOT o.rolsuper
                              OR pg_has_role(p.proowner, @'owner'@::name, 'MEMBER')), true) AS trusted,
            max(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):'), '0')::integer) AS version,
-           coalesce(min(pg_get_userbyid(p.proowner)), @'owner'@) AS owner
+           CASE WHEN max(o.rolsuper::integer) = 1 THEN @'owner'@
+                WHEN min(s.rolsuper::integer) = 1 THEN min(s.rolname)::text
+                WHEN pg_has_role(home, 'USAGE') THEN pg_get_userbyid(home)
+                ELSE coalesce(min(s.rolname), @'owner'@)::text END AS owner
     INTO standing
-    FROM pg_proc p
-    WHERE p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@));
+    FROM pg_roles o
+    LEFT JOIN pg_proc p ON p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@))
+    LEFT JOIN pg_roles s ON s.oid = p.proowner
+    WHERE o.rolname = @'owner'@;
     -- What somebody else has put there goes, whatever version it says it is.
     IF standing.ours AND (coalesce(standing.version, 0) <= @#version@ OR NOT standing.trusted) THEN
         EXECUTE $shared$
@@ -470,8 +476,7 @@ COMMENT ON FUNCTION @#drop_shared@ IS
 
         $shared$;
         FOREACH shared IN ARRAY ARRAY[@'create_shared'@, @'drop_shared'@] LOOP
-            EXECUTE format('ALTER FUNCTION %s OWNER TO %I', shared,
-                           CASE WHEN pg_has_role(home, 'USAGE') THEN pg_get_userbyid(home) ELSE standing.owner END);
+            EXECUTE format('ALTER FUNCTION %s OWNER TO %I', shared, standing.owner);
         END LOOP;
     END IF;
 

@@ -33,7 +33,9 @@ BEGIN
             'chronos: what the jobs did that create and drop partitions, for 35 days';
         REVOKE ALL ON @schema@.chronos_reports FROM PUBLIC;
         EXECUTE format('ALTER TABLE %s OWNER TO %I', reports,
-                       CASE WHEN pg_has_role(home, 'USAGE') THEN pg_get_userbyid(home) ELSE @'owner'@ END);
+                       CASE WHEN pg_has_role(home, 'USAGE')
+                                 AND NOT (SELECT o.rolsuper FROM pg_roles o WHERE o.rolname = @'owner'@)
+                            THEN pg_get_userbyid(home) ELSE @'owner'@ END);
     END IF;
     -- Whoever owns another table of the schema keeps its reports here as well.
     IF pg_has_role((SELECT c.relowner FROM pg_class c WHERE c.oid = to_regclass(reports)), 'USAGE')

@@ -1,6 +1,7 @@
 -- Whose functions the wrappers of @#table@ may call: those of a role that the owner of the table must trust
 -- anyhow. That is a superuser, the owner of the schema, who can replace any function in it, the owner of the
--- table, and whoever can act as one of them. Anybody else could make the owner of the table run anything.
+-- table, and whoever can act as one of them. Anybody else could make the owner of the table run anything. A
+-- superuser trusts superusers alone: who owns the schema, or the database, would become one by a table of his.
 -- Raises insufficient_privilege when the pair belongs to somebody else, or is older and cannot be replaced.
 -- Installations in one schema wait for each other until the transaction ends.
 DO $chronos$
@@ -12,11 +13,11 @@ BEGIN
     SELECT string_agg(DISTINCT pg_get_userbyid(p.proowner), ' and ') AS owner,
            bool_and(pg_has_role(p.proowner, 'USAGE')) AS ours,
            bool_and(pg_has_role(n.nspowner, 'USAGE')) AS schema_is_ours,
-           bool_and(pg_has_role(p.proowner, n.nspowner, 'MEMBER')
+           bool_and(pg_has_role(p.proowner, n.nspowner, 'MEMBER') AND NOT o.rolsuper
                     OR pg_has_role(p.proowner, @'owner'@::name, 'MEMBER')) AS trusted,
            min(coalesce(substring(obj_description(p.oid, 'pg_proc') FROM '^chronos (\d+):'), '0')::integer) AS version
     INTO standing
-    FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace JOIN pg_roles o ON o.rolname = @'owner'@
     WHERE p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@));
     IF NOT standing.trusted AND NOT (standing.ours AND standing.schema_is_ours) THEN
         RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % belong to %, '
