@@ -71,6 +71,7 @@ def test_importing_chronos_imports_nothing_else() -> None:
 def test_every_name_that_is_offered_is_there_and_no_other() -> None:
     for name in chronos.__all__:
         assert getattr(chronos, name).__module__.startswith("chronos.")
+        assert name in dir(chronos)
     with pytest.raises(AttributeError, match="Migrate"):
         chronos.Migrate  # type: ignore[attr-defined]  # noqa: B018
 
