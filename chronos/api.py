@@ -135,7 +135,7 @@ def migrate(
         ),
         **given,
     )
-    with _typed_errors():
+    with typed_errors():
         work = session(Verb.RESUME if resume else Verb.MIGRATE, table, url, described)
         work.require_agreement()
         operator = _operator(output, stop, Patience(longest_s=options.max_lock_wait))
@@ -174,7 +174,7 @@ def rollback(
     Raises RefusedError (no migration, or something stands in the way: nothing was changed),
     InterruptedRunError (cut off; call it again) or NeedsPersonError.
     """
-    with _typed_errors():
+    with typed_errors():
         work = session(Verb.ROLLBACK, table, url)
         operator = _operator(output, stop)
 
@@ -211,7 +211,7 @@ def finalize(
 
     Raises RefusedError (nothing was changed) or InterruptedRunError (cut off; call it again).
     """
-    with _typed_errors():
+    with typed_errors():
         work = session(Verb.FINALIZE, table, url)
         operator = _operator(output, stop)
 
@@ -237,7 +237,7 @@ def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
     """
     from chronos.health import collect  # here, as below, for no other verb needs what it imports
 
-    with _typed_errors(CannotTellError, "cannot tell: {}"):
+    with typed_errors(CannotTellError, "cannot tell: {}"):
         work = session(Verb.STATUS, table, url)
         return collect(work.settings, work.table, listed=work.listed)
 
@@ -251,7 +251,7 @@ def overview(*, url: str | URL | None = None) -> Overview:
     """
     from chronos.health import Overview, collect_all, collect_others
 
-    with _typed_errors(CannotTellError, "cannot tell: {}"):
+    with typed_errors(CannotTellError, "cannot tell: {}"):
         settings = settings_for(url)
         others = collect_others(settings)
         return Overview(tuple(collect_all(settings)), tuple(others))
@@ -274,7 +274,7 @@ def upkeep(
     """
     from chronos import alerts, jobs
 
-    with _typed_errors():
+    with typed_errors():
         settings = settings_for(url)
         found = jobs.upkeep(settings, retry_for, (stop or threading.Event()).wait)
         errors = [str(report["error"]) for report in found.values() if report["status"] == "failed"]
@@ -300,7 +300,7 @@ def upgrade_functions(table: str | None = None, *, url: str | URL | None = None)
 
     Safe at any time. Returns a line for each table. Locks: none on a table. Raises RefusedError.
     """
-    with _typed_errors():
+    with typed_errors():
         settings = settings_for(url)
         if table is not None:
             work = session(Verb.UPGRADE_FUNCTIONS, table, url)
@@ -350,7 +350,7 @@ def settings_for(url: str | URL | None) -> Settings:
 
 
 @contextmanager
-def _typed_errors(
+def typed_errors(
     kind: type[ChronosError] = ChronosError,
     text: str = "{}; nothing was changed",
 ) -> Iterator[None]:

@@ -62,7 +62,8 @@ def _to_stderr(text: str) -> None:
 def _errors_as_lines() -> Iterator[None]:
     """Every error becomes one line on stderr and its exit code; a traceback helps nobody at 2 AM."""
     try:
-        yield
+        with api.typed_errors():
+            yield
     except ChronosError as error:
         words = [str(error)]
         if isinstance(error, UndescribedError):

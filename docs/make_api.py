@@ -36,6 +36,7 @@ for problem in chronos.status("webhook_log").problems:
 - **Nothing is printed, nobody is asked.** The call is the consent; with `confirm` somebody looks first.
 - **Signals stay yours.** `stop` ends a call at the next batch, from any thread or signal handler; Ctrl-C ends
   it with InterruptedRunError. Of two calls that would change the same table the second is refused.
+- **A call blocks** until it is done. In asyncio: `await asyncio.to_thread(chronos.migrate, stop=stop)`.
 - **Settings** are those of the command line: the environment, `.env`, and `chronos.toml` in the working
   directory, read once by a process, at the first call. `import chronos` alone reads and loads nothing.
 - **Times** are UTC, durations seconds, sizes bytes. The types are complete and checked (`py.typed`).

@@ -71,6 +71,7 @@ def test_importing_chronos_imports_nothing_else() -> None:
 def test_every_name_that_is_offered_is_there_and_no_other() -> None:
     for name in chronos.__all__:
         assert getattr(chronos, name).__module__.startswith("chronos.")
+        assert name in dir(chronos)
     with pytest.raises(AttributeError, match="Migrate"):
         chronos.Migrate  # type: ignore[attr-defined]  # noqa: B018
 
@@ -177,6 +178,37 @@ def test_a_stop_ends_it_half_way_and_it_can_be_resumed(url: str) -> None:
     assert kind(url) == "r"
     assert status(url=url).state == "migrating"
     assert migrate(url=url, resume=True).rows_copied == ROWS
+
+
+_PROGRAM = """
+import sys
+import chronos
+
+try:
+    chronos.migrate(url=sys.argv[1], workers=2, batch_size=50)
+except chronos.InterruptedRunError as error:
+    sys.exit(f"stopped: {error}")
+"""
+
+
+def test_ctrl_c_in_a_program_that_does_not_handle_it_ends_every_worker(url: str) -> None:
+    gate_in_the_copy(url, days=1)
+    command = [sys.executable, "-c", _PROGRAM, url]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program,
+        closed_gate(url) as opens,
+    ):
+        pid_at_the_gate(url)
+        program.send_signal(signal.SIGINT)
+        opens()
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert said.startswith("stopped: stopped as asked in step 3; nothing is lost")
+    [[phase, compared]] = query(url, "SELECT phase, compared FROM webhook_log_migration")
+    assert phase == "copying"
+    assert len(compared) < 6, "the oldest days are left"
+    assert rollback(url=url).rows_carried == 0
+    assert value(url, "SELECT count(*) FROM webhook_log") == ROWS
 
 
 # Somebody who is told, or asked

@@ -563,3 +563,9 @@ def test_a_held_migration_has_its_queries_planned_on_the_new_table(database: str
     assert by_time is not None
     assert by_id.scanned == by_id.partitions == 46
     assert by_time.scanned < 46
+
+
+def test_without_a_server_there_is_no_plan_but_a_line() -> None:
+    found = chronos("postgresql://nobody@127.0.0.1:1/none", "migrate", "--dry-run")
+    assert found.returncode == 1
+    assert found.stderr.endswith("nothing was changed. Check the server and the database URL\n")

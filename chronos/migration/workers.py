@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from sqlalchemy.engine import Connection, Engine
@@ -52,6 +52,11 @@ def work_through(
 
     with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="chronos") as pool:
         futures = [pool.submit(run) for _ in range(max(1, workers))]
+        try:
+            wait(futures)
+        except BaseException:  # Ctrl-C, in a program that leaves it to Python: none may go on unseen
+            failed.set()
+            raise
     # All have ended here. What one of them met first is why the others stopped.
     errors = [error for future in futures if (error := future.exception())]
     errors.sort(key=lambda error: isinstance(error, StopRequestedError))
