@@ -654,9 +654,15 @@ class _Run:
                 "Make room and start again; or, where one more index is all that there is room for:"
                 f" {start_command(table)} --strategy attach"
             )
+        cause = error
+        if sqlstate(error) in (errorcodes.UNDEFINED_COLUMN, errorcodes.DATATYPE_MISMATCH):
+            cause = ShapeError(one_line(error))
+            cure = (
+                "Somebody has changed its columns meanwhile: start again, and let nobody do so until the swap"
+            )
         raise ChronosError(
             f"{what}; rolled back: {table} is the plain table it was, with every row. {cure}"
-        ) from error
+        ) from cause
 
     def _reconnect(self) -> Connection:
         """A new connection; a server that restarts gets ``reconnect_s`` seconds to come back."""
