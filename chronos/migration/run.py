@@ -360,8 +360,9 @@ class _Run:
             discard(self.migration.conn)
             self._undo(error)
         except Exception as error:
-            if self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError)):
-                # What is copied and compared is not thrown away for that.
+            lost = self.phase is Phase.COPYING and is_disconnect(error)
+            if lost or (self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError))):
+                # What is copied is not thrown away for that.
                 raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
             self._undo(error)
