@@ -346,6 +346,19 @@ def test_a_rollback_says_which_days_since_the_swap_are_only_detached(database: s
     )
 
 
+def test_a_rollback_names_the_detached_tables_that_nobody_drops_any_more(database: str) -> None:
+    create_webhook_log(connect_engine(make_url(database)), 100)
+    assert chronos(database, "migrate", "--yes").returncode == 0
+    query(database, "SELECT chronos_drop_partitions('public', 'webhook_log', 13, now(), 7)")
+    went_back = chronos(database, "rollback", "--yes")
+    assert went_back.returncode == 0, went_back.stderr
+    [said] = [line for line in went_back.stdout.splitlines() if "If nobody needs them: " in line]
+    assert chronos(database, "migrate", "--yes").returncode == 2
+    query(database, said.partition("If nobody needs them: ")[2])
+    again = chronos(database, "migrate", "--yes")
+    assert again.returncode == 0, again.stderr
+
+
 def test_the_configuration_sets_the_grace_of_each_table_and_refuses_a_negative_one(tmp_path: Path) -> None:
     file = tmp_path / "chronos.toml"
     file.write_text('[[tables]]\nname = "events"\ncolumn = "at"\ngrace_days = 7\n')

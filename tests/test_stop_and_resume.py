@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from tests.command import chronos, chronos_environment
 from tests.screen import lines_on_the_screen
-from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate, value
+from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate, query, value
 from tests.test_migration import fill, state, stopped_in_the_copy
 
 
@@ -85,6 +85,26 @@ def test_a_signal_to_end_stops_the_copy_and_says_how_to_go_on(database: str, num
     assert "nothing is lost" in errors
     assert "--resume" in errors
     assert state(database) == ("copying", False)
+
+
+def test_a_column_that_is_added_while_rows_are_copied_undoes_the_migration_and_is_named(
+    database: str,
+) -> None:
+    fill(database)
+    with stopped_in_the_copy(database) as migration:
+        migration.process.send_signal(signal.SIGINT)
+        migration.release()
+        migration.process.communicate(timeout=60)
+    query(database, "ALTER TABLE webhook_log ADD COLUMN note text")
+    result = chronos(database, "migrate", "--yes", "--resume")
+    assert result.returncode == 1, result.stdout
+    assert (
+        "webhook_log is the plain table it was, with every row. Somebody has changed its columns"
+        in result.stderr
+    )
+    assert result.stderr.rstrip().endswith("[table-changed]")
+    assert state(database) is None
+    assert value(database, "SELECT count(note) FROM webhook_log") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])

@@ -25,7 +25,7 @@ from chronos.catalog.ddl import (
     sequences_back_statements,
     validate_statement,
 )
-from chronos.catalog.partitions import attached
+from chronos.catalog.partitions import attached, detached
 from chronos.catalog.shape import read as read_shape
 from chronos.commands import finalize as finalize_command
 from chronos.commands import migrate as migrate_command
@@ -82,7 +82,7 @@ from chronos.migration.swap import swap
 from chronos.migration.throttle import Throttle
 from chronos.migration.workers import CheckStop
 from chronos.results import RollbackResult
-from chronos.table import Period, TableSpec
+from chronos.table import Period, TableSpec, quoted
 
 _BATCH = 5_000
 
@@ -138,7 +138,21 @@ def undo(
             carried = roll_back(migration, check_stop=operator.check_stop)
         came = f"; {counted(carried, 'row')} written since the swap came along" if found.phase.swapped else ""
         operator.output.ok(f"{table} is the plain table again{came}")
+        if left := _still_detached(migration.conn, table):
+            operator.output.line(left)
         return RollbackResult(table, carried, by_hand=False, seconds=time.monotonic() - began)
+
+
+def _still_detached(conn: Connection, table: TableSpec) -> str | None:
+    """What to do about the former partitions that wait for their drop, which nobody will drop any more."""
+    with transaction(conn):
+        left = [f"{quoted(one.schema)}.{quoted(one.name)}" for one in detached(conn, table)]
+    if not left:
+        return None
+    return (
+        f"Retention had detached {', '.join(left)}. Nothing drops them any more, and another migration needs"
+        f" their names. If nobody needs them: DROP TABLE {', '.join(left)};"
+    )
 
 
 def _require_none(table: TableSpec, in_the_way: list[Obstacle], *, force: bool) -> None:

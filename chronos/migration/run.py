@@ -392,8 +392,9 @@ class _Run:
             self._undo(error)
             return self._finish_again()
         except Exception as error:
-            if self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError)):
-                # What is copied and compared is not thrown away for that.
+            lost = self.phase is Phase.COPYING and is_disconnect(error)
+            if lost or (self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError))):
+                # What is copied is not thrown away for that.
                 raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
             self._undo(error)
@@ -714,9 +715,15 @@ class _Run:
                 "Make room and start again; or, where one more index is all that there is room for:"
                 f" {start_command(table)} --strategy attach"
             )
+        cause = error
+        if sqlstate(error) in (errorcodes.UNDEFINED_COLUMN, errorcodes.DATATYPE_MISMATCH):
+            cause = ShapeError(one_line(error))
+            cure = (
+                "Somebody has changed its columns meanwhile: start again, and let nobody do so until the swap"
+            )
         raise ChronosError(
             f"{what}; rolled back: {table} is the plain table it was, with every row. {cure}"
-        ) from error
+        ) from cause
 
     def _reconnect(self) -> Connection:
         """A new connection; a server that restarts gets ``reconnect_s`` seconds to come back."""
