@@ -136,7 +136,11 @@ def undo(
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
-        came = f"; {counted(carried, 'row')} written since the swap came along" if found.phase.swapped else ""
+        came = ""
+        if found.phase.swapped:  # what is newer is counted; the late, updated and deleted rows are not
+            came = (
+                f"; all that was written since the swap came along, {counted(carried, 'newer row')} among it"
+            )
         operator.output.ok(f"{table} is the plain table again{came}")
         if left := _still_detached(migration.conn, table):
             operator.output.line(left)
