@@ -204,7 +204,7 @@ def test_autogenerate_finds_only_the_applications_own_tables_in_every_phase(
         assert dropped(application.changes()) == OWN, step
 
 
-def test_nothing_is_found_of_what_is_to_be_a_partition_and_is_none_yet(application: Application) -> None:
+def test_autogenerate_ignores_a_partition_that_is_not_attached_yet(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold")
     [[leaf]] = query(
         application.url,
@@ -215,7 +215,7 @@ def test_nothing_is_found_of_what_is_to_be_a_partition_and_is_none_yet(applicati
     assert dropped(application.changes()) == OWN
 
 
-def test_nothing_is_found_of_a_table_that_becomes_a_partition(application: Application) -> None:
+def test_autogenerate_ignores_a_table_that_becomes_a_partition(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold", "--strategy", "attach")
     assert dropped(application.changes()) == OWN
     application.run("migrate", "webhook_log", "--yes", "--resume")
@@ -224,7 +224,7 @@ def test_nothing_is_found_of_a_table_that_becomes_a_partition(application: Appli
     assert dropped(application.changes()) == OWN
 
 
-def test_without_it_every_partition_would_be_dropped(application: Application) -> None:
+def test_without_the_filter_autogenerate_would_drop_every_partition(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     with application.engine.connect() as connection:
         plain = compare_metadata(MigrationContext.configure(connection), application.metadata[0])
@@ -236,7 +236,7 @@ def test_without_it_every_partition_would_be_dropped(application: Application) -
             assert dropped(found) == {table for table in OWN if table[0] == "public"}
 
 
-def test_a_change_of_a_partitioned_table_is_found(application: Application) -> None:
+def test_a_change_to_a_partitioned_table_is_found(application: Application) -> None:
     application.run("migrate", EVENT, "--yes")
     application.run("finalize", EVENT, "--yes")
     query(
@@ -247,7 +247,7 @@ def test_a_change_of_a_partitioned_table_is_found(application: Application) -> N
     assert {change[0] for change in found} == {"remove_index", "remove_column"}
 
 
-def test_what_a_model_names_is_compared_though_it_is_the_old_table(application: Application) -> None:
+def test_an_old_table_that_a_model_names_is_compared(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     named = models()
     named.tables["webhook_log"].to_metadata(named, name="webhook_log_old")
@@ -260,13 +260,13 @@ def test_what_a_model_names_is_compared_though_it_is_the_old_table(application: 
     assert "remove_column" in found
 
 
-def test_an_old_table_with_another_name_is_still_known(application: Application) -> None:
+def test_a_renamed_old_table_is_still_recognized(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     query(application.url, "ALTER TABLE webhook_log_old RENAME TO kept; ALTER TABLE kept SET SCHEMA audit")
     assert dropped(application.changes()) == OWN
 
 
-def test_a_role_that_may_not_read_the_state_gets_an_answer(application: Application) -> None:
+def test_a_role_that_cannot_read_the_state_still_gets_an_answer(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold")
     with application.engine.connect() as connection:
         connection.exec_driver_sql("SET ROLE pg_monitor")
@@ -277,7 +277,7 @@ def test_a_role_that_may_not_read_the_state_gets_an_answer(application: Applicat
         assert kept("customer_migration", "table", {"schema_name": None})
 
 
-def test_outside_env_py_it_says_what_to_use() -> None:
+def test_outside_env_py_the_error_says_what_to_use() -> None:
     with pytest.raises(RefusedError, match=r"Filter\(connection\)"):
         include_name("webhook_log", "table", {"schema_name": None})
 
@@ -310,7 +310,7 @@ def test_autogenerate_while_a_swap_waits_finds_nothing(application: Application)
 
 
 @pytest.mark.parametrize("function", ["include_name", "include_object"])
-def test_autogenerate_during_a_running_copy_waits_for_nothing_and_finds_nothing(
+def test_autogenerate_during_a_copy_does_not_wait_and_finds_nothing(
     application: Application, function: str
 ) -> None:
     only(function, application)
@@ -436,7 +436,9 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
 
 
 @pytest.mark.parametrize("title", ["SQLAlchemy", "SQLModel"])
-def test_the_model_of_the_document_fits_before_and_after(application: Application, title: str) -> None:
+def test_the_documented_model_works_before_and_after_the_migration(
+    application: Application, title: str
+) -> None:
     with snippet(title) as declared:
         event = declared.Event
 

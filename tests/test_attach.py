@@ -52,7 +52,7 @@ def valid(url: str, index: str) -> bool | None:
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES)
-def test_there_and_back(
+def test_migrate_and_rollback_keep_the_file_and_the_schema(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -69,7 +69,7 @@ def test_there_and_back(
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES[2:])
-def test_held_before_the_swap_and_resumed(
+def test_held_before_the_swap_it_can_be_resumed(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -88,7 +88,7 @@ def test_held_before_the_swap_and_resumed(
 
 @pytest.mark.parametrize("way_out", ["resume", "rollback"])
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES[:2])
-def test_killed_while_the_index_is_built(
+def test_killed_while_the_index_is_built_it_resumes_or_rolls_back(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType, way_out: str
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -108,7 +108,7 @@ def test_killed_while_the_index_is_built(
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES)
-def test_a_failing_swap_is_put_back(
+def test_a_failed_swap_is_rolled_back(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -143,7 +143,7 @@ def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: s
 @pytest.mark.parametrize(
     "identity", ["bigserial", "bigint GENERATED ALWAYS AS IDENTITY (START WITH 7 CACHE 2)"]
 )
-def test_everything_comes_along_and_goes_back(
+def test_everything_on_the_table_is_migrated_and_rolled_back(
     make_database: MakeDatabase, pg_bin: Path, identity: str
 ) -> None:
     url = make_database()
@@ -183,7 +183,7 @@ def test_everything_comes_along_and_goes_back(
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
-def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, table: Real) -> None:
+def test_tables_of_real_projects_migrate_and_roll_back(database: str, pg_bin: Path, table: Real) -> None:
     schema, spec = create(database, table), table.spec
     if table is OBAN:  # as the refusal says: see the kitchen sink
         query(database, "ALTER TABLE oban_jobs VALIDATE CONSTRAINT non_negative_priority")
@@ -209,7 +209,7 @@ def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, tab
 
 
 @pytest.mark.parametrize("stopped", ["the backend is ended", "Ctrl-C"])
-def test_an_index_that_was_cut_off_is_built_again(database: str, pg_bin: Path, stopped: str) -> None:
+def test_an_interrupted_index_build_is_repeated(database: str, pg_bin: Path, stopped: str) -> None:
     load(database, 1_000)
     before = dump(database, pg_bin)
     with holding(database, AS_A_WRITER), started(database, *MIGRATE) as migration:
@@ -234,7 +234,7 @@ def test_an_index_that_was_cut_off_is_built_again(database: str, pg_bin: Path, s
     assert dump(database, pg_bin) == before
 
 
-def test_a_rollback_killed_while_it_builds_the_old_key_goes_on(database: str, pg_bin: Path) -> None:
+def test_a_rollback_killed_while_it_builds_the_old_key_can_be_repeated(database: str, pg_bin: Path) -> None:
     with live(database) as table:
         before = dump(database, pg_bin)
         table.run(*MIGRATE, swaps=1)

@@ -39,7 +39,7 @@ def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int,
         engine.dispose()
 
 
-def test_a_table_that_is_left_alone_has_no_short_read_and_no_row_that_differs(
+def test_an_untouched_table_has_no_short_read_and_no_differing_row(
     make_database: MakeDatabase,
 ) -> None:
     account, _, differ = _watched(make_database, "UPDATE webhook_endpoint SET url = url")
@@ -48,7 +48,7 @@ def test_a_table_that_is_left_alone_has_no_short_read_and_no_row_that_differs(
     assert account.ledger
 
 
-def test_rows_that_get_lost_are_counted_and_so_are_the_reads_and_writes_that_miss_them(
+def test_lost_rows_are_counted_with_the_reads_and_writes_that_miss_them(
     make_database: MakeDatabase,
 ) -> None:
     account, lost, differ = _watched(make_database, f"DELETE FROM webhook_log WHERE {_COUNTED}")
@@ -57,7 +57,7 @@ def test_rows_that_get_lost_are_counted_and_so_are_the_reads_and_writes_that_mis
     assert account.missed > 0
 
 
-def test_rows_that_somebody_else_changed_differ_and_no_read_misses_them(make_database: MakeDatabase) -> None:
+def test_rows_changed_by_someone_else_differ_but_no_read_misses_them(make_database: MakeDatabase) -> None:
     account, changed, differ = _watched(
         make_database, f"UPDATE webhook_log SET response_body = '{{{{}}}}' WHERE {_COUNTED}"
     )

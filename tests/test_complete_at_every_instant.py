@@ -88,7 +88,7 @@ def notes(url: str) -> int:
     return waiting
 
 
-def test_rows_that_are_out_of_sight_are_noticed(database: str) -> None:
+def test_hidden_rows_are_noticed(database: str) -> None:
     """The readers and the application themselves: what they are there for must not pass them by."""
     loaded = load(database, ROWS)
     with Application(database, loaded) as application, Readers(database, loaded, application) as readers:
@@ -145,7 +145,7 @@ def test_there_and_back(database: str, key_type: KeyType, timestamp_type: Timest
     ("way_out", "key_type", "timestamp_type"),
     [("resume", "uuid", "timestamp"), ("rollback", "serial", "timestamptz")],
 )
-def test_killed_during_the_copy(
+def test_killed_during_the_copy_it_resumes_or_rolls_back(
     database: str, way_out: str, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -161,7 +161,7 @@ def test_killed_during_the_copy(
             assert phase(database) is None
 
 
-def test_held_before_the_swap(database: str) -> None:
+def test_held_before_the_swap_later_changes_are_replayed(database: str) -> None:
     """Everything but the swap; what piles up meanwhile is replayed when asked for, and before the swap."""
     with live(database, "identity always", "timestamptz") as table:
         output = table.run(*MIGRATE, "--hold")
@@ -180,7 +180,7 @@ def test_held_before_the_swap(database: str) -> None:
         assert phase(database) == "migrated"
 
 
-def test_a_failing_copy_is_put_back(database: str) -> None:
+def test_a_failed_copy_is_rolled_back(database: str) -> None:
     """A check that a row of the past does not meet any more: the copy of that row fails."""
     with live(database) as table:
         key = table.application.loaded.counted()[-1]
@@ -198,7 +198,7 @@ def test_a_failing_copy_is_put_back(database: str) -> None:
         assert is_plain(database)
 
 
-def test_a_difference_after_the_swap_is_put_back(database: str) -> None:
+def test_a_difference_after_the_swap_is_rolled_back(database: str) -> None:
     """Somebody changes a row of the new table by hand, after it was compared: all goes back by itself."""
     with live(database) as table:
         table.run(*MIGRATE, "--hold")
@@ -259,7 +259,7 @@ def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
         sampler.join()
 
 
-def test_one_exclusive_lock_in_all(database: str) -> None:
+def test_access_exclusive_is_taken_once_to_migrate_and_at_most_twice_to_roll_back(database: str) -> None:
     """On the table in use: one to migrate; to go back one for the names, and one to take the triggers off.
 
     Nobody is in the way, so none is tried twice.
@@ -298,7 +298,7 @@ class Dashboard(threading.Thread):
 
 
 @pytest.mark.faults
-def test_beside_long_queries(database: str) -> None:
+def test_long_queries_delay_neither_the_copy_nor_writers(database: str) -> None:
     """Two dashboards, one of which is always reading: 60,000 rows within two minutes, and no writer stuck."""
     loaded = load(database, 60_000, days=13, width=1)
     dashboards = [Dashboard(database), Dashboard(database)]

@@ -213,7 +213,7 @@ def broker() -> Iterator[EmbeddedRedis]:
 
 
 @pytest.mark.parametrize("taken_from", [of_compose, of_systemd], ids=["compose", "systemd"])
-def test_worker_and_beat_as_deployed_catch_up_with_a_night_that_was_missed(
+def test_deployed_worker_and_beat_catch_up_on_a_missed_night(
     taken_from: Any, machine: Machine, broker: EmbeddedRedis, app: Any
 ) -> None:
     migrate(machine.url, -17, 0)
@@ -236,7 +236,7 @@ def test_worker_and_beat_as_deployed_catch_up_with_a_night_that_was_missed(
         assert process.popen.returncode == 0, process.printed()
 
 
-def test_migrate_of_compose_asks_and_migrates(machine: Machine, redis_url: str) -> None:
+def test_migrate_in_compose_asks_and_migrates(machine: Machine, redis_url: str) -> None:
     create_webhook_log(connect_engine(make_url(machine.url)), 300)
     command, given = of_compose("migrate", machine, redis_url)
     plain = relations(machine.url)
@@ -254,7 +254,7 @@ def test_migrate_of_compose_asks_and_migrates(machine: Machine, redis_url: str) 
 
 
 @pytest.mark.usefixtures("client")
-def test_a_container_is_healthy_if_status_is_and_never_ends_with_what_docker_reserves(
+def test_the_health_check_follows_status_and_never_returns_dockers_reserved_code(
     machine: Machine, redis_url: str
 ) -> None:
     options, _, check = said_last("HEALTHCHECK").partition(" CMD ")
@@ -278,7 +278,7 @@ def test_a_container_is_healthy_if_status_is_and_never_ends_with_what_docker_res
     assert health("postgresql://nobody@127.0.0.1:1/none") == 1
 
 
-def test_the_servers_of_compose_are_asked_whether_they_answer(postgres: str, pg_bin: Path) -> None:
+def test_the_servers_in_compose_have_working_health_checks(postgres: str, pg_bin: Path) -> None:
     url = make_url(postgres)
     how, program, *options = compose()["postgres"]["healthcheck"]["test"]
     assert (how, program) == ("CMD", "pg_isready")
@@ -291,7 +291,7 @@ def test_the_servers_of_compose_are_asked_whether_they_answer(postgres: str, pg_
         assert needs == {server: {"condition": "service_healthy"} for server in ("postgres", "valkey")}
 
 
-def test_what_valkey_of_compose_was_told_outlives_it(tmp_path: Path) -> None:
+def test_valkey_in_compose_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
     program, *options = compose()["valkey"]["command"]
     assert program == "valkey-server"
     options = [str(tmp_path) if option == "/data" else option for option in options]
@@ -328,7 +328,7 @@ def _redis(options: list[str]) -> Iterator[redis.Redis]:
 # Upkeep without Celery
 
 
-def test_all_that_calls_upkeep_calls_it_by_its_name_at_one_every_night() -> None:
+def test_every_scheduler_runs_upkeep_at_one_every_night() -> None:
     [command] = unit("chronos-upkeep.service")["ExecStart"]
     assert command == f"/opt/chronos/bin/{shlex.join(UPKEEP)}"
     assert unit("chronos-upkeep.timer")["OnCalendar"] == ["*-*-* 01:00:00 UTC"]
@@ -355,7 +355,7 @@ def hour_of(fields: Sequence[str]) -> int:
     return int(hour)
 
 
-def test_the_pod_has_no_right_that_upkeep_does_not_need() -> None:
+def test_the_pod_has_no_privilege_that_upkeep_does_not_need() -> None:
     found, [container] = pod(), pod()["containers"]
     account = int(said_last("USER").partition(":")[0])
     assert account > 0
@@ -376,7 +376,7 @@ def test_the_pod_has_no_right_that_upkeep_does_not_need() -> None:
     assert cron_job()["concurrencyPolicy"] == "Forbid"
 
 
-def test_the_pod_has_its_database_from_a_secret_and_is_not_repeated_when_refused() -> None:
+def test_the_pod_gets_its_database_url_from_a_secret_and_is_not_retried_when_refused() -> None:
     [container] = pod()["containers"]
     given = {one["name"]: one for one in container["env"]}
     assert given["DATABASE_URL"].keys() == {"name", "valueFrom"}
@@ -408,7 +408,7 @@ def test_each_unit_is_as_hardened_as_the_others(service: str) -> None:
     assert ("StateDirectory" in unit(service)) == (service == "chronos-beat.service")
 
 
-def test_the_image_gets_what_it_copies_and_no_settings() -> None:
+def test_the_build_context_is_what_the_image_copies_and_no_settings() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     sent = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
@@ -422,7 +422,7 @@ def test_the_image_gets_what_it_copies_and_no_settings() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_the_image_runs_as_nobody_in_particular_and_knows_its_programs() -> None:
+def test_the_image_runs_unprivileged_with_its_programs_on_path() -> None:
     stages = [rest for name, rest in image() if name == "FROM"]
     assert len(stages) == 2
     assert all("-slim" in stage for stage in stages)
@@ -437,7 +437,7 @@ def test_every_file_names_the_image_of_this_version() -> None:
     assert set(re.findall(r"\bchronos:(\d[\w.]*)", text)) == {__version__}
 
 
-def test_containers_of_compose_may_write_nothing_but_their_state() -> None:
+def test_containers_in_compose_can_write_only_their_state() -> None:
     for service in ("worker", "beat", "migrate"):
         found = compose()[service]
         assert found["read_only"] is True
@@ -451,7 +451,7 @@ def test_containers_of_compose_may_write_nothing_but_their_state() -> None:
 
 
 @pytest.mark.parametrize("caller", ["systemd", "kubernetes"])
-def test_upkeep_as_deployed_makes_and_drops_without_redis(caller: str, machine: Machine) -> None:
+def test_deployed_upkeep_creates_and_drops_without_redis(caller: str, machine: Machine) -> None:
     migrate(machine.url, -17, 0)
     if caller == "systemd":
         command, given = of_systemd("upkeep", machine, "")

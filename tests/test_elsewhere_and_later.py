@@ -84,7 +84,7 @@ def write(url: str) -> None:
 
 
 @pytest.mark.parametrize("stop", [stopped_while_copying, held, migrated])
-def test_a_restored_dump_goes_on_and_back_in_each_phase(
+def test_a_restored_dump_resumes_and_rolls_back_in_each_phase(
     database: str, restored: Callable[[str], str], stop: Callable[[str], None]
 ) -> None:
     create_webhook_log(connect_engine(make_url(database)), ROWS, days=12)
@@ -124,7 +124,7 @@ def begun_yesterday(
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("hold", [False, True], ids=["during the work", "while held"])
-def test_midnight_passes_and_no_row_is_missing(
+def test_no_row_is_missing_after_midnight_passes(
     database: str, monkeypatch: pytest.MonkeyPatch, hold: bool, strategy: Strategy
 ) -> None:
     """The day that was ahead when the partitions were planned is today by now, and rows are written to it."""

@@ -114,9 +114,7 @@ WALKS = [(document.name, walk) for document in DOCUMENTS for walk in walks(docum
 
 
 @pytest.mark.parametrize(("name", "walk"), WALKS, ids=[f"{n}-{w.heading}-{w.state}" for n, w in WALKS])
-def test_what_the_document_says_to_type_works_and_prints_what_it_shows(
-    name: str, walk: Walk, shell: Shell
-) -> None:
+def test_documented_commands_work_and_print_what_is_shown(name: str, walk: Walk, shell: Shell) -> None:
     shell.start(walk.state)
     shown = ""
     for block in walk.blocks:

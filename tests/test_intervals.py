@@ -120,7 +120,7 @@ def place(cur: cursor, instant: str) -> str:
         (Interval.MONTH, datetime(2023, 11, 1, tzinfo=UTC), 3650),
     ],
 )
-def test_sql_and_program_agree_on_names_and_bounds(
+def test_sql_and_python_agree_on_names_and_bounds(
     cur: cursor, every: Interval, start: datetime, days: int
 ) -> None:
     """Over changes of the clock, leap days, the turns of years, weeks 52, 53 and 1."""
@@ -156,7 +156,7 @@ def test_sql_and_program_agree_on_names_and_bounds(
         (Interval.MONTH, "2026-12-31 23:59:59", "y2026m12", "y2027m01"),
     ],
 )
-def test_the_zone_of_the_server_moves_no_bound(
+def test_the_servers_time_zone_moves_no_bound(
     cur: cursor, every: Interval, now: str, first: str, second: str
 ) -> None:
     spec = table(cur, every)
@@ -173,9 +173,7 @@ def test_the_zone_of_the_server_moves_no_bound(
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
-def test_days_ahead_are_whole_days_whatever_a_partition_holds(
-    cur: cursor, every: Interval, type_: str
-) -> None:
+def test_days_ahead_are_whole_days_for_every_interval(cur: cursor, every: Interval, type_: str) -> None:
     """Any type of the column, whose precision does not matter to bounds that are whole seconds."""
     spec = table(cur, every, type_)
     now = datetime(2026, 12, 30, 22, 59, 59, 999999, tzinfo=UTC)
@@ -187,7 +185,7 @@ def test_days_ahead_are_whole_days_whatever_a_partition_holds(
     assert place(cur, "2027-01-02 23:59:59+00") == spec.partition(wanted[-1])
 
 
-def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_place(cur: cursor) -> None:
+def test_a_time_is_rounded_to_its_columns_precision_before_it_is_routed(cur: cursor) -> None:
     spec = table(cur, Interval.WEEK, "timestamptz(3)")
     create(cur, spec, datetime(2026, 12, 28, tzinfo=UTC), 10)
     assert place(cur, "2027-01-03 23:59:59.9994+00") == "events_y2026w53"
@@ -195,7 +193,7 @@ def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_pl
 
 
 @pytest.mark.parametrize("every", ["year", "2 days", None])
-def test_another_interval_is_refused(cur: cursor, every: str | None) -> None:
+def test_an_unknown_interval_is_refused(cur: cursor, every: str | None) -> None:
     table(cur, Interval.DAY)
     call = "SELECT chronos_create_partitions('public', 'events', %s, 3, now())"
     with pytest.raises(errors.InvalidParameterValue, match=f"not {every or 'NULL'}"):
@@ -234,7 +232,7 @@ def test_a_gap_is_filled_and_nothing_else(conn: Connection, cur: cursor, every: 
         (Interval.MONTH, "2026-12-01 00:00", "2027-01-01 00:00", "2027-01-10 23:59:59"),
     ],
 )
-def test_a_partition_goes_when_its_last_instant_is_older_than_the_retention(
+def test_a_partition_is_dropped_when_its_last_instant_is_older_than_the_retention(
     cur: cursor, every: Interval, start: str, end: str, last_kept: str
 ) -> None:
     """Ten days: the last moment at which the partition is kept, and the first at which it goes."""
@@ -248,7 +246,7 @@ def test_a_partition_goes_when_its_last_instant_is_older_than_the_retention(
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
-def test_sql_and_program_agree_on_what_has_expired(
+def test_sql_and_python_agree_on_what_has_expired(
     conn: Connection, cur: cursor, every: Interval, type_: str
 ) -> None:
     spec = table(cur, every, type_)
@@ -262,7 +260,7 @@ def test_sql_and_program_agree_on_what_has_expired(
     assert len(bounds(cur)) == 1, "the newest stays"
 
 
-def test_a_wrapper_tells_the_shared_function_the_time_of_the_transaction(cur: cursor) -> None:
+def test_a_wrapper_passes_the_time_of_the_transaction_to_the_shared_function(cur: cursor) -> None:
     spec = table(cur, Interval.WEEK)
     [now] = column(cur, "SELECT now()")
     wanted = replace(spec, ahead_days=20).wanted(now, back=False)

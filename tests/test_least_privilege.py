@@ -81,7 +81,7 @@ def roles(make_database: MakeDatabase) -> Iterator[Roles]:
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
+def test_an_owner_without_superuser_can_migrate_roll_back_and_finalize(
     roles: Roles, pg_bin: Path, strategy: str
 ) -> None:
     before = dump(roles.superuser, pg_bin)
@@ -104,7 +104,7 @@ def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
+def test_an_owner_without_superuser_can_use_grace_days(
     roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     listed = tmp_path / "chronos.toml"
@@ -123,7 +123,7 @@ def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
     assert "grace_days" not in chronos(roles.owner, "status").stdout
 
 
-def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) -> None:
+def test_a_lock_holder_whose_query_is_hidden_is_named_by_its_pid(roles: Roles) -> None:
     with holding(roles.superuser, "SELECT FROM app.webhook_log LIMIT 1") as other:
         run = Run(roles.owner, "migrate", "app.webhook_log", "--yes")
         pid = other.info.backend_pid
@@ -135,7 +135,7 @@ def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) 
     assert "pg_monitor" in named
 
 
-def test_a_worker_that_may_only_call_the_functions_does_the_nightly_upkeep(
+def test_a_worker_that_can_only_call_the_functions_does_the_nightly_upkeep(
     roles: Roles, redis_url: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert chronos(roles.owner, "migrate", "app.webhook_log", "--yes").returncode == 0
@@ -163,7 +163,7 @@ def test_a_worker_that_may_only_call_the_functions_does_the_nightly_upkeep(
         cur.execute("SELECT FROM app.webhook_log")
 
 
-def test_a_worker_is_told_what_it_lacks_to_keep_its_reports_and_the_grant_is_enough(
+def test_a_worker_is_told_which_grant_its_reports_need_and_that_is_enough(
     roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     listed = tmp_path / "chronos.toml"

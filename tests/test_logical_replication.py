@@ -55,7 +55,7 @@ def follows(table: Live, subscriber: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_a_subscriber_of_a_publication_by_table_goes_on_undisturbed_there_and_back(
+def test_a_subscriber_of_a_publication_by_table_follows_migration_and_rollback(
     make_database: MakeDatabase, strategy: str
 ) -> None:
     publisher, subscriber = make_database(), make_database()
@@ -80,7 +80,7 @@ def test_a_subscriber_of_a_publication_by_table_goes_on_undisturbed_there_and_ba
             follows(table, subscriber)
 
 
-def test_a_publication_that_would_send_rows_of_partitions_is_refused_where_somebody_subscribes(
+def test_a_subscribed_publication_that_would_send_rows_of_partitions_is_refused(
     make_database: MakeDatabase,
 ) -> None:
     publisher, subscriber = make_database(), make_database()

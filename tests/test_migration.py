@@ -101,7 +101,7 @@ def add_awkward_rows(url: str, timestamp_type: TimestampType) -> None:
     ("timestamp_type", "timezone"),
     [("timestamptz", "Asia/Kolkata"), ("timestamp", "America/New_York"), ("timestamptz", None)],
 )
-def test_live_table_with_awkward_rows(
+def test_a_live_table_with_awkward_rows_is_migrated_whole(
     make_database: MakeDatabase, tmp_path: Path, timestamp_type: TimestampType, timezone: str | None
 ) -> None:
     url = make_database(timezone)
@@ -141,7 +141,7 @@ def test_live_table_with_awkward_rows(
             assert f"FROM ('{year}-{month}-{day} 00:00:00" in bound
 
 
-def test_prints_what_the_guide_shows(database: str) -> None:
+def test_migrate_prints_what_the_guide_shows(database: str) -> None:
     fill(database)
 
     result = chronos(database, "migrate", "--yes")
@@ -201,7 +201,7 @@ def test_prints_what_the_guide_shows(database: str) -> None:
     assert (today - first).days == 15
 
 
-def test_keeps_names_constraints_and_sequence(database: str) -> None:
+def test_migrate_keeps_names_constraints_and_sequence(database: str) -> None:
     fill(database)
     shape = (
         "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,"
@@ -261,7 +261,7 @@ def test_retention_of_ninety_days_copies_ninety_days(database: str) -> None:
 
 
 @pytest.mark.parametrize("rows_are", ["none", "all too old"])
-def test_nothing_to_copy(database: str, rows_are: str) -> None:
+def test_a_table_with_nothing_to_copy_is_migrated(database: str, rows_are: str) -> None:
     fill(database, 0)
     if rows_are == "all too old":
         query(
@@ -348,7 +348,7 @@ CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()
         (6, REFUSE.format(pattern="'%RENAME TO \"webhook_log_old\"%'")),
     ],
 )
-def test_a_failing_step_puts_everything_back(database: str, step: int, conflict: str) -> None:
+def test_a_failing_step_is_rolled_back(database: str, step: int, conflict: str) -> None:
     fill(database)
     query(database, conflict)
     before = relations(database)
@@ -366,7 +366,7 @@ def test_a_failing_step_puts_everything_back(database: str, step: int, conflict:
     assert_plain_again(database, before, writer)
 
 
-def test_a_disk_that_fills_up_in_the_copy_puts_everything_back_and_names_the_way_out(database: str) -> None:
+def test_a_full_disk_during_the_copy_is_rolled_back_with_a_remedy(database: str) -> None:
     """The server is made to say so: no test can fill a disk that others use."""
     fill(database)
     query(
@@ -391,7 +391,7 @@ def test_a_disk_that_fills_up_in_the_copy_puts_everything_back_and_names_the_way
     assert (relations(database), digest(database)) == (before, rows)
 
 
-def test_the_model_is_found_by_both_parts_of_its_key(database: str) -> None:
+def test_the_model_is_looked_up_by_both_parts_of_its_key(database: str) -> None:
     fill(database, 100)
     assert chronos(database, "migrate", "--yes").returncode == 0
     with Session(connect_engine(make_url(database))) as session:
@@ -403,7 +403,7 @@ def test_the_model_is_found_by_both_parts_of_its_key(database: str) -> None:
             session.get(WebhookLog, row.id)
 
 
-def test_a_backend_killed_in_the_copy_puts_everything_back(database: str) -> None:
+def test_a_backend_killed_during_the_copy_is_rolled_back(database: str) -> None:
     fill(database)
     before = {*relations(database), ("function", "passes_gate(bigint)"), ("function", "at_the_gate()")}
     with (
@@ -491,7 +491,7 @@ def assert_plain_again(url: str, before: set[tuple[str, str]], writer: LiveWrite
     assert value(url, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
 
 
-def test_a_reader_of_the_output_who_leaves_ends_nothing(database: str) -> None:
+def test_a_closed_output_pipe_does_not_stop_the_migration(database: str) -> None:
     """As under ``| head``: what was begun is brought to its end."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
@@ -502,7 +502,7 @@ def test_a_reader_of_the_output_who_leaves_ends_nothing(database: str) -> None:
     assert state(database) == ("migrated", True)
 
 
-def test_a_cancelled_round_loses_and_doubles_nothing(database: str) -> None:
+def test_a_cancelled_round_neither_loses_nor_duplicates_rows(database: str) -> None:
     """By an administrator, or by a statement_timeout of the role: the round is tried again."""
     fill(database)
     at_it = "SELECT query_start FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
@@ -544,7 +544,7 @@ def _has_committed(writer: LiveWriter, enough: int) -> bool:
     ],
     ids=["isolation", "messages", "log", "search path"],
 )
-def test_whatever_the_database_has_as_its_defaults(database: str, setting: str) -> None:
+def test_migrate_and_rollback_work_with_any_database_defaults(database: str, setting: str) -> None:
     """There and back, the application writing; a check may call functions by their bare names."""
     fill(database)
     query(database, setting.format(make_url(database).database))
@@ -562,7 +562,7 @@ def test_whatever_the_database_has_as_its_defaults(database: str, setting: str) 
 
 
 @pytest.mark.parametrize("precision", [0, 3])
-def test_coarse_timestamps(database: str, precision: int) -> None:
+def test_coarse_timestamps_fall_into_the_right_day(database: str, precision: int) -> None:
     """A day begins with the rows at its midnight, whatever fraction of a second the column can hold."""
     fill(database)
     add_awkward_rows(database, "timestamptz")
@@ -574,7 +574,7 @@ def test_coarse_timestamps(database: str, precision: int) -> None:
     assert digest(database, "webhook_log_old", window(database)) == digest(database)
 
 
-def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
+def test_a_stop_works_when_the_output_is_closed(database: str) -> None:
     """As under ``2>&1 | tee``, whose end comes first."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
@@ -589,7 +589,7 @@ def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
     assert chronos(database, "migrate", "--yes", "--resume").returncode == 0
 
 
-def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Path) -> None:
+def test_unwritable_output_does_not_stop_the_migration(database: str, tmp_path: Path) -> None:
     """As on a disk that runs full: the file takes the first lines and no more."""
     fill(database)
     command = 'ulimit -f 2; exec "$0" -m chronos migrate --yes > "$1"'
@@ -606,7 +606,7 @@ def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Pat
     assert state(database) == ("migrated", True)
 
 
-def test_a_migration_that_was_complete_is_not_undone(
+def test_a_completed_migration_is_not_undone_by_a_lost_connection(
     database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its last commit made, and the connection lost before we were told."""
@@ -630,7 +630,7 @@ def test_a_migration_that_was_complete_is_not_undone(
     assert state(database) == ("migrated", True)
 
 
-def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
+def test_autovacuum_is_off_until_the_partitions_are_in_place(database: str) -> None:
     """It would hold a lock that the migration needs; afterwards it may do as before."""
     fill(database)
     kept_away = (
@@ -645,7 +645,7 @@ def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
     assert value(database, kept_away) == 0
 
 
-def test_a_mismatch_names_the_period(database: str) -> None:
+def test_a_mismatch_is_reported_with_its_period(database: str) -> None:
     """A row that was changed in its copy, before this is compared, is found, by its day."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
@@ -675,7 +675,7 @@ def test_a_mismatch_names_the_period(database: str) -> None:
 
 
 @pytest.mark.parametrize("then", ["go on", "stop and resume", "stop and roll back"])
-def test_what_the_application_does_to_todays_copied_rows_holds(database: str, then: str) -> None:
+def test_changes_to_rows_already_copied_are_kept(database: str, then: str) -> None:
     """Changed, moved and deleted while other days are copied: so it stays, on whichever way it ends."""
     fill(database)
     with stopped_in_the_copy(database) as migration:  # newest day first: today's rows are copied
@@ -706,7 +706,7 @@ def test_what_the_application_does_to_todays_copied_rows_holds(database: str, th
     assert rows == ids
 
 
-def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
+def test_a_long_reader_is_named_and_blocks_nobody(database: str) -> None:
     fill(database, 100)
     with (
         LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer,
@@ -772,7 +772,7 @@ def test_held_before_the_swap(database: str) -> None:
     )
 
 
-def test_a_held_migration_is_undone_like_any_other(database: str) -> None:
+def test_a_held_migration_can_be_rolled_back(database: str) -> None:
     fill(database)
     before = relations(database), digest(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -852,7 +852,7 @@ def connected_repeatable(url: str) -> Iterator[connection]:
 
 
 @pytest.mark.parametrize("verb", ["migrate", "rollback"])
-def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, verb: str) -> None:
+def test_an_old_snapshot_delays_the_swap_and_misses_no_row(database: str, verb: str) -> None:
     fill(database)
     if verb == "rollback":
         assert chronos(database, "migrate", "--yes").returncode == 0
@@ -882,7 +882,7 @@ def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, ve
 
 
 @pytest.mark.parametrize("end", ["killed", "cut off"])
-def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> None:
+def test_a_run_that_ends_before_the_last_comparison_is_resumed(database: str, end: str) -> None:
     """The partitioned table is in use by then, and complete; --resume compares what is left to compare."""
     fill(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -916,7 +916,7 @@ def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> No
     assert chronos(database, "finalize", "--yes").returncode == 0
 
 
-def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
+def test_a_difference_after_the_swap_causes_a_rollback(database: str) -> None:
     """A row of the new table that was replayed is changed there behind its back: it is found, and undone."""
     fill(database)
     before = relations(database)
@@ -939,7 +939,7 @@ def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
     assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'noted'") == 10
 
 
-def test_models_before_and_after(database: str) -> None:
+def test_models_work_before_and_after_the_migration(database: str) -> None:
     engine = create_engine(database, poolclass=NullPool)
     WebhookLog.metadata.create_all(engine)
     written = []

@@ -43,7 +43,7 @@ def ranges(requirements: list[str]) -> dict[str, Requirement]:
 # Requirements
 
 
-def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() -> None:
+def test_the_pins_cover_the_base_dependencies_and_satisfy_their_ranges() -> None:
     wanted, pins = ranges(PROJECT["dependencies"]), pinned("requirements.txt")
     assert set(wanted) == set(pins)
     for name, requirement in wanted.items():
@@ -51,7 +51,7 @@ def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() ->
 
 
 @pytest.mark.parametrize("extra", ["demo", "plan", "alembic"])
-def test_an_extra_takes_what_the_tests_run_on(extra: str) -> None:
+def test_the_test_pins_satisfy_an_extra(extra: str) -> None:
     pins = pinned("requirements-dev.txt")
     for name, requirement in ranges(PROJECT["optional-dependencies"][extra]).items():
         assert requirement.specifier.contains(pins[name]), requirement
@@ -100,7 +100,9 @@ def install(file: Path, tmp_path: Path) -> Path:
     return environment / "bin"
 
 
-def test_installed_it_works_from_any_directory(installed: Path, database: str, tmp_path: Path) -> None:
+def test_the_installed_package_works_from_any_directory(
+    installed: Path, database: str, tmp_path: Path
+) -> None:
     env = chronos_environment(database)
     assert run(installed / "chronos", "--version", cwd=tmp_path, env=env) == f"chronos {__version__}\n"
     python = installed / "python"
@@ -180,9 +182,7 @@ CREATE TABLE webhook_log (id bigserial PRIMARY KEY, "timestamp" timestamptz NOT 
 """
 
 
-def test_a_program_elsewhere_has_the_types_and_nothing_on_its_screen(
-    built: Path, database: str, tmp_path: Path
-) -> None:
+def test_another_program_gets_the_types_and_no_output(built: Path, database: str, tmp_path: Path) -> None:
     [wheel] = built.glob("*.whl")
     python = install(wheel, tmp_path) / "python"
     (tmp_path / "night.py").write_text(_PROGRAM, "utf-8")
@@ -220,7 +220,7 @@ def test_a_message_names_the_command_that_was_typed(installed: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_gets_its_completion(tmp_path: Path, shell: str) -> None:
+def test_the_shell_gets_completion(tmp_path: Path, shell: str) -> None:
     """As the documents say: the script for the shell, and what it asks for when TAB is pressed."""
     command = tmp_path / "chronos"
     command.write_text(f"#!{sys.executable}\nfrom chronos.__main__ import run\nrun()\n", "utf-8")
@@ -283,7 +283,7 @@ def made_worker(checkout: Path, database: str, broker: str) -> Iterator[Callable
         process.wait(60)
 
 
-def test_setting_up_again_leaves_a_running_worker_running(
+def test_running_setup_again_does_not_stop_a_worker(
     checkout: Path, database: str, redis_url: str, client: redis.Redis
 ) -> None:
     migrate(database, -2, 0)
@@ -312,7 +312,7 @@ def test_setting_up_again_leaves_a_running_worker_running(
         )
 
 
-def test_a_newer_file_of_requirements_is_installed_in_place(checkout: Path) -> None:
+def test_a_newer_requirements_file_is_installed_in_place(checkout: Path) -> None:
     for name in ("bin/pip", ".runtime", ".ready"):
         (checkout / ".venv" / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / ".venv" / name).touch()

@@ -201,7 +201,7 @@ def rows_of(texts: list[str]) -> list[tuple[str, int, float, float]]:
     return [(text, 1, 1.0, 1 / len(texts)) for text in texts]
 
 
-def test_statements_that_leave_no_partition_out_are_named_and_others_are_not(database: str) -> None:
+def test_only_statements_that_prune_no_partition_are_named(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         for labelled, partitions in scanned(database).items():
@@ -266,11 +266,11 @@ def test_each_statement_gets_advice_that_names_what_is_wrong() -> None:
         ("COPY webhook_log FROM STDIN", []),
     ],
 )
-def test_what_fails_or_means_something_else_on_partitions_is_found(text: str, facts: list[Fact]) -> None:
+def test_statements_that_fail_or_change_meaning_on_partitions_are_found(text: str, facts: list[Fact]) -> None:
     assert sorted(read(text, SUBJECT).facts, key=str) == facts
 
 
-def test_a_table_of_the_same_name_elsewhere_is_not_meant(database: str) -> None:
+def test_a_table_with_the_same_name_elsewhere_is_ignored(database: str) -> None:
     query(database, 'CREATE SCHEMA shop; CREATE TABLE shop.webhook_log (id int, "timestamp" timestamptz)')
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
@@ -331,7 +331,7 @@ _TRAPPED = [
 _SPRUNG = [_TRAPPED[0], _TRAPPED[6], _TRAPPED[8]]
 
 
-def test_planning_runs_nothing_of_anybody_else(database: str) -> None:
+def test_planning_runs_no_user_function(database: str) -> None:
     with partitioned(database):
         query(database, _TRAPS + _SET)
         for text in _SPRUNG:
@@ -345,7 +345,7 @@ def test_planning_runs_nothing_of_anybody_else(database: str) -> None:
     assert "a trap was run" not in " ".join(found.notes)
 
 
-def test_planning_keeps_no_lock_and_leaves_no_statement_prepared(database: str) -> None:
+def test_planning_leaves_no_lock_and_no_prepared_statement(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         texts = ["UPDATE webhook_log SET status = $1 WHERE id = $2", "SELECT nothing FROM webhook_log"]
@@ -375,7 +375,7 @@ def test_statements_that_are_hidden_or_cut_off_are_counted(database: str) -> Non
     assert "1 statement could not be read" in found.notes[1]
 
 
-def test_a_statement_that_is_nested_too_deep_is_counted_as_unread(database: str) -> None:
+def test_a_statement_nested_too_deep_is_counted_as_unread(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         deep = " UNION ALL ".join(["SELECT id FROM webhook_log"] * 2_000)
@@ -384,7 +384,7 @@ def test_a_statement_that_is_nested_too_deep_is_counted_as_unread(database: str)
     assert "1 statement could not be read" in found.notes[0]
 
 
-def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postgres: OwnPostgres) -> None:
+def test_the_extension_is_read_or_the_plan_says_how_to_get_it(own_postgres: OwnPostgres) -> None:
     there = {"shared_preload_libraries": "pg_stat_statements"}
     has_it = (find_postgres().parent / "lib" / "pg_stat_statements.so").exists()
     url = own_postgres(there if has_it else {}).url
@@ -407,7 +407,9 @@ def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postg
         assert "CREATE EXTENSION pg_stat_statements" in found.notes[0]
 
 
-def test_without_the_parser_one_line_asks_for_it(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_parser_one_line_says_how_to_install_it(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pglast", None)
     with partitioned(database), reading(database) as conn:
         found = workload(conn, _LOG, _PARTITIONS)

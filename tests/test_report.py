@@ -89,7 +89,9 @@ def opened_by_a_browser(path: Path) -> None:
     assert "<svg" in found.stdout or "<svg" not in path.read_text("utf-8")
 
 
-def test_a_complete_run_reports_who_where_when_what_and_how_to_go_back(database: str, tmp_path: Path) -> None:
+def test_a_complete_run_reports_who_where_when_what_and_how_to_roll_back(
+    database: str, tmp_path: Path
+) -> None:
     fill(database)
     path = tmp_path / "ticket.html"
 
@@ -163,7 +165,7 @@ def test_json_has_the_facts_of_the_page_under_documented_keys(database: str, tmp
     assert "and 4980 more" in page(tmp_path / "large.html").text
 
 
-def test_an_attach_reports_that_nothing_was_copied_and_how_not_to_go_back(
+def test_an_attach_reports_that_nothing_was_copied_and_how_not_to_roll_back(
     database: str, tmp_path: Path
 ) -> None:
     fill(database)
@@ -228,7 +230,7 @@ def test_a_failed_run_writes_a_partial_report_that_says_so(database: str, tmp_pa
     assert (found["watch"], found["go_back"]) == ([], [])
 
 
-def test_who_was_waited_for_is_reported(database: str, tmp_path: Path) -> None:
+def test_sessions_that_were_waited_for_are_reported(database: str, tmp_path: Path) -> None:
     fill(database, 100)
     path = tmp_path / "ticket.json"
     with holding(
@@ -263,7 +265,7 @@ def chronos_stopped_at_the_lock(url: str, path: Path) -> int:
         ("folder.json", "Is a directory"),
     ],
 )
-def test_a_report_that_could_not_be_written_is_refused_before_anything_happens(
+def test_an_unwritable_report_is_refused_before_anything_happens(
     database: str, tmp_path: Path, name: str, why: str
 ) -> None:
     fill(database, 10)
@@ -276,7 +278,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_happens(
     assert relations(database) == before
 
 
-def test_a_report_that_is_there_is_kept_when_the_word_is_not_typed(database: str, tmp_path: Path) -> None:
+def test_an_existing_report_is_kept_when_the_word_is_not_typed(database: str, tmp_path: Path) -> None:
     fill(database, 10)
     path = tmp_path / "ticket.json"
     path.write_text("of last time")
@@ -287,7 +289,7 @@ def test_a_report_that_is_there_is_kept_when_the_word_is_not_typed(database: str
     assert not path.exists()
 
 
-def test_charts_of_thousands_of_periods_and_no_seconds_stay_small() -> None:
+def test_charts_of_thousands_of_periods_stay_small() -> None:
     def period(number: int, new: int) -> dict[str, Any]:
         start = f"2026-01-{1 + number // 24 % 28:02}T{number % 24:02}:00:00+00:00"
         return {"start": start, "end": start, "old_rows": 10, "new_rows": new, "alike": True}
@@ -301,7 +303,7 @@ def test_charts_of_thousands_of_periods_and_no_seconds_stay_small() -> None:
     assert rate_chart([{"seconds": 0.0, "rows": 0}], []) is None
 
 
-def test_statistics_are_of_the_whole_and_of_today_and_say_how_long_they_took(database: str) -> None:
+def test_statistics_cover_the_whole_table_and_today_and_their_time_is_reported(database: str) -> None:
     create_webhook_log(connect_engine_of(database), 2_000)
     result = chronos(database, "migrate", "--yes")
     assert result.returncode == 0, result.stderr

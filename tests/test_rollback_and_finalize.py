@@ -108,7 +108,7 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
     assert value(database, INSERT) > highest
 
 
-def test_rollback_after_nights_of_retention(database: str) -> None:
+def test_rollback_after_nights_of_retention_keeps_later_rows(database: str) -> None:
     """Expired days of history may have gone, days written after the swap may not."""
     fill(database)
     before = digest(database, where=f"id <= {ROWS}")
@@ -123,7 +123,7 @@ def test_rollback_after_nights_of_retention(database: str) -> None:
     assert digest(database)[0] == ROWS + 1
 
 
-def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
+def test_rollback_refuses_when_rows_would_be_lost(database: str) -> None:
     fill(database)
     migrate(database)
     new = value(database, INSERT)
@@ -142,7 +142,7 @@ def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
     assert value(database, "SELECT count(*) FROM webhook_log") == ROWS
 
 
-def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
+def test_rollback_repeated_after_a_stop_carries_later_changes(database: str) -> None:
     """What an earlier attempt had carried is brought to what it is by now."""
     fill(database)
     migrate(database)
@@ -165,7 +165,7 @@ def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
     assert {row[0] for row in expected} == {moved, changed}
 
 
-def test_rollback_replays_what_came_while_it_waited(database: str) -> None:
+def test_rollback_replays_rows_written_while_it_waited(database: str) -> None:
     """A reader is in the way for long, thousands of rows are written meanwhile: all come along."""
     fill(database)
     migrate(database)
@@ -200,7 +200,7 @@ def test_each_verb_asks_for_its_word(database: str, verb: str, word: str) -> Non
     assert relations(database) == before
 
 
-def test_nothing_to_undo_or_finish(database: str) -> None:
+def test_verbs_refuse_when_there_is_nothing_to_undo_or_finish(database: str) -> None:
     fill(database)
     for verb in ("rollback", "finalize"):
         result = chronos(database, verb, "--yes")
@@ -212,7 +212,7 @@ def test_nothing_to_undo_or_finish(database: str) -> None:
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_finalize(database: str, key_type: KeyType) -> None:
+def test_finalize_drops_the_old_table(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     migrate(database)
     kept = digest(database)
@@ -247,7 +247,7 @@ def test_finalize(database: str, key_type: KeyType) -> None:
 
 
 @pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete", "not compared"])
-def test_finalize_refuses(database: str, reason: str) -> None:
+def test_finalize_refuses_when_it_is_not_safe(database: str, reason: str) -> None:
     fill(database)
     if reason == "not complete":
         kill_when_built(database)
@@ -299,7 +299,7 @@ def test_finalize_refuses_when_the_old_table_has_another_name(database: str) -> 
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+def test_manual_rollback_from_the_guide_works(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     before = relations(database), shape(database)
     migrate(database)
@@ -322,7 +322,7 @@ def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType
     assert (relations(database), shape(database)) == before
 
 
-def test_rollback_after_one_by_hand_says_what_was_there_and_removes_what_is_left(database: str) -> None:
+def test_rollback_after_a_manual_one_reports_and_removes_what_is_left(database: str) -> None:
     fill(database)
     before = relations(database), shape(database)
     migrate(database)
@@ -343,7 +343,7 @@ def test_rollback_after_one_by_hand_says_what_was_there_and_removes_what_is_left
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_manual_clean_up_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+def test_manual_clean_up_from_the_guide_works(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     migrate(database)
     last = value(database, INSERT)
@@ -359,7 +359,7 @@ def test_manual_clean_up_as_the_guide_prints_it(database: str, key_type: KeyType
     assert not exists(database, "webhook_log_migration")
 
 
-def test_second_operator_is_told_who_holds_it(database: str) -> None:
+def test_a_second_operator_is_told_who_is_running(database: str) -> None:
     fill(database)
     with ExitStack() as lock:
         lock.enter_context(holding(database, "LOCK TABLE webhook_endpoint IN ACCESS EXCLUSIVE MODE"))
@@ -392,7 +392,7 @@ def operator_pid(url: str) -> int | None:
     return found[0][0] if found else None
 
 
-def test_half_done_is_refused_with_both_commands(database: str) -> None:
+def test_a_half_done_migration_is_refused_with_both_commands(database: str) -> None:
     fill(database)
     kill_when_built(database)
 
@@ -411,7 +411,7 @@ def phase(url: str) -> str | None:
     return found[0][0] if found else None
 
 
-def test_rollback_carries_what_a_replication_role_wrote(database: str) -> None:
+def test_rollback_carries_rows_written_by_a_replication_role(database: str) -> None:
     """As a logical subscriber writes, or a restore: no ordinary trigger fires for it."""
     fill(database)
     migrate(database)
@@ -477,7 +477,7 @@ def test_rollback_carries_a_truncate_while_it_waits(database: str) -> None:
 BY_HAND = "INSERT INTO webhook_log_old (status, timestamp) VALUES ('by hand', now()) RETURNING id"
 
 
-def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> None:
+def test_finalize_refuses_when_the_old_table_was_written_to(database: str) -> None:
     fill(database)
     migrate(database)
     late = value(database, BY_HAND)
@@ -500,7 +500,7 @@ def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> 
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", late) == 1
 
 
-def test_rollback_keeps_a_row_that_was_written_by_hand(database: str) -> None:
+def test_rollback_keeps_a_row_written_by_hand(database: str) -> None:
     fill(database)
     migrate(database)
     new, late = value(database, INSERT), value(database, BY_HAND)
@@ -515,7 +515,7 @@ def test_rollback_keeps_a_row_that_was_written_by_hand(database: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["new", "old"])
-def test_rollback_refuses_when_both_tables_have_a_row_under_a_key(database: str, key: str) -> None:
+def test_rollback_refuses_when_both_tables_have_a_row_with_the_same_key(database: str, key: str) -> None:
     """One was written by hand, the other by the application: nobody but a person knows which is right."""
     fill(database)
     migrate(database)
@@ -543,7 +543,7 @@ def test_rollback_refuses_when_both_tables_have_a_row_under_a_key(database: str,
     assert digest(database)[0] == ROWS + (key == "new")
 
 
-def test_a_row_that_was_deleted_from_the_old_table_by_hand_comes_back(database: str) -> None:
+def test_a_row_deleted_from_the_old_table_by_hand_is_restored(database: str) -> None:
     fill(database)
     before = digest(database)
     migrate(database)
@@ -555,7 +555,7 @@ def test_a_row_that_was_deleted_from_the_old_table_by_hand_comes_back(database: 
     assert digest(database) == before
 
 
-def test_rollback_after_the_old_table_was_emptied_by_hand(database: str) -> None:
+def test_rollback_after_the_old_table_was_emptied_by_hand_loses_no_row(database: str) -> None:
     """The partitioned table has the only copies: they may not go with it."""
     fill(database)
     migrate(database)

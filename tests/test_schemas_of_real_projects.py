@@ -56,7 +56,9 @@ def check(application: Application, readers: Readers, since: datetime | None = N
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
-def test_there_and_back_beside_its_application(database: str, pg_bin: Path, table: Real) -> None:
+def test_migrate_and_rollback_under_its_application_lose_no_row(
+    database: str, pg_bin: Path, table: Real
+) -> None:
     schema, spec = create(database, table), table.spec
     loaded = fill(database, schema, ROWS)
     before, rows = dump(database, pg_bin), untouched(database, schema)
@@ -81,7 +83,9 @@ def test_there_and_back_beside_its_application(database: str, pg_bin: Path, tabl
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.refused], ids=str)
-def test_refused_by_name_before_anything_changes(database: str, pg_bin: Path, table: Real) -> None:
+def test_an_obstacle_is_refused_by_id_before_anything_changes(
+    database: str, pg_bin: Path, table: Real
+) -> None:
     query(database, table.ddl)
     before = dump(database, pg_bin)
     engine = connect_engine(make_url(database))
@@ -98,7 +102,7 @@ def test_refused_by_name_before_anything_changes(database: str, pg_bin: Path, ta
 
 
 @pytest.mark.parametrize("table", [OPENFGA, TIMESCALE, DISCOURSE], ids=str)
-def test_a_row_that_is_gone_or_changed_is_noticed(database: str, table: Real) -> None:
+def test_a_missing_or_changed_row_is_noticed(database: str, table: Real) -> None:
     """With a key of several columns, with the time in it, with a date: what all of the above rests on."""
     schema = create(database, table)
     loaded = fill(database, schema, ROWS)

@@ -20,7 +20,7 @@ from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate
 from tests.test_migration import fill, state, stopped_in_the_copy
 
 
-def test_resume_repeats_the_options_unless_given_anew_and_names_all_in_its_prompt(
+def test_resume_keeps_the_options_unless_overridden_and_names_them_in_its_prompt(
     database: str, tmp_path: Path
 ) -> None:
     fill(database)
@@ -54,7 +54,7 @@ def test_resume_repeats_the_options_unless_given_anew_and_names_all_in_its_promp
     assert value(database, "SELECT options ->> 'rate_limit' FROM webhook_log_migration") == "80000"
 
 
-def test_resume_refuses_when_the_report_of_the_first_run_cannot_be_written_any_more(
+def test_resume_refuses_when_the_first_runs_report_can_no_longer_be_written(
     database: str, tmp_path: Path
 ) -> None:
     fill(database, 100)
@@ -75,7 +75,9 @@ def test_resume_refuses_when_the_report_of_the_first_run_cannot_be_written_any_m
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_to_end_stops_the_copy_and_says_how_to_go_on(database: str, number: signal.Signals) -> None:
+def test_a_termination_signal_stops_the_copy_and_says_how_to_resume(
+    database: str, number: signal.Signals
+) -> None:
     fill(database)
     with stopped_in_the_copy(database) as migration:
         migration.process.send_signal(number)
@@ -88,7 +90,7 @@ def test_a_signal_to_end_stops_the_copy_and_says_how_to_go_on(database: str, num
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_end_at_the_prompt_changes_nothing(database: str, number: signal.Signals) -> None:
+def test_a_termination_signal_at_the_prompt_changes_nothing(database: str, number: signal.Signals) -> None:
     fill(database, 10)
     with on_a_terminal(database, "migrate") as (process, master):
         shown = read_until(master, "Type MIGRATE")
@@ -99,7 +101,7 @@ def test_a_signal_to_end_at_the_prompt_changes_nothing(database: str, number: si
     assert state(database) is None
 
 
-def test_a_hangup_that_is_to_be_outlived_stops_nothing(database: str) -> None:
+def test_an_ignored_hangup_stops_nothing(database: str) -> None:
     """As under nohup."""
     fill(database)
     gate_in_the_copy(database)
@@ -160,7 +162,7 @@ def read_to_the_end(master: int) -> str:
             return shown.decode()
 
 
-def test_on_a_terminal_the_whole_wait_for_a_lock_leaves_one_line(database: str) -> None:
+def test_on_a_terminal_a_wait_for_a_lock_leaves_one_line(database: str) -> None:
     fill(database, 200)
     with (
         holding(database, "SELECT FROM webhook_log LIMIT 1") as reader,
@@ -182,7 +184,7 @@ def test_on_a_terminal_the_whole_wait_for_a_lock_leaves_one_line(database: str) 
     assert len(ended) <= 60
 
 
-def test_status_says_since_when_a_copy_is_under_way_and_that_readers_see_every_row(database: str) -> None:
+def test_status_says_since_when_a_copy_runs_and_that_readers_see_every_row(database: str) -> None:
     fill(database)
     with stopped_in_the_copy(database) as migration:
         running = chronos(database, "status").stdout

@@ -132,7 +132,7 @@ def run(url: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_no_command_calls_a_strangers_function_or_operator(
+def test_no_command_calls_another_roles_function_or_operator(
     guarded: str, redis_url: str, strategy: str
 ) -> None:
     for verb in ("--dry-run", "--hold"):

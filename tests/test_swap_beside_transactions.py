@@ -84,7 +84,7 @@ def delivering(url: str, workers: int = 4) -> Iterator[list[Deliveries]]:
             thread.join()
 
 
-def test_transactions_that_have_read_an_endpoint_do_not_hold_the_swap_up(database: str) -> None:
+def test_transactions_that_have_read_an_endpoint_do_not_delay_the_swap(database: str) -> None:
     """The swap takes no lock that they hold, so it need not find a moment at which there is none of them."""
     create_webhook_log(connect_engine(make_url(database)), ROWS)
     with delivering(database) as threads:
@@ -139,7 +139,7 @@ class AtTheLastReplay:
 
 
 @pytest.mark.parametrize("way", ["there", "back"])
-def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_repeat(database: str, way: str) -> None:
+def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_retry(database: str, way: str) -> None:
     """It would not see the rows that were replayed last: its UPDATE must not pass one by without a word."""
     engine = engine_that_waits(database)
     create_webhook_log(engine, ROWS)

@@ -139,7 +139,7 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert value(sink, 'SELECT "Hooks".how_many() = (SELECT count(*) FROM "Hooks".webhook_log)')
 
 
-def test_nothing_is_left_of_a_migration_that_is_undone_before_the_swap(sink: str, pg_bin: Path) -> None:
+def test_a_rollback_before_the_swap_leaves_nothing(sink: str, pg_bin: Path) -> None:
     before = dump(sink, pg_bin)
     held = chronos(sink, "migrate", "--yes", "--hold")
     assert held.returncode == 0, held.stdout + held.stderr
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_a_migration_that_is_undone_before_the_swap(sink: str
     assert dump(sink, pg_bin) == before
 
 
-def test_new_partitions_are_like_the_others(sink: str) -> None:
+def test_new_partitions_match_the_others(sink: str) -> None:
     assert chronos(sink, "migrate", "--yes").returncode == 0
     made = query(sink, 'SELECT "Hooks".create_future_webhook_log_partitions(32)')
     assert len(made) == 2
@@ -178,7 +178,7 @@ def test_new_partitions_are_like_the_others(sink: str) -> None:
     assert left == []
 
 
-def test_an_ordinary_owner_can_migrate(database: str, pg_bin: Path) -> None:
+def test_an_ordinary_owner_can_migrate_and_roll_back(database: str, pg_bin: Path) -> None:
     """No superuser, triggers, a view, a publication of all tables: there and back, with writes between."""
     owner = f"owner_{value(database, 'SELECT oid FROM pg_database WHERE datname = current_database()')}"
     query(
@@ -222,7 +222,7 @@ def test_an_ordinary_owner_can_migrate(database: str, pg_bin: Path) -> None:
         query(database, f"DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")
 
 
-def test_a_change_between_building_and_swapping_is_not_lost(sink: str, pg_bin: Path) -> None:
+def test_a_change_of_the_table_before_the_swap_is_not_lost(sink: str, pg_bin: Path) -> None:
     """Somebody grants a right while the swap waits: the new table does not have it, so there is no swap.
 
     What is copied is kept for when that is undone.
@@ -244,7 +244,7 @@ def test_a_change_between_building_and_swapping_is_not_lost(sink: str, pg_bin: P
     assert dump(sink, pg_bin) == before
 
 
-def test_a_view_made_while_the_swap_waits_reads_the_new_table(database: str) -> None:
+def test_a_view_created_while_the_swap_waits_reads_the_new_table(database: str) -> None:
     """Its transaction is what the swap waits for, and changes nothing in the catalog's row of the table."""
     create_webhook_log(connect_engine(make_url(database)), 500)
     with ExitStack() as open_yet:

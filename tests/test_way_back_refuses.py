@@ -80,7 +80,7 @@ def test_several_obstacles_are_named_at_once(database: str) -> None:
     assert phase(database) is None
 
 
-def test_a_deleted_row_whose_key_is_given_again_comes_along(database: str) -> None:
+def test_a_deleted_row_whose_key_is_reused_is_carried_back(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     query(database, "DELETE FROM webhook_log WHERE id IN (480, 500)")
@@ -106,7 +106,7 @@ def stop_on_the_way_back(url: str) -> None:
     assert phase(url) == "returning"
 
 
-def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
+def test_a_rollback_that_cannot_finish_can_be_cancelled_and_repeated(database: str) -> None:
     """And taken again later: what was written before, meanwhile and afterwards comes along."""
     create_webhook_log(connect_engine(make_url(database)), 500)
     before = relations(database)
@@ -140,7 +140,7 @@ def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
     assert relations(database) == before
 
 
-def test_after_a_way_back_was_called_off_the_migration_can_be_finalized(database: str) -> None:
+def test_after_a_cancelled_rollback_the_migration_can_be_finalized(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (600, 'new', now())")
@@ -155,7 +155,7 @@ def test_after_a_way_back_was_called_off_the_migration_can_be_finalized(database
     assert digest(database) == kept
 
 
-def test_notes_disabled_on_the_way_back_are_noticed(database: str) -> None:
+def test_notes_disabled_during_a_rollback_are_noticed(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     stop_on_the_way_back(database)

@@ -314,7 +314,7 @@ def collecting() -> Iterator[Collector]:
             thread.join()
 
 
-def test_a_long_night(
+def test_a_worker_recovers_from_every_obstacle_of_a_night(
     start: StartCelery,
     own_postgres: OwnPostgres,
     client: redis.Redis,
@@ -405,7 +405,7 @@ def test_a_long_night(
 
 
 @pytest.mark.faults
-def test_killed_in_the_middle(
+def test_a_job_killed_in_the_middle_is_done_later(
     start: StartCelery, broker: EmbeddedRedis, client: redis.Redis, database: str
 ) -> None:
     """A worker, and a process of another worker's pool, each with a job under way.

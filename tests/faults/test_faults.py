@@ -346,7 +346,9 @@ def in_chunks(copy: int, attach: int) -> list[object]:
 
 
 @pytest.mark.parametrize(("stage", "chunk", "chunks"), in_chunks(CHUNKS, 2), indirect=["stage"])
-def test_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> None:
+def test_a_migration_killed_before_any_statement_resumes_or_rolls_back(
+    stage: Stage, chunk: int, chunks: int
+) -> None:
     """kill -9, then resume; and again, then roll back."""
     for moment in moments(stage.trace)[chunk::chunks]:
         url, writer, code, output = disturb(stage, stage.template, stage.migrate, moment, kill(stage))
@@ -362,7 +364,9 @@ def test_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> N
 
 
 @pytest.mark.parametrize(("stage", "chunk", "chunks"), in_chunks(2, 1), indirect=["stage"])
-def test_rollback_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> None:
+def test_a_rollback_killed_before_any_statement_can_be_repeated(
+    stage: Stage, chunk: int, chunks: int
+) -> None:
     """The way back is cut off as well, and taken again."""
     migrated = stage.copy(stage.template)
     with writing(migrated, rate=300) as first:
@@ -404,7 +408,7 @@ def test_rollback_killed_before_any_statement(stage: Stage, chunk: int, chunks: 
         drop(stage, url)
 
 
-def test_finalize_killed_before_any_statement(stage: Stage) -> None:
+def test_finalize_killed_before_any_statement_can_be_repeated(stage: Stage) -> None:
     """What was begun to be dropped is dropped by the next call; the application never notices."""
     migrated = stage.copy(stage.template)
     code, output = stage.runner.run(migrated, *MIGRATE)
@@ -435,7 +439,7 @@ def test_finalize_killed_before_any_statement(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_asked_to_stop(stage: Stage, number: signal.Signals) -> None:
+def test_a_stop_in_any_step_is_resumable_or_finishes(stage: Stage, number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM, twice, in each step: exit 3 with both commands, or the end if it was near."""
 
     def stop_twice(proxy: Proxy) -> None:
@@ -456,7 +460,7 @@ def test_asked_to_stop(stage: Stage, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "terminated"])
-def test_connections_lost(stage: Stage, fault: str) -> None:
+def test_lost_connections_roll_back_or_leave_it_resumable(stage: Stage, fault: str) -> None:
     """The network fails, or an administrator ends the sessions: rolled back, or exit 3 and resumable."""
 
     def cut(proxy: Proxy) -> None:
@@ -485,7 +489,7 @@ def test_connections_lost(stage: Stage, fault: str) -> None:
             assert_migrated(url, stage, [writer])
 
 
-def test_server_stopped(own_postgres: OwnPostgres) -> None:
+def test_a_server_stopped_in_any_step_leaves_it_resumable(own_postgres: OwnPostgres) -> None:
     """pg_ctl stop -m immediate in each step: once it is back, one command goes on."""
     server = own_postgres({"fsync": "on", "full_page_writes": "on"})
     runner = Runner()
@@ -522,7 +526,7 @@ def test_server_stopped(own_postgres: OwnPostgres) -> None:
         assert_copied(url)
 
 
-def test_server_back_in_time_is_rolled_back_by_itself(own_postgres: OwnPostgres) -> None:
+def test_a_server_back_in_time_is_rolled_back_automatically(own_postgres: OwnPostgres) -> None:
     """A server that restarts while the rows are copied: it waits for it, and rolls back, exit 1."""
     server = own_postgres()
     runner = Runner()

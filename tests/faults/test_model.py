@@ -185,7 +185,9 @@ def check(url: str, application: Application, readers: Readers) -> None:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_killed_again_and_again(make_database: MakeDatabase, traces_of: TracesOf, seed: int) -> None:
+def test_killed_again_and_again_no_row_differs_from_the_model(
+    make_database: MakeDatabase, traces_of: TracesOf, seed: int
+) -> None:
     chance = random.Random(seed)
     strategy = chance.choice(list(Strategy))
     traces = traces_of(strategy)
