@@ -1,4 +1,4 @@
-"""Other tables than webhook_log, through the Python interface: their keys, time columns, periods."""
+"""Tables other than webhook_log, through the Python interface: their keys, time columns, periods."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def contents(url: str, table: str = '"Events"') -> list[str]:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_any_key_migrates_and_rolls_back(database: str, key: str) -> None:
-    """Rows are written before the swap and after it, below and beyond its instant: all come along."""
+    """Rows are written before and after the swap, with times below and beyond it: none is lost."""
     create(database, key)
     before = relations(database)
     engine = connect_engine(make_url(database))
@@ -105,7 +105,7 @@ def test_any_key_migrates_and_rolls_back(database: str, key: str) -> None:
 def test_weeks_and_months_without_retention_copy_every_row(
     database: str, time_type: str, every: Interval
 ) -> None:
-    """Everything is copied, into partitions that begin where a week or a month does."""
+    """Everything is copied, into partitions that start on week or month boundaries."""
     create(database, "uuid", time_type)
     kept = contents(database)
     engine = connect_engine(make_url(database))

@@ -1,4 +1,4 @@
-"""What a program gets that imports chronos: typed results and errors, and nothing that it did not ask for."""
+"""What a program that imports chronos gets: typed results and errors, and nothing it did not ask for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROWS = 1_500
 
 @pytest.fixture
 def url(database: str) -> str:
-    """A database with a webhook_log of some days, all within retention."""
+    """A database with a webhook_log of a few days, all within retention."""
     create_webhook_log(create_engine(database), ROWS, days=5)
     return database
 
@@ -79,7 +79,7 @@ def test_the_api_page_matches_the_docstrings() -> None:
     assert make_api.PAGE.read_text("utf-8") == make_api.page(), "run: make docs"
 
 
-# There and back
+# Migrate and roll back
 
 
 def test_in_a_thread_it_migrates_silently_and_leaves_signals_alone(
@@ -179,11 +179,11 @@ def test_a_stopped_migration_is_half_done_and_can_be_resumed(url: str) -> None:
     assert migrate(url=url, resume=True).rows_copied == ROWS
 
 
-# Somebody who is told, or asked
+# Callbacks that are told, or asked
 
 
 def test_each_line_is_passed_to_the_callback(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the environment wants colours: a callback is no terminal."""
+    """Even if the environment asks for colours: a callback is not a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     lines: list[str] = []
     migrate(url=url, output=lines.append)
@@ -282,7 +282,7 @@ def test_an_unreachable_server_raises_our_error_without_the_password(
     assert "s3cret" not in f"{raised.value!r} {raised.value.__cause__!r}"
 
 
-# How things stand, and upkeep
+# Status and upkeep
 
 
 def test_status_and_overview_are_values(url: str) -> None:

@@ -1,4 +1,4 @@
-"""The drawing in docs/ARCHITECTURE.md is true: all modules are in it, and imports point down."""
+"""The drawing in docs/ARCHITECTURE.md is correct: it has every module, and imports point down."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def modules() -> dict[str, list[Path]]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The first name below ``chronos`` of each import in a file, at its top or within a function."""
+    """The first name below ``chronos`` of each import in a file, at module level or in a function."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -1,4 +1,4 @@
-"""Strategy attach: nothing is copied, the table itself becomes the partition of all before a bound."""
+"""Strategy attach: nothing is copied, the table itself becomes the partition for all rows below a bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 MIGRATE = ("migrate", "--yes", "--strategy", "attach")
 
-# Whoever holds it keeps the index waiting, and no writer and no reader.
+# While a session holds it, the index build waits, but no writer or reader does.
 AS_A_WRITER = "LOCK TABLE webhook_log IN ROW EXCLUSIVE MODE"
 
 TABLES: list[tuple[KeyType, TimestampType]] = [
@@ -38,7 +38,7 @@ TABLES: list[tuple[KeyType, TimestampType]] = [
 
 
 def building(url: str) -> int | None:
-    """The pid of the session that builds an index and waits for writers; None when there is none."""
+    """The pid of the session that builds an index and waits for writers; None if there is none."""
     rows = query(
         url, "SELECT pid FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for writers%%'"
     )
@@ -46,7 +46,7 @@ def building(url: str) -> int | None:
 
 
 def valid(url: str, index: str) -> bool | None:
-    """Whether an index is valid; None when there is none."""
+    """Whether an index is valid; None if there is no such index."""
     rows = query(url, "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", index)
     return rows[0][0] if rows else None
 
@@ -137,7 +137,7 @@ def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: s
         assert dump(database, pg_bin) == before
 
 
-# Everything that hangs on a table
+# Everything that can be attached to a table
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_everything_on_the_table_is_migrated_and_rolled_back(
         assert result.returncode == 0, result.stdout + result.stderr
         assert value(url, 'SELECT "Hooks".how_many()') == 2600
         assert query(url, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1') == noted
-        # A row of now, and one of beyond the bound, as the application writes them.
+        # A current row and one beyond the bound, as the application writes them.
         query(url, 'TRUNCATE "Hooks".audit')
         for day in (0, 9):
             query(url, "INSERT INTO \"Hooks\".inbox VALUES ('failed', now() + %s * interval '1 day')", day)
@@ -185,7 +185,7 @@ def test_everything_on_the_table_is_migrated_and_rolled_back(
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
 def test_tables_of_real_projects_migrate_and_roll_back(database: str, pg_bin: Path, table: Real) -> None:
     schema, spec = create(database, table), table.spec
-    if table is OBAN:  # as the refusal says: see the kitchen sink
+    if table is OBAN:  # as the refusal says; see the kitchen sink
         query(database, "ALTER TABLE oban_jobs VALIDATE CONSTRAINT non_negative_priority")
     loaded = fill(database, schema, 1_000)
     before, rows = dump(database, pg_bin), untouched(database, schema)
@@ -205,7 +205,7 @@ def test_tables_of_real_projects_migrate_and_roll_back(database: str, pg_bin: Pa
     assert dump(database, pg_bin) == before
 
 
-# What is cut off
+# Interruptions
 
 
 @pytest.mark.parametrize("stopped", ["the backend is ended", "Ctrl-C"])
@@ -220,7 +220,7 @@ def test_an_interrupted_index_build_is_repeated(database: str, pg_bin: Path, sto
             assert migration.returncode == 3, output + errors
             assert "--resume" in errors
         else:
-            migration.send_signal(signal.SIGSTOP)  # it must not clean up what the backend leaves
+            migration.send_signal(signal.SIGSTOP)  # it must not clean up what the backend leaves behind
             query(database, "SELECT pg_terminate_backend(%s)", pid)
             wait_until(lambda: building(database) is None, 30, "the backend is gone")
             os.kill(migration.pid, signal.SIGKILL)
@@ -252,7 +252,7 @@ def test_a_rollback_killed_while_it_builds_the_old_key_can_be_repeated(database:
 
 
 def sessions(url: str) -> list[tuple[object, ...]]:
-    """The sessions of chronos that are still there."""
+    """The chronos sessions that are still connected."""
     return query(
         url,
         "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%%'"

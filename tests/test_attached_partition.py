@@ -1,4 +1,4 @@
-"""After strategy attach: what is known of the table that has become a partition, and the ways back."""
+"""After strategy attach: what is known of the table that became a partition, and the ways to roll back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INSERT = (
 
 
 def attach(url: str, *, key_type: KeyType = "serial", rows: int = ROWS) -> None:
-    """A table that has become a partition."""
+    """Make the table a partition."""
     load(url, rows, key_type=key_type)
     result = chronos(url, *MIGRATE)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -50,7 +50,7 @@ def status(url: str, redis_url: str) -> Status:
 
 
 def drop(url: str, as_of: datetime) -> list[str]:
-    """What the drop function, called at that time, takes."""
+    """The partitions that the drop function, called at that time, drops."""
     rows = query(url, "SELECT chronos_drop_partitions('public', 'webhook_log', 15, %s)", as_of)
     return [row[0] for row in rows]
 
@@ -126,7 +126,7 @@ def test_a_row_beyond_the_bound_of_a_held_migration_fails_naming_the_check(
 def test_a_row_beyond_the_bound_before_the_check_stops_the_run_and_is_reported(
     database: str, redis_url: str
 ) -> None:
-    """Written between the first look and the check."""
+    """Written between the first survey and the check constraint."""
     load(database, ROWS)
     writer = ExitStack()
     writer.enter_context(holding(database, AS_A_WRITER))
@@ -152,7 +152,7 @@ def test_a_migration_held_until_its_bound_is_near_can_only_be_rolled_back(
     database: str, redis_url: str, pg_bin: Path, monkeypatch: pytest.MonkeyPatch, days: int
 ) -> None:
     load(database, ROWS)
-    if days == 9:  # when nobody has written for two days, for nobody could
+    if days == 9:  # when nothing was written for two days, as nothing could be
         query(database, "DELETE FROM webhook_log WHERE timestamp > now() - interval '3 days'")
     before, rows = dump(database, pg_bin), digest(database)
 
@@ -182,7 +182,7 @@ def test_a_migration_held_until_its_bound_is_near_can_only_be_rolled_back(
     query(database, INSERT, 9)
 
 
-# What is known of it
+# What is known about it
 
 
 def test_status_shows_its_size_and_when_it_will_be_dropped(database: str, redis_url: str) -> None:
@@ -218,7 +218,7 @@ def test_retention_drops_it_when_its_last_row_has_expired(
         assert chronos(database, *FINALIZE).returncode == 0
     goes = planned_bound(database) + timedelta(days=15)
     query(database, "SELECT create_future_webhook_log_partitions(60)")
-    last = value(database, INSERT, 6)  # the last row that it takes
+    last = value(database, INSERT, 6)  # the last row that it accepts
     assert drop(database, goes - timedelta(microseconds=1)) == []
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", last) == 1
     assert drop(database, goes) == ["webhook_log_history"]
@@ -239,7 +239,7 @@ def test_retention_drops_it_when_its_last_row_has_expired(
 
 
 def planned_bound(url: str) -> datetime:
-    """Where the old table ends, by the catalog."""
+    """Where the old table ends, according to the catalog."""
     found = value(
         url,
         "SELECT substring(pg_get_expr(relpartbound, oid) FROM 'TO \\(''([^'']+)''\\)')::timestamptz"
@@ -262,7 +262,7 @@ def test_new_partitions_never_overlap_it(database: str, every: Interval) -> None
     migrate(engine, spec, Options(strategy=Strategy.ATTACH), operator(), lambda found: None)
     with connected(database) as conn, conn.cursor() as cursor:
         before = attached(cursor, '"Events"')
-        # Long enough for every interval to need some more, short enough for hours.
+        # Far enough for every interval to need more partitions, near enough for hours.
         last = 70 if every in (Interval.WEEK, Interval.MONTH) else 30
         for days in range(0, last, 9):
             cursor.execute(
@@ -299,15 +299,15 @@ def test_finalize_drops_nothing_and_says_so(database: str, redis_url: str, key_t
     assert value(database, INSERT, 0) > highest
     found = status(database, redis_url)
     assert found.state == "finalized"
-    # The jobs have not run yet, and nothing tells any more that they had no night to do it.
+    # The jobs have not run yet, and nothing shows any more that they have not had a night to do so.
     assert all("has not succeeded yet" in problem for problem in found.problems)
     assert chronos(database, *ROLLBACK).returncode == 2
-    # What the partition has as its own goes with it.
+    # What belongs to the partition is dropped with it.
     assert drop(database, goes) == ["webhook_log_history"]
     assert value(database, INSERT, 8) > highest
 
 
-# The way back
+# Rollback
 
 
 def test_a_rollback_with_many_rows_beyond_the_bound_is_refused_without_force(
@@ -423,7 +423,7 @@ def test_a_table_detached_by_hand_is_refused_until_it_is_attached_again(database
 
 
 def test_the_manual_rollback_of_a_copy_is_refused_by_the_server(database: str) -> None:
-    """DROP TABLE would take the rows along: without CASCADE it must not."""
+    """DROP TABLE would drop the rows too: without CASCADE it must not."""
     attach(database)
     with pytest.raises(errors.UndefinedTable):
         query(

@@ -1,4 +1,4 @@
-"""What the benchmark says of a tool: its ledger and its readers find what went wrong, and nothing else."""
+"""What the benchmark reports about a tool: its ledger and readers find what went wrong, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import MakeDatabase
 from tests.tables import value
 from tests.waiting import wait_until
 
-# The days that are counted: what is deleted here, the application must miss.
+# The days that are counted: the application must notice what is deleted here.
 _COUNTED = (
     f"\"timestamp\" >= '{{day}}'::timestamptz - interval '{COUNTED_DAYS[-1]} days'"
     " AND \"timestamp\" < '{day}'::timestamptz"
@@ -20,7 +20,7 @@ _COUNTED = (
 
 
 def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int, int]:
-    """What the application met while ``statement`` ran, how many rows that hit, and how many differ."""
+    """What the application met while ``statement`` ran, how many rows it hit, and how many differ."""
     url = make_database()
     engine = create_engine(url)
     create_webhook_log(engine, 4_000)

@@ -1,6 +1,6 @@
-"""From the swap until the table that went out of use has given up its foreign keys: nobody notices.
+"""From the swap until the table that went out of use has lost its foreign keys: nothing breaks.
 
-A reader of the table that the keys refer to keeps them there, for as long as the test wants.
+A reader of the referenced table keeps the keys in place for as long as the test wants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.tables import connected, digest, holding, query, relations, value
 from tests.waiting import wait_until
 
 ROWS = 1_500
-# Within what every migration of these tests copies, so that no older row refers to an endpoint.
+# Within the window that every migration of these tests copies, so that no older row refers to an endpoint.
 DAYS = 10
 
 
@@ -38,7 +38,7 @@ def fill(url: str, action: str = "") -> None:
 
 @contextmanager
 def bridge(url: str, way: str) -> Iterator[None]:
-    """The names have changed ``there`` or ``back``, the keys are still to be given up; then all goes on."""
+    """Stop when the names have changed, ``there`` or ``back``, and the keys remain; then carry on."""
     verb = ["migrate", "--yes"] if way == "there" else ["rollback", "--yes"]
     if way == "there":
         assert chronos(url, *verb, "--hold").returncode == 0
@@ -150,7 +150,7 @@ def test_foreign_key_actions_on_the_old_table_do_not_count_as_writes_by_hand(
 
 
 def test_forced_row_security_leaves_no_copy_behind(database: str) -> None:
-    """Copies are taken out in the name of the table's owner, whom the policies bind."""
+    """Copies are deleted as the table's owner, to whom the policies apply."""
     fill(database)
     query(
         database,
@@ -252,7 +252,7 @@ def test_a_row_written_by_hand_survives_a_cancelled_rollback(database: str) -> N
 
 
 def test_a_state_created_by_another_role_is_not_trusted(database: str) -> None:
-    """What it says would be run with the rights of whoever carries the migration on."""
+    """Its contents would be run with the privileges of the role that resumes the migration."""
     fill(database)
     role = f"stranger_{make_url(database).database}"
     query(database, f"CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}")

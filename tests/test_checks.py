@@ -1,4 +1,4 @@
-"""What forbids a migration is named, with its id and what to do about it, before anything is changed."""
+"""What blocks a migration is named, with its id and a remedy, before anything is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FROM generate_series(1, 50) n;
 CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
 """
 
-# The id, what is done to the table, and how the message begins.
+# The id, the change to the table, and how the message begins.
 REFUSED = [
     (
         "old-table-exists",
@@ -234,14 +234,14 @@ REFUSED = [
 
 
 def surveyed(url: str, spec: TableSpec = SPEC, strategy: Strategy = Strategy.COPY) -> Survey:
-    """What ``survey`` finds, in a transaction that cannot change anything."""
+    """What ``survey`` finds, in a read-only transaction."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         conn.exec_driver_sql("SET TRANSACTION READ ONLY")
         return survey(conn, spec, strategy)
 
 
 def warned(url: str, spec: TableSpec = SPEC) -> list[Finding]:
-    """The warnings about a table that nothing stands against."""
+    """The warnings about a table without blockers."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         found = survey(conn, spec)
         assert found.blockers == ()
@@ -479,7 +479,7 @@ _VIA_ROOT = "WITH (publish_via_partition_root = true)"
 
 @contextmanager
 def slot(url: str, plugin: str) -> Iterator[str]:
-    """A logical replication slot of the database."""
+    """A logical replication slot in the database."""
     name: str = value(url, "SELECT 'chronos_' || oid FROM pg_database WHERE datname = current_database()")
     query(url, "SELECT pg_create_logical_replication_slot(%s, %s)", name, plugin)
     try:
@@ -514,7 +514,7 @@ def test_a_slot_for_a_publication_of_all_tables_is_refused(tables: str, remedy: 
 
 def test_a_slot_of_another_plugin_is_refused_unless_duplicates_are_accepted(database: str) -> None:
     query(database, _TABLE)
-    # By its path the server takes it for another plugin, and so every server has one. Nobody reads it.
+    # By its path the server takes it for another plugin, so every server has one. No consumer reads it.
     with slot(database, "$libdir/pgoutput") as name:
         [found] = surveyed(database).blockers
         assert found.id == "slot-sends-everything"
@@ -534,7 +534,7 @@ def test_a_slot_of_another_plugin_is_refused_unless_duplicates_are_accepted(data
 def test_a_slot_created_while_a_migration_is_held_stops_resume_unless_accepted(
     database: str,
 ) -> None:
-    """What is replayed after that would go out twice."""
+    """What is replayed after that would be sent twice."""
     query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
     with slot(database, "pgoutput") as name:

@@ -1,6 +1,6 @@
-"""What Citus manages is refused, and never mistaken. The catalogs are Citus' by name and columns alone.
+"""Tables that Citus manages are refused, and only those. The catalogs are imitations: name and columns only.
 
-A superuser can make them where Citus makes its own, in pg_catalog; nobody else can.
+Like Citus, only a superuser can create them in pg_catalog.
 """
 
 from __future__ import annotations

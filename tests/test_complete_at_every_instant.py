@@ -1,4 +1,4 @@
-"""Whatever happens to the table: no reader misses a row, and the application hits its rows every time.
+"""Whatever happens to the table, no reader misses a row, and the application hits its rows every time.
 
 The application with its model and the four kinds of readers come from tests/live.py.
 """
@@ -24,13 +24,13 @@ ROWS = 4_000
 MIGRATE = ("migrate", "--yes")
 RESUME = ("migrate", "--yes", "--resume")
 ROLLBACK = ("rollback", "--yes")
-# Slow enough to be met in the middle of the copy.
+# Slow enough to be interrupted in the middle of the copy.
 SLOWLY = ("--workers", "1", "--batch-size", "25", "--rate-limit", "1000")
 
 
 @dataclass
 class Live:
-    """A table in use. ``swaps`` is how often its name was given to another table."""
+    """A table in use. ``swaps`` counts how often its name went to another table."""
 
     url: str
     application: Application
@@ -38,7 +38,7 @@ class Live:
     swaps: int = 0
 
     def run(self, *arguments: str, code: int = 0, swaps: int = 0) -> str:
-        """Run a command to its end; returns all that it printed."""
+        """Run a command to its end; returns everything it printed."""
         result = chronos(self.url, *arguments)
         output = result.stdout + result.stderr
         assert result.returncode == code, output
@@ -47,7 +47,7 @@ class Live:
         return output
 
     def check(self) -> None:
-        """All go on, nobody has missed anything so far, and each row is as the model says."""
+        """All sessions carry on, none has missed anything so far, and each row matches the model."""
         self.application.go_on()
         self.readers.go_on()
         assert not self.application.errors, self.application.errors[:3]
@@ -73,7 +73,7 @@ def is_plain(url: str) -> bool:
 
 
 def partition_with_rows(url: str) -> str | None:
-    """A partition that has been filled, or begun, while the table in use is the plain one."""
+    """A partition that has rows while the table in use is still the plain one."""
     names = query(url, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname LIKE 'webhook_log_y%%'")
     leaves = [name for (name,) in names if re.fullmatch(r"webhook_log_y\d{4}m\d\dd\d\d", name)]
     if phase(url) != "copying" or not leaves:
@@ -89,7 +89,7 @@ def notes(url: str) -> int:
 
 
 def test_hidden_rows_are_noticed(database: str) -> None:
-    """The readers and the application themselves: what they are there for must not pass them by."""
+    """A test of the readers and the application: they must notice what they are there for."""
     loaded = load(database, ROWS)
     with Application(database, loaded) as application, Readers(database, loaded, application) as readers:
         wait_until(lambda: len(application.newest()) > 5, 20, "there are new rows")
@@ -162,14 +162,14 @@ def test_killed_during_the_copy_it_resumes_or_rolls_back(
 
 
 def test_held_before_the_swap_later_changes_are_replayed(database: str) -> None:
-    """Everything but the swap; what piles up meanwhile is replayed when asked for, and before the swap."""
+    """Everything but the swap; what piles up meanwhile is replayed on request, and before the swap."""
     with live(database, "identity always", "timestamptz") as table:
         output = table.run(*MIGRATE, "--hold")
         assert "[Step 5/6]" in output
         assert "[Step 6/6]" not in output
         assert phase(database) == "ready"
         wait_until(lambda: notes(database) > 500, 30, "notes pile up")
-        # What comes in while it replays, or is checked here, is far less.
+        # Far fewer come in while it replays, or while this checks.
         table.run(*RESUME, "--hold")
         assert phase(database) == "ready"
         assert notes(database) < 500
@@ -181,7 +181,7 @@ def test_held_before_the_swap_later_changes_are_replayed(database: str) -> None:
 
 
 def test_a_failed_copy_is_rolled_back(database: str) -> None:
-    """A check that a row of the past does not meet any more: the copy of that row fails."""
+    """A check constraint that an old row no longer satisfies: copying that row fails."""
     with live(database) as table:
         key = table.application.loaded.counted()[-1]
         query(
@@ -199,7 +199,7 @@ def test_a_failed_copy_is_rolled_back(database: str) -> None:
 
 
 def test_a_difference_after_the_swap_is_rolled_back(database: str) -> None:
-    """Somebody changes a row of the new table by hand, after it was compared: all goes back by itself."""
+    """Someone changes a row of the new table by hand, after it was compared: it rolls back by itself."""
     with live(database) as table:
         table.run(*MIGRATE, "--hold")
         table.application.go_on(20)
@@ -216,7 +216,7 @@ def test_a_difference_after_the_swap_is_rolled_back(database: str) -> None:
             "UPDATE webhook_log_new SET status_code = -1 WHERE id = %s RETURNING id",
             replayed[0][0],
         )
-        # There and back again, or not there at all.
+        # There and back again, or never there at all.
         table.run(*RESUME, code=1, swaps=2)
         assert phase(database) is None
         assert is_plain(database)
@@ -236,8 +236,8 @@ WHERE l.relation = to_regclass('webhook_log') AND l.mode = 'AccessExclusiveLock'
 def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
     """The transactions that hold ACCESS EXCLUSIVE on the table in use during the block.
 
-    Each by the name of its application and its virtual transaction. Autovacuum, which takes such a lock to
-    give empty pages at the end back, has no name and is left out.
+    Each is identified by its application name and virtual transaction. Autovacuum, which takes such a lock to
+    truncate empty pages at the end, has no name and is left out.
     """
     found: set[tuple[str, str]] = set()
     looking, ended = threading.Event(), threading.Event()
@@ -260,9 +260,9 @@ def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
 
 
 def test_access_exclusive_is_taken_once_to_migrate_and_at_most_twice_to_roll_back(database: str) -> None:
-    """On the table in use: one to migrate; to go back one for the names, and one to take the triggers off.
+    """On the table in use: one to migrate; to roll back, one for the names and one to drop the triggers.
 
-    Nobody is in the way, so none is tried twice.
+    No other session holds a lock, so none is tried twice.
     """
     load(database, ROWS)
     with exclusive_locks(database) as there:
@@ -280,7 +280,7 @@ DASHBOARD_S = 3
 
 
 class Dashboard(threading.Thread):
-    """A reader whose query takes three seconds, again and again; ``counts`` is what it found."""
+    """A reader that keeps running a three-second query; ``counts`` is what it found."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -299,7 +299,7 @@ class Dashboard(threading.Thread):
 
 @pytest.mark.faults
 def test_long_queries_delay_neither_the_copy_nor_writers(database: str) -> None:
-    """Two dashboards, one of which is always reading: 60,000 rows within two minutes, and no writer stuck."""
+    """Two dashboards, one of which is always reading: 60,000 rows in two minutes, and no writer stuck."""
     loaded = load(database, 60_000, days=13, width=1)
     dashboards = [Dashboard(database), Dashboard(database)]
     with Application(database, loaded) as application:

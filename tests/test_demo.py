@@ -1,4 +1,4 @@
-"""The demo, from its first line to a server that is gone again; its sample rows and its writer."""
+"""The demo, from its first line until its server is gone; its sample rows and its writer."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_an_unanswered_commit_is_in_doubt(table: str) -> None:
 
 
 def run_in_a_pipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The verb in this process: its exit code, what it printed, what it complained of."""
+    """Run the verb in this process: its exit code, its stdout, its stderr."""
     with pytest.raises(SystemExit) as end:
         main(["demo", *arguments])
     printed, complaints = capsys.readouterr()
@@ -282,7 +282,7 @@ def test_the_whole_demo_runs_to_its_end(capsys: pytest.CaptureFixture[str]) -> N
 
 @contextmanager
 def terminal(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The demo on a terminal of 80 columns: its process, and the file to read from and to type into."""
+    """The demo on an 80-column terminal: its process, and the file to read from and type into."""
     master, slave = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "chronos", "demo", "--rows", "2000", *arguments],
@@ -300,12 +300,12 @@ def terminal(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
 
 
 def read(master: int, until: str | None = None) -> str:
-    """What the terminal shows, until this text is there or the program ends."""
+    """What the terminal shows, until this text appears or the program ends."""
     shown = b""
     while until is None or until.encode() not in shown:
         try:
             shown += os.read(master, 65_536)
-        except OSError:  # Linux's way to say that nobody holds the terminal open any more
+        except OSError:  # Linux's way to say that no process has the terminal open any more
             break
     return shown.decode().replace("\r\n", "\n")
 

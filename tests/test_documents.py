@@ -1,4 +1,4 @@
-"""What the documents mention exists: links, commands, options, ids, files; and what exists is mentioned."""
+"""What the documents mention exists (links, commands, options, ids, files), and what exists is mentioned."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCUMENTS = sorted(
 GUIDE = Path("PARTITION_MIGRATION_GUIDE.md")
 OPERATIONS = Path("docs/OPERATIONS.md")
 
-# What people look for by the name that it has always had.
+# Headings and messages that people search for by the names they have always had.
 HEADINGS = """
 # PostgreSQL Partitioning Migration Guide
 ## Overview
@@ -93,7 +93,7 @@ def prose_of(document: Path) -> str:
 
 
 def anchors_of(document: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.+)$", prose_of(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -149,16 +149,16 @@ def test_each_option_of_migrate_is_explained() -> None:
             assert f"`{param.opts[0]}" in text_of(OPERATIONS), param.opts[0]
 
 
-# --- docs/TROUBLESHOOTING.md, and the verb that prints of it ---
+# --- docs/TROUBLESHOOTING.md, and the verb that prints from it ---
 
 
 def ids() -> set[str]:
-    """Every id that is printed behind a message."""
+    """Every id that is printed after a message."""
     found = {check.id for check in CHECKS}
     for module in (ROOT / "chronos" / "migration").glob("*.py"):
         found |= set(re.findall(r'(?:Finding|Obstacle)\(\s*"([a-z-]+)"', module.read_text("utf-8")))
     kinds = [ChronosError]
-    for kind in kinds:  # grows as it goes
+    for kind in kinds:  # grows during the loop
         kinds += kind.__subclasses__()
         if kind.id:
             found.add(kind.id)
@@ -194,7 +194,7 @@ def test_an_error_takes_the_id_of_its_cause() -> None:
     assert id_of(RefusedError("alone")) is None
 
 
-# What makes PostgreSQL say what the page has under an SQLSTATE.
+# Statements that make PostgreSQL raise the error that the page has under an SQLSTATE.
 SAID_BY_POSTGRES = {
     "23514": "INSERT INTO webhook_log (status, timestamp) VALUES ('x', now() + interval '40 days')",
     "42P10": "INSERT INTO webhook_log (id, status, timestamp) VALUES (1, 'x', now())"

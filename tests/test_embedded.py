@@ -1,4 +1,4 @@
-"""The embedded servers: they answer, they can be stopped, and they never outlive their owner."""
+"""The embedded servers answer, can be stopped, and never outlive their owner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 IS_ROOT = os.geteuid() == 0
 TIMEOUT = 60.0
 
-# A program that starts both servers, says so, and goes on until its stdin ends.
+# A program that starts both servers, says so, and runs until its stdin ends.
 OWNER = """
 import json, os, signal, sys
 from chronos.demo.embedded import EmbeddedPostgres, EmbeddedRedis
@@ -256,7 +256,7 @@ def test_ctrl_c_is_left_to_the_owner(owner: Owner) -> None:
 
 def test_a_kept_server_runs_until_it_is_stopped() -> None:
     owner = start_owner("keep")
-    # It returns: the server that goes on holds nothing of our stdout.
+    # It returns: the server that keeps running does not hold our stdout open.
     owner.process.communicate(timeout=TIMEOUT)
     try:
         assert fetch(owner.facts["url"], "SELECT 1") == 1

@@ -1,4 +1,4 @@
-"""`grace_days`: an expired partition is detached first, and dropped later if nobody has touched it."""
+"""`grace_days`: an expired partition is detached first, and dropped later unless someone has changed it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tests.partitioned import (
 from tests.tables import connected, exists, holding, query, value
 
 GRACE = 7
-# What the wrapper calls, on another day.
+# The call that the wrapper makes, on another day.
 ON_DAY = "SELECT chronos_drop_partitions('public', 'webhook_log', 15, now() + %s * interval '1 day', 7)"
 
 
 @pytest.fixture
 def own(database: str) -> Iterator[connection]:
-    """A connection to a table with the partitions -18 to 0; a detached one waits for seven days."""
+    """A connection to a table with the partitions -18 to 0 and a grace of seven days."""
     with connected(database, autocommit=False) as conn:
         cur = conn.cursor()
         create_tables(cur)
@@ -60,14 +60,14 @@ def own(database: str) -> Iterator[connection]:
 
 
 def later(own: connection, days: int) -> list[str]:
-    """The names that a call drops that comes ``days`` from now, committed."""
+    """The names that a call ``days`` from now drops, committed."""
     names = column(own.cursor(), ON_DAY, days)
     own.commit()
     return names
 
 
 def detach(own: connection) -> list[str]:
-    """Have -18 to -16 detached; their names."""
+    """Have -18 to -16 detached; returns their names."""
     assert drop(own.cursor(), 15) == []
     own.commit()
     return leaves(own.cursor(), -18, -16)
@@ -89,7 +89,7 @@ def test_an_expired_partition_is_detached_today_and_dropped_after_the_grace_days
 
 
 def test_a_table_attached_again_is_unchanged_and_is_never_dropped(own: connection) -> None:
-    """Attached again, and detached by hand: by then it is somebody's, whatever its comment says."""
+    """Attached again and then detached by hand, it belongs to the user, whatever its comment says."""
     cur = own.cursor()
     [back, *others] = detach(own)
     day = today(cur) - timedelta(days=18)
@@ -137,7 +137,7 @@ def test_vacuum_and_analyze_do_not_keep_a_detached_table(database: str, own: con
 
 
 def test_a_table_with_only_the_name_or_comment_of_a_detached_one_is_kept(own: connection) -> None:
-    """The comment is copied from a real one, but was written after the table was made."""
+    """The comment is copied from a real one, but was written after the table was created."""
     cur = own.cursor()
     gone = detach(own)
     [comment] = column(cur, "SELECT obj_description(%s::regclass)", gone[0])
@@ -151,7 +151,7 @@ def test_a_table_with_only_the_name_or_comment_of_a_detached_one_is_kept(own: co
 
 
 def test_a_detached_table_restored_from_a_dump_is_kept(database: str, own: connection, pg_bin: Path) -> None:
-    """Somebody has fetched it out of a backup: its comment says that it is due, and it is wanted."""
+    """Someone restored it from a backup: its comment says that it is due, but it is wanted."""
     [back, *others] = detach(own)
     url = make_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
     dumped = subprocess.run([pg_bin / "pg_dump", "-t", back, url], capture_output=True, text=True, check=True)
@@ -173,7 +173,7 @@ def test_a_detached_table_is_kept_while_a_longer_retention_covers_its_rows(own: 
 
 
 def test_detached_tables_that_a_view_needs_do_not_block_the_others(own: connection) -> None:
-    """More of them than one call drops."""
+    """There are more of them than one call drops."""
     cur = own.cursor()
     add_partitions(cur, -60, -19)
     for _ in range(2):
@@ -206,7 +206,7 @@ def test_a_partition_being_read_is_detached_by_a_later_call(database: str, own: 
 
 
 def test_a_call_with_an_old_snapshot_drops_no_detached_table(database: str, own: connection) -> None:
-    """It does not see that somebody has taken the comment away."""
+    """It does not see that the comment was removed."""
     gone = detach(own)
     with connected(database, autocommit=False) as old:
         run(old.cursor(), "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT 1")
@@ -250,7 +250,7 @@ def look(settings: Settings) -> Status:
 
 
 def overdue(url: str, table: str) -> None:
-    """As if it had been detached a week and a day earlier."""
+    """Make it look as if it had been detached a week and a day earlier."""
     query(
         url,
         f"DROP TABLE {table}; BEGIN; CREATE TABLE {table} (n int);"
