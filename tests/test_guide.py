@@ -290,7 +290,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def assert_shown(block: Block, shown: str) -> None:
-    """The lines of the block appear in this order in what was printed."""
+    """The lines of the block appear, one right after another, in what was printed."""
     pattern = "".join(
         "(?:.*\n)*?" if line == "..." else ".*".join(map(re.escape, line.split("..."))) + "\n"
         for line in lines_of(block.text)

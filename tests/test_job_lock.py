@@ -1,4 +1,4 @@
-"""The lease in Redis: one holder at a time, renewed while he lives, never another's."""
+"""The lease in Redis: one holder at a time, renewed while it lives, never taken from another."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_second_holder_is_told_of_the_first(client: redis.Redis) -> None:
 def test_the_lease_is_renewed_while_the_block_runs(client: redis.Redis) -> None:
     with keep_lease(client, KEY, ttl_s=0.6):
         before = int(client.pttl(KEY))
-        # Left alone, it can only fall.
+        # Without renewal it can only fall.
         for _ in range(2):
             wait_until(lambda: int(client.pttl(KEY)) < before, 5, "time passes")
             wait_until(lambda: int(client.pttl(KEY)) > 400, 5, "it is renewed")

@@ -1,4 +1,4 @@
-"""What a nightly job does: its attempts, its reports, and what stops it. Celery comes in test_worker.py."""
+"""What a nightly job does: its attempts, its reports, and what stops it. For Celery see test_worker.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.waiting import wait_until
 
 NIGHTLY = Message("a task", nightly=True)
 
-# The real function, behind a gate that the test opens.
+# The real function behind a gate that the test opens.
 GATE = """
 ALTER FUNCTION {function}(int) RENAME TO behind_the_gate_{function};
 CREATE TABLE IF NOT EXISTS gate (opened boolean);
@@ -61,7 +61,7 @@ ASLEEP = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datn
 
 @pytest.fixture
 def settings(database: str, redis_url: str, client: redis.Redis) -> Settings:
-    """Three days ahead, five days back, and a table of the days -2 to 0 with both functions."""
+    """Three days ahead, five days back, and a table with the days -2 to 0 and both functions."""
     migrate(database, -2, 0)
     return make_settings(database, redis_url)
 
@@ -103,19 +103,19 @@ def url_of(settings: Settings) -> str:
 
 
 def history(url: str, job: Job, table: str = "webhook_log") -> History:
-    """What the database has of a job and a table of the schema public."""
+    """The reports in the database for a job and a table in the schema public."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         return reports.read(conn, TableSpec(table, schema="public"), [job.name])[job.name]
 
 
 def last(url: str, job: Job, table: str = "webhook_log") -> Report:
-    """Its last report, empty when there is none."""
+    """Its last report; empty if there is none."""
     return history(url, job, table).last
 
 
 @contextmanager
 def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
-    """The job, held up in the middle of its call while the block runs; its report comes afterwards."""
+    """Run the job, held in the middle of its call while the block runs; its report follows afterwards."""
     url = url_of(settings)
     query(url, GATE.format(function=job.function(WEBHOOK_LOG)))
     with ThreadPoolExecutor() as pool:
@@ -127,7 +127,7 @@ def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
             query(url, "INSERT INTO gate VALUES (true)")
 
 
-# What was done
+# What the jobs do
 
 
 def test_the_days_ahead_are_created_and_reported(settings: Settings, client: redis.Redis) -> None:
@@ -218,7 +218,7 @@ def test_a_message_leaves_the_job_to_another_that_is_retrying(
 
 
 def test_a_message_that_died_does_not_block_the_night(settings: Settings, client: redis.Redis) -> None:
-    """The one that was to try again never did: its worker is gone."""
+    """The message that should have retried never did: its worker is gone."""
     with (
         holding(url_of(settings), "LOCK TABLE webhook_log IN SHARE UPDATE EXCLUSIVE MODE"),
         pytest.raises(TryAgainError),
@@ -271,14 +271,14 @@ def test_without_the_functions_the_job_is_skipped(
             [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
             assert record.levelno == logging.WARNING
             assert record.exc_info is None
-            assert not exists(database, "chronos_reports")  # nothing is put beside a plain table
+            assert not exists(database, "chronos_reports")  # nothing is created beside a plain table
 
 
 # Several tables
 
 
 class TwoTables(Settings):
-    """An hourly table called events comes first, with two days ahead and one day back."""
+    """First an hourly table called events, with two days ahead and one day back."""
 
     @property
     def tables(self) -> tuple[TableSpec, ...]:
@@ -346,7 +346,7 @@ def test_a_table_in_use_does_not_block_the_others(two_tables: TwoTables) -> None
     assert all(name.startswith("events_y") for name in stopped.value.report["contended"])
 
 
-# Somebody is in the way
+# Lock conflicts
 
 
 def test_a_reader_is_waited_for_and_named(
@@ -481,7 +481,7 @@ def test_a_lease_lost_during_the_call_stops_nothing_and_is_not_touched(
 
 
 def test_the_job_runs_when_redis_does_not_answer(database: str, caplog: pytest.LogCaptureFixture) -> None:
-    """PostgreSQL's own lock guards the table, and the database remembers the night."""
+    """A PostgreSQL lock guards the table, and the database remembers the night."""
     migrate(database, 0, 0)
     with EmbeddedRedis() as server:
         settings = make_settings(database, server.url)

@@ -1,4 +1,4 @@
-"""Roles that may do what they must and no more: the owner of a table, a worker for the nightly upkeep."""
+"""Roles with the least privileges they need: the owner of a table, a worker for the nightly upkeep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 
 @dataclass(frozen=True)
 class Roles:
-    """A database by three of its roles; the table is app.webhook_log, and webhook_log is found in app."""
+    """URLs of a database for three roles; the table is app.webhook_log, and app is on their search path."""
 
     superuser: str
     owner: str
@@ -32,8 +32,8 @@ class Roles:
     names: tuple[str, str, str]
 
 
-# What stands around a table in a production database: privileges by default, an event trigger, row security
-# that binds the owner as well, a view.
+# What surrounds a table in a production database: default privileges, an event trigger, row security that
+# applies to the owner too, a view.
 _AROUND = """
 CREATE ROLE {owner} LOGIN PASSWORD 'x' BYPASSRLS;
 CREATE ROLE {worker} LOGIN PASSWORD 'x';
@@ -75,7 +75,7 @@ def roles(make_database: MakeDatabase) -> Iterator[Roles]:
 
     yield Roles(superuser, by(owner), by(worker), names)
     query(superuser, "DROP EVENT TRIGGER kept")
-    for name in names:  # one at a time: a default privilege is of two of them
+    for name in names:  # one at a time: a default privilege involves two of them
         query(superuser, f"DROP OWNED BY {name} CASCADE")
     query(superuser, f"DROP ROLE {', '.join(names)}")
 
@@ -98,7 +98,7 @@ def test_an_owner_without_superuser_can_migrate_roll_back_and_finalize(
         roles.names[2],
     )
     kept = "webhook_log_old" if strategy == "copy" else "webhook_log_history"
-    assert given == [("latest",), ("webhook_log",), (kept,)]  # no partition, and nothing of chronos' own
+    assert given == [("latest",), ("webhook_log",), (kept,)]  # no partition, and nothing of chronos
     assert value(roles.owner, "SELECT count(*) FROM app.webhook_log") == 100
     result = chronos(roles.owner, "finalize", "app.webhook_log", "--yes")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -141,7 +141,7 @@ def test_a_worker_that_can_only_call_the_functions_does_the_nightly_upkeep(
     assert chronos(roles.owner, "migrate", "app.webhook_log", "--yes").returncode == 0
     create, drop = TableSpec("webhook_log").functions
     query(roles.owner, f"GRANT EXECUTE ON FUNCTION app.{create}, app.{drop} TO {roles.names[1]}")
-    # An upgrade keeps what was granted.
+    # An upgrade keeps the grants.
     assert chronos(roles.owner, "upgrade-functions", "app.webhook_log").returncode == 0
     listed = tmp_path / "chronos.toml"
     spec = TableSpec("webhook_log", retention_days=2, ahead_days=35, schema="app")

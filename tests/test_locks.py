@@ -1,4 +1,4 @@
-"""Attempts at strong locks: how long each may wait, and what is said about whoever is in the way."""
+"""Attempts at strong locks: how long each may wait, and what is said about the sessions in the way."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lock_held(locks: Locks, conn: Connection) -> None:
 
 
 def held_messages(url: str, attempts: int = 3) -> list[str]:
-    """What is said when ``held`` cannot be locked; the last message is that of the error."""
+    """What is said when ``held`` cannot be locked; the last message is the error's."""
     messages: list[str] = []
     locks = Locks(
         Patience(shortest_s=0.02, attempts=attempts, sleep=lambda seconds: None),
@@ -57,7 +57,7 @@ def held_messages(url: str, attempts: int = 3) -> list[str]:
     with connect_engine(make_url(url)).connect() as conn:
         with pytest.raises(LockUnavailableError) as raised:
             lock_held(locks, conn)
-        # Nothing of ours is left behind, and the connection can be used.
+        # No lock is left behind, and the connection is usable.
         with transaction(conn):
             assert lock_holders(conn, [("public", "other")]) == []
     assert len(messages) == attempts - 1
@@ -103,11 +103,11 @@ def test_the_message_names_a_prepared_transaction(database: str) -> None:
         assert f"prepared transaction '{gid}', open for " in message
         assert f"{remedy} would end it" in message
     finally:
-        query(database, remedy)  # which works as it was printed
+        query(database, remedy)  # works as printed
 
 
 def test_the_message_quotes_no_truncated_value(database: str) -> None:
-    """The server keeps the first kilobyte of a query."""
+    """The server keeps only the first kilobyte of a query."""
     query(database, HELD)
     with connected(database, autocommit=False) as reader, reader.cursor() as cursor:
         cursor.execute(f"SELECT FROM held WHERE 'secret {'x' * 2_000}' <> ''")

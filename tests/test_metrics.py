@@ -1,4 +1,4 @@
-"""`status --prometheus`: what the file says, and that the rules and the dashboard ask for nothing else."""
+"""`status --prometheus`: what the file says, and that the rules and the dashboard use nothing else."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_file_matches_status_and_the_deployed_rules_use_only_its_metrics(
         assert any(re.search(rf"{re.escape(name)} {bound}$", expression) for expression in expressions), name
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert asked_for(json.dumps(targets)) == written  # it shows all there is
+    assert asked_for(json.dumps(targets)) == written  # it shows every metric
     assert asked_for(json.dumps(dashboard["templating"])) <= written
 
 
@@ -103,7 +103,7 @@ def test_the_file_of_an_unreachable_database_says_only_that(
 
 
 def test_the_file_is_replaced_atomically_and_readable_by_others(database: str, tmp_path: Path) -> None:
-    """Whoever has the old file open reads that to its end."""
+    """A reader that has the old file open can read it to the end."""
     migrate(database, 0, 3)
     file = tmp_path / "chronos.prom"
     file.write_text("chronos_of_old 1\n")

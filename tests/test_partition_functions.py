@@ -1,7 +1,7 @@
 """The two SQL functions, as a DBA calls them by hand.
 
-Each test takes today from the transaction that calls the function, or is about days so far from today
-that midnight makes no difference.
+Each test takes today from the transaction that calls the function, or uses days so far from today that
+midnight makes no difference.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Call = Callable[[cursor, int | None], list[str]]
 
 @pytest.fixture
 def role(postgres: str) -> Iterator[str]:
-    """A role that owns nothing in the end."""
+    """A role that owns nothing when the test ends."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     query(postgres, f"CREATE ROLE {name}")
     yield name
@@ -63,14 +63,14 @@ def scratch(postgres: str) -> Iterator[str]:
 
 @pytest.fixture
 def conn(scratch: str) -> Iterator[connection]:
-    """A transaction on an empty database, undone in the end."""
+    """A transaction on an empty database, rolled back at the end."""
     with connected(scratch, autocommit=False) as conn:
         yield conn
 
 
 @pytest.fixture
 def own(database: str) -> Iterator[connection]:
-    """A connection to a database of the test's own."""
+    """A connection to the test's own database."""
     with connected(database, autocommit=False) as conn:
         yield conn
 
@@ -133,7 +133,7 @@ def test_create_refuses_a_name_that_another_day_uses(cur: cursor) -> None:
 
 
 def test_create_creates_all_or_nothing(cur: cursor) -> None:
-    """Of the third day the morning has a partition, so the fourth day's is not reached."""
+    """The morning of the third day already has a partition, so the fourth day is not reached."""
     day = today(cur) + timedelta(days=2)
     run(
         cur,
@@ -203,7 +203,7 @@ def test_drop_keeps_the_day_exactly_as_old_as_the_retention(cur: cursor) -> None
 
 
 def test_drop_drops_only_real_partitions_of_this_table(cur: cursor) -> None:
-    """By their bounds: what only looks like an expired partition by its name is somebody's data."""
+    """By their bounds: a table whose name only looks like an expired partition is user data."""
     add_partitions(cur, -40, -38)
     add_partition(cur, "webhook_log_yearly", -365, -40)
     add_partition(cur, "wide_and_still_needed", -37, -10)
@@ -372,7 +372,7 @@ def test_a_day_is_a_utc_day_wherever_the_server_is(
 
 @pytest.mark.parametrize("schema", ["logs", 'It\'s "My" Schema', "webhook_log"])
 def test_the_functions_use_their_own_schema(conn: connection, schema: str) -> None:
-    """Whoever calls, from whatever search path, meets the table of the functions' own schema."""
+    """Any caller, with any search path, gets the table in the functions' own schema."""
     cur = conn.cursor()
     create_tables(cur)
     add_partitions(cur, -20, -15)
@@ -405,7 +405,7 @@ def test_the_functions_use_their_own_schema(conn: connection, schema: str) -> No
     ],
 )
 def test_any_interval_and_any_name_work(conn: connection, every: Interval, type_: str) -> None:
-    """What the functions make and drop is what the program says should be there."""
+    """What the functions create and drop matches what Python says should exist."""
     cur = conn.cursor()
     ahead, retention, back = (3, 2, 4) if every is Interval.HOUR else (40, 60, 95)
     spec = TableSpec('It\'s 100% "Odd"', column="at time", every=every, ahead_days=ahead).located("public")
@@ -449,7 +449,7 @@ def test_any_interval_and_any_name_work(conn: connection, every: Interval, type_
 
 
 def test_no_look_alike_operator_is_called(cur: cursor) -> None:
-    """It matches better than any of the server's own, and whoever calls has it on the search path."""
+    """It matches better than any built-in operator, and is on the caller's search path."""
     run(
         cur,
         "CREATE FUNCTION public.trap(integer, interval) RETURNS interval LANGUAGE plpgsql AS"
@@ -513,7 +513,7 @@ def test_the_functions_have_the_documented_signatures_and_settings(cur: cursor) 
         if function.startswith("chronos_"):
             assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
         assert comment.startswith(f"chronos {VERSION}: ")
-        # Those of a table run as its owner, whoever was granted them; the shared pair as whoever calls it.
+        # A table's functions run as its owner, whoever calls them; the shared pair runs as the caller.
         assert runs_as_owner is not function.startswith("chronos_")
 
 
@@ -550,11 +550,11 @@ def test_an_older_version_is_replaced(conn: connection, older: str) -> None:
     assert column(cur, "SELECT drop_old_webhook_log_partitions('somebody''s own'::text)") == [1]
 
 
-# Together with others
+# Concurrent sessions
 
 
 def committed(own: connection, first: int, last: int) -> cursor:
-    """A table that others can see, with the partitions of these days and of today."""
+    """Commit a table with the partitions of these days and of today."""
     cur = own.cursor()
     create_tables(cur)
     add_partitions(cur, first, last)
@@ -601,7 +601,7 @@ def test_a_table_that_takes_an_awaited_partitions_name_is_not_dropped(database: 
 def test_a_partition_of_another_owner_is_named_and_the_others_are_dropped(
     database: str, own: connection, role: str
 ) -> None:
-    """As one that a superuser has made by hand."""
+    """Such as one that a superuser created by hand."""
     cur = committed(own, -33, -31)
     [theirs, *others] = leaves(cur, -33, -31)
     run(cur, f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
@@ -642,7 +642,7 @@ def test_a_long_writing_transaction_blocks_drop_but_not_create(database: str, ow
 
 
 def test_inserts_continue_while_partitions_are_created(database: str, own: connection) -> None:
-    """With a foreign key, the creator locks the table it refers to, but not against its use by inserts."""
+    """With a foreign key, the creator locks the referenced table, but not against inserts that use it."""
     cur = committed(own, -1, -1)
     create(cur, 3)
     query(
@@ -677,7 +677,7 @@ def test_of_two_concurrent_callers_the_second_is_refused(
 def test_a_half_detached_partition_is_skipped_by_drop_and_blocks_create(
     database: str, own: connection
 ) -> None:
-    """DETACH CONCURRENTLY, cut off while it waits for a reader, leaves the partition in between."""
+    """DETACH CONCURRENTLY, cut off while it waits for a reader, leaves the partition half detached."""
     cur = committed(own, -33, -31)
     [pending], [coming] = leaves(cur, -32, -32), leaves(cur, 2, 2)
     add_partitions(cur, 2, 2)
@@ -698,7 +698,7 @@ def test_a_half_detached_partition_is_skipped_by_drop_and_blocks_create(
 
 
 def detach_half_way(url: str, name: str) -> None:
-    """Begin to detach ``name``, and be cut off once the first of the two transactions is through."""
+    """Begin to detach ``name``, and be cut off after the first of the two transactions."""
     with holding(url, f"SELECT count(*) FROM {name}"), connected(url) as detaching:
         detaching.cursor().execute("SET lock_timeout = '50ms'")
         with pytest.raises(psycopg2.Error):

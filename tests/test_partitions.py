@@ -29,7 +29,7 @@ HOURLY = TableSpec("events", every=Interval.HOUR)
 
 
 def partition(lower: float | None, upper: float | None, *, detach_pending: bool = False) -> Partition:
-    """A partition from the day ``lower`` up to the day ``upper``, counted from today."""
+    """A partition from the day ``lower`` up to the day ``upper``, relative to today."""
     start, end = (n if n is None else midnight(TODAY) + timedelta(days=n) for n in (lower, upper))
     return Partition(f"from {lower} to {upper}", start, end, detach_pending, 0, 0, "public")
 

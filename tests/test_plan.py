@@ -1,4 +1,4 @@
-"""The dry run: changes nothing, says all, and its SQL does what the migration does."""
+"""The dry run changes nothing, says everything, and its SQL does what the migration does."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def psql(url: str, pg_bin: Path, script: str) -> subprocess.CompletedProcess[str
 
 
 def dump_without_fence(url: str, pg_bin: Path) -> str:
-    """The dump, but for the instant of the swap."""
+    """The dump without the instant of the swap."""
     return re.sub(r"(RETURN \(written <= )'[^']*'", r"\1...", dump(url, pg_bin))
 
 
@@ -101,7 +101,7 @@ def test_the_sql_gives_the_same_catalog_as_the_migration(make_database: MakeData
         assert by_hand_state[3].keys() == by_program_state[3].keys()
         assert by_hand_state[4:6] == by_program_state[4:6] == (0, 0)
         assert by_hand_state[6] == sum(found["new_rows"] for found in by_hand_state[3].values())
-        # What was migrated by hand goes back by the program.
+        # What was migrated by hand can be rolled back by chronos.
         back = chronos(by_hand, "rollback", "--yes")
         assert back.returncode == 0, back.stdout + back.stderr
         assert dump(by_hand, pg_bin) == before
@@ -115,7 +115,7 @@ def test_the_sql_of_attach_gives_the_same_catalog_as_the_migration(
     by_program, by_hand = make_database(), make_database()
     for url in (by_program, by_hand):
         kitchen_sink(url, identity="bigserial")
-        # Adopted as it is, so every row has to have been checked.
+        # Attached as it is, so every row must have been checked.
         for [check] in query(
             url,
             "SELECT format('ALTER TABLE %s VALIDATE CONSTRAINT %I', conrelid::regclass, conname)"
@@ -138,7 +138,7 @@ def test_the_sql_of_attach_gives_the_same_catalog_as_the_migration(
             ' FROM "Hooks".webhook_log_migration'
         )
         assert query(by_hand, state) == query(by_program, state)
-        # What was migrated by hand goes back by the program.
+        # What was migrated by hand can be rolled back by chronos.
         back = chronos(by_hand, "rollback", "--yes")
         assert back.returncode == 0, back.stdout + back.stderr
         assert dump(by_hand, pg_bin) == before
@@ -218,7 +218,7 @@ def test_finalize_works_after_the_sql(database: str, pg_bin: Path) -> None:
 
 
 def half_of_the_script(url: str, pg_bin: Path) -> str:
-    """Run the script up to the first foreign keys; returns the rest of it."""
+    """Run the script up to the first foreign keys; returns the rest."""
     query(
         url,
         _PLAIN + "CREATE TABLE endpoint (id bigint PRIMARY KEY); INSERT INTO endpoint VALUES (1), (2);"
@@ -441,7 +441,7 @@ def test_a_blocker_gives_commands_and_statements_whole(database: str) -> None:
 
 
 def on_a_terminal(url: str, **more: Any) -> list[str]:
-    """The lines of a dry run on a terminal of 80 columns."""
+    """The lines of a dry run on an 80-column terminal."""
     printed = StringIO()
     terminal = Console(file=printed, force_terminal=True, width=80, color_system=None)
     plan.dry_run(connect_engine(postgres_url(url)), WEBHOOK_LOG, terminal, **more)

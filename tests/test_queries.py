@@ -1,4 +1,4 @@
-"""Which statements suffer: a labelled workload, each label checked against what PostgreSQL plans."""
+"""Which statements suffer: a labelled workload, with each label checked against PostgreSQL's plans."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOG = WEBHOOK_LOG.located("public")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A statement as a client sends it, whether it leaves partitions out, and how often it is called.
+    """A statement as a client sends it, whether it prunes partitions, and how often it is called.
 
     ``prepared`` are the values of a statement with parameters, which is planned once for all of them.
     """
@@ -82,7 +82,7 @@ WORKLOAD = [
     scans_all("SELECT * FROM webhook_log WHERE timestamp >= now() OR status = 'failed'"),
     scans_all("SELECT * FROM webhook_log WHERE timestamp >= clock_timestamp()"),
     scans_all("SELECT * FROM webhook_log WHERE timestamp <> now()"),
-    # Prepared: what a parameter leaves out, is left out when the plan starts.
+    # Prepared: partitions that a parameter rules out are pruned when the plan starts.
     prunes("SELECT * FROM webhook_log WHERE timestamp >= $1 AND timestamp < $2", 2_000, "now(), now()"),
     prunes("SELECT * FROM webhook_log WHERE id = $1 AND timestamp = $2", 3_000, "5, now()"),
     prunes("SELECT * FROM webhook_log WHERE timestamp IN ($1, $2)", 50, "now(), now()"),
@@ -154,7 +154,7 @@ WORKLOAD = [
 
 @contextmanager
 def partitioned(url: str) -> Iterator[None]:
-    """A partitioned webhook_log and what the workload names beside it."""
+    """A partitioned webhook_log, and the other objects that the workload names."""
     with connected(url, autocommit=False) as conn, conn.cursor() as cursor:
         create_tables(cursor)
         add_partitions(cursor, -15, 30)
@@ -172,7 +172,7 @@ def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def scanned(url: str) -> dict[Labelled, int]:
-    """How many partitions the plan of each statement of the workload has once it starts."""
+    """How many partitions remain in the plan of each workload statement once it starts."""
     found: dict[Labelled, int] = {}
     with connected(url) as conn, conn.cursor() as cursor:
         cursor.execute("SET plan_cache_mode = force_generic_plan; SET TimeZone = 'UTC'")
@@ -190,14 +190,14 @@ def scanned(url: str) -> dict[Labelled, int]:
 
 @contextmanager
 def reading(url: str) -> Iterator[Connection]:
-    """A connection as the plan has it."""
+    """A connection like the one the plan uses."""
     with opened(connect_engine(postgres_url(url))) as conn, transaction(conn):
         execute(conn, statement("SET TRANSACTION READ ONLY"))
         yield conn
 
 
 def rows_of(texts: list[str]) -> list[tuple[str, int, float, float]]:
-    """What pg_stat_statements would have of these."""
+    """What pg_stat_statements would show for these."""
     return [(text, 1, 1.0, 1 / len(texts)) for text in texts]
 
 
@@ -299,7 +299,7 @@ CREATE TABLE defaulting (id bigint, f boolean DEFAULT trapped(1));
 CREATE TABLE counted (id bigint, at timestamptz);
 CREATE STATISTICS trapped_statistics ON (trapped(id::int)), (id + 1) FROM counted;
 """
-# The traps are set only once everything stands on them.
+# The traps are set only once everything depends on them.
 _SET = """
 CREATE OR REPLACE FUNCTION trap(x timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a trap was run'; END $$;
@@ -327,7 +327,7 @@ _TRAPPED = [
     "SELECT table_to_xml('webhook_log', true, true, '') FROM webhook_log",
     "SELECT * FROM webhook_log; SELECT trap(now())",
 ]
-# Those that spring a trap as soon as anybody plans them; the others would when they run.
+# Those that spring a trap as soon as they are planned; the others would when they run.
 _SPRUNG = [_TRAPPED[0], _TRAPPED[6], _TRAPPED[8]]
 
 

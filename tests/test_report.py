@@ -1,4 +1,4 @@
-"""The report of a run: the same facts as a page and as JSON, whatever becomes of the run."""
+"""The report of a run: the same facts as a page and as JSON, however the run ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class _Page(HTMLParser):
-    """Checks that each element is closed in its turn; keeps tags, attributes and text."""
+    """Checks that elements are closed in order; keeps tags, attributes and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Page(HTMLParser):
 
 
 def page(path: Path) -> _Page:
-    """The report, having made sure that it needs nothing and nobody."""
+    """The report, after checking that it is self-contained."""
     text = path.read_text("utf-8")
     found = _Page(text)
     assert path.stat().st_size < 300_000
@@ -71,7 +71,7 @@ def page(path: Path) -> _Page:
 
 
 def opened_by_a_browser(path: Path) -> None:
-    """Where there is a headless browser: it draws both charts, and has nothing to complain of."""
+    """If there is a headless browser: it draws both charts and reports no error."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
         return  # the parser has read the page; CI has no browser
@@ -151,10 +151,10 @@ def test_json_has_the_facts_of_the_page_under_documented_keys(database: str, tmp
             "why": "the plain table again, with every row that was written since; until finalize",
         }
     ]
-    # The page is made of nothing but these.
+    # The page uses only these.
     (tmp_path / "again.html").write_text(html(found), "utf-8")
     assert "counts equal" in page(tmp_path / "again.html").text
-    # Nor does it outgrow a ticket when a migration of an hourly table of years was held up all night.
+    # It still fits into a ticket when a migration of years of hourly partitions was blocked all night.
     busy = {"old_rows": 1_234_567, "new_rows": 1_234_567}
     many = {
         "periods": [{**period, **busy} for period in found["periods"] * 200],
@@ -309,7 +309,7 @@ def test_statistics_cover_the_whole_table_and_today_and_their_time_is_reported(d
     assert result.returncode == 0, result.stderr
     assert "Gathering statistics..." in result.stdout
     assert "✓ Statistics gathered in " in result.stdout
-    # Large columns are left to this step: all tables that have statistics of one are those that it analyzed.
+    # Large columns are left to this step: only tables that it analyzed have statistics on one.
     of = query(
         database,
         "SELECT tablename, bool_or(inherited) FROM pg_stats WHERE attname = 'request_body' GROUP BY 1",

@@ -19,7 +19,7 @@ def read(name: str) -> str:
 
 
 def test_the_changelog_keeps_its_format() -> None:
-    """Keep a Changelog: what is not released yet on top, then the versions with their dates, newest first."""
+    """Keep a Changelog: unreleased changes on top, then the versions with their dates, newest first."""
     headings = re.findall(r"^#.*$", read("CHANGELOG.md"), re.MULTILINE)
     assert headings[:2] == ["# Changelog", "## [Unreleased]"]
     released = []

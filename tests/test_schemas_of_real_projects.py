@@ -1,4 +1,4 @@
-"""Tables of real projects: there and back beside their applications, or refused by name."""
+"""Tables of real projects: migrated and rolled back under their applications, or refused by id."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def operator() -> Operator:
 
 
 def create(url: str, table: Real) -> Schema:
-    """Create it, and put right what it is refused for."""
+    """Create it, and fix what it is refused for."""
     assert table.live
     for statements in (table.ddl, *table.way_out):
         query(url, statements)
@@ -38,7 +38,7 @@ def create(url: str, table: Real) -> Schema:
 
 
 def untouched(url: str, schema: Schema) -> list[str]:
-    """The rows that nobody touches, with all their columns."""
+    """The untouched rows, with all their columns."""
     mark = schema.marks.untouched
     rows = query(url, f'SELECT t::text FROM {schema.name} t WHERE "{schema.mark}" = %s', mark)
     return sorted(row[0] for row in rows)
@@ -96,14 +96,14 @@ def test_an_obstacle_is_refused_by_id_before_anything_changes(
     message = str(refused.value)
     assert set(re.findall(r"\[([a-z-]+)\]", message)) == set(table.refused)
     assert dump(database, pg_bin) == before
-    # What it says to type works as it stands.
+    # What it says to type works as written.
     for statement in re.findall(r"CREATE INDEX CONCURRENTLY ON \S+ \([^)]*\)", message):
         query(database, statement)
 
 
 @pytest.mark.parametrize("table", [OPENFGA, TIMESCALE, DISCOURSE], ids=str)
 def test_a_missing_or_changed_row_is_noticed(database: str, table: Real) -> None:
-    """With a key of several columns, with the time in it, with a date: what all of the above rests on."""
+    """With a key of several columns, with the time in it, with a date: the tests above rely on this."""
     schema = create(database, table)
     loaded = fill(database, schema, ROWS)
     with (

@@ -1,4 +1,4 @@
-"""The pair of functions that all tables of a schema share: whose it is, when it comes and when it goes."""
+"""The pair of functions that all tables of a schema share: who owns it, when it is created and dropped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHARED = (
     "SELECT p.proname, pg_get_userbyid(p.proowner) FROM pg_proc p WHERE p.proname LIKE 'chronos_%' ORDER BY 1"
 )
 
-# As version 2 installed them: everything in the table's own pair.
+# As version 2 installed them: all code in the table's own pair.
 VERSION_2 = """
 CREATE FUNCTION create_future_{table}_partitions(days_ahead integer) RETURNS SETOF text LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' SET timezone = 'UTC'
@@ -69,7 +69,7 @@ def roles(postgres: str) -> Iterator[tuple[str, str, str]]:
 
 @pytest.fixture
 def shop(roles: tuple[str, str, str], database: str) -> str:
-    """The URL of a database with the schema ``shop``, where both have a partitioned table."""
+    """The URL of a database with the schema ``shop``, in which both have a partitioned table."""
     home, alice, bob = roles
     query(
         database,
@@ -82,7 +82,7 @@ def shop(roles: tuple[str, str, str], database: str) -> str:
 
 
 def install(url: str, spec: TableSpec, owner: str, *, by: str | None = None) -> None:
-    """Install the functions of a table in ``shop``, as the role ``by``; by default as a superuser."""
+    """Install the functions of a table in ``shop``, as the role ``by`` or, by default, a superuser."""
     spec = spec.located("shop")
     with connected(url, autocommit=False) as conn, conn.cursor() as cur:
         if by:
@@ -105,7 +105,7 @@ def engine_for(url: str) -> Engine:
     return connect_engine(make_url(url))
 
 
-# Whose the shared pair is
+# Who owns the shared pair
 
 
 def test_a_shared_pair_installed_by_a_superuser_belongs_to_the_schema_owner(
@@ -290,7 +290,7 @@ def test_a_refused_upgrade_changes_nothing(shop: str, roles: tuple[str, str, str
         assert "let a superuser install them" in str(distrusted(conn, read(conn, metrics, "metrics")))
 
 
-# There and back
+# Migrate and roll back
 
 
 def plain_tables(url: str) -> None:
@@ -364,7 +364,7 @@ def test_a_table_migrates_and_rolls_back_beside_another_that_uses_the_shared_pai
 
 @pytest.fixture
 def cur(database: str) -> Iterator[cursor]:
-    """A table with expired partitions, of a migration that is over but for what is left of the state."""
+    """A table with expired partitions, whose migration is over except for what is left of its state."""
     with connected(database) as conn, conn.cursor() as cur:
         create_tables(cur)
         add_partitions(cur, -17, 1)
@@ -457,7 +457,7 @@ def test_another_roles_object_with_the_states_name_is_not_read(
 def test_the_owner_can_call_while_the_state_belongs_to_the_operator(
     roles: tuple[str, str, str], database: str
 ) -> None:
-    """A superuser migrates, and the owner of the table drops partitions before that is finalized."""
+    """A superuser migrates, and the owner of the table drops partitions before finalize."""
     _, alice, _ = roles
     plain_tables(database)
     query(

@@ -1,4 +1,4 @@
-"""`status`: what it says of each state, and that it finds each of its problems when it is really made."""
+"""`status`: what it says about each state, and that it finds each problem when that really exists."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPERATORS_LOCK = (
 
 @pytest.fixture(scope="module")
 def migrated_once(postgres: str) -> Iterator[str]:
-    """The name of a database with a few rows, really migrated, to be cloned."""
+    """The name of a really migrated database with a few rows, to be cloned."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name)
     url = make_url(postgres).set(database=name).render_as_string(hide_password=False)
@@ -58,7 +58,7 @@ def migrated_once(postgres: str) -> Iterator[str]:
 
 @pytest.fixture
 def migrated(migrated_once: str, postgres: str) -> Iterator[str]:
-    """The URL of a migrated database of the test's own."""
+    """The URL of the test's own migrated database."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name, migrated_once)
     yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
@@ -79,7 +79,7 @@ def settings_for(url: str, redis_url: str) -> Settings:
 
 
 def the_problem(status: Status, pattern: str) -> str:
-    """The only problem there is, which matches ``pattern``."""
+    """The only problem, which matches ``pattern``."""
     assert not status.healthy
     [problem] = status.problems
     assert re.search(pattern, problem), problem
@@ -206,7 +206,7 @@ def test_rows_not_compared_after_the_swap_are_a_problem(migrated: str, look: Loo
 
 
 def begin(url: str, phase: Phase) -> Plan:
-    """A plain table, and beside it the state and the notes of a migration in ``phase``."""
+    """Create a plain table, and with it the state and the notes of a migration in ``phase``."""
     query(url, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz)")
     table = WEBHOOK_LOG.located("public")
     now = datetime.now(UTC)
@@ -236,7 +236,7 @@ def begin(url: str, phase: Phase) -> Plan:
 
 @pytest.fixture
 def held(database: str) -> str:
-    """A database in which ``migrate --strategy attach`` has ended before the swap."""
+    """A database in which ``migrate --strategy attach`` stopped before the swap."""
     create_webhook_log(connect_engine(make_url(database)), 200)
     result = chronos(database, "migrate", "--strategy", "attach", "--hold", "--yes")
     assert result.returncode == 0, result.stderr
@@ -244,7 +244,7 @@ def held(database: str) -> str:
 
 
 def bound_in(url: str, away: timedelta) -> datetime:
-    """Let the bound of a migration that is half done be ``away`` from now; returns it."""
+    """Set the bound of a half-done migration to ``away`` from now; returns it."""
     bound = value(url, "SELECT now()").astimezone(UTC) + away
     query(
         url,
@@ -287,7 +287,7 @@ def test_an_attached_table_is_shown_with_its_range_and_drop_date(database: str, 
             line,
         ), line
         assert len(line) <= 80
-    # It goes on that day, and not the day before.
+    # It is dropped on that day, and not the day before.
     [history] = [p for p in status.partitions if p.name == "webhook_log_history"]
     goes = bound + timedelta(days=15)
     assert droppable(status.partitions, goes, 15) == [history]
@@ -527,7 +527,7 @@ def test_a_missing_past_day_is_a_problem(migrated: str, look: Look) -> None:
 def test_work_due_since_midnight_is_no_problem_before_the_jobs_have_run(
     migrated: str, look: Look, redis_url: str
 ) -> None:
-    """At 00:30 a day has expired and another is to be made; both wait for the jobs at 01:00 and 02:00."""
+    """At 00:30 one day has expired and another must be created: both wait for the jobs at 01:00 and 02:00."""
     settings = settings_for(migrated, redis_url)
     status = look(migrated)
     tomorrow = midnight(status.today + timedelta(days=1))
@@ -547,7 +547,7 @@ def test_days_dropped_too_early_are_a_problem_while_the_old_table_has_them(
     problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
     assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
     assert "Bring them back with: python -m chronos rollback" in problem
-    # Whoever wants them gone says so.
+    # An operator who wants them gone says so.
     shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
     assert not [p for p in collect(shorter).problems if "webhook_log_old" in p]
 
@@ -644,7 +644,7 @@ def test_a_job_that_has_not_succeeded_for_long_is_a_problem(
         attempt(DROP, settings_for(migrated, redis_url), Message("another"), None)
         the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(.* in use by pid .*\);")
     query(migrated, "DELETE FROM chronos_reports WHERE job = %s", DROP.name)
-    assert look(migrated).healthy  # not yet, but then the swap was a minute ago
+    assert look(migrated).healthy  # not yet overdue, as the swap was a minute ago
     query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
     the_problem(look(migrated), f"^{DROP.name} has not succeeded yet;")
 
@@ -696,7 +696,7 @@ def test_a_job_that_failed_last_night_is_a_problem_at_once(migrated: str, redis_
 def test_reports_copied_from_another_database_do_not_count(
     database: str, redis_url: str, make_database: MakeDatabase, pg_bin: Path
 ) -> None:
-    """A rehearsal in what pg_dump has taken from production: the rows come along, and do not count."""
+    """A rehearsal on a dump of production: the reports are in the dump, but do not count."""
     migrate(database, -2, 30)
     production = settings_for(database, redis_url)
     for job in JOBS:
@@ -742,7 +742,7 @@ def test_another_roles_table_with_that_name_is_neither_read_nor_written(
 
 
 def test_remedies_work_in_a_quoted_schema(migrated: str, look: Look) -> None:
-    """What is to be typed can be typed as it is."""
+    """What the messages say to type works as written."""
     query(migrated, 'ALTER SCHEMA public RENAME TO "It\'s ""here"""')
     query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, 12, 12)[0]}')
     query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, -12, -12)[0]}')

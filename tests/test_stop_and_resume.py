@@ -1,4 +1,4 @@
-"""What a stopped run leaves to the next: its options, and a prompt that says what it goes on with."""
+"""What a stopped run leaves to the next: its options, and a prompt that says what will be resumed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_termination_signal_at_the_prompt_changes_nothing(database: str, numbe
 
 
 def test_an_ignored_hangup_stops_nothing(database: str) -> None:
-    """As under nohup."""
+    """As with nohup."""
     fill(database)
     gate_in_the_copy(database)
     command = """trap '' HUP; exec "$0" -u -m chronos migrate --yes --workers 1 --batch-size 50"""
@@ -124,7 +124,7 @@ def test_an_ignored_hangup_stops_nothing(database: str) -> None:
 
 
 class on_a_terminal:  # noqa: N801
-    """chronos on a terminal of 80 columns: its process, and the file to read from."""
+    """chronos on an 80-column terminal: its process, and the file to read from."""
 
     def __init__(self, url: str, *arguments: str) -> None:
         self.master, slave = pty.openpty()
@@ -158,7 +158,7 @@ def read_to_the_end(master: int) -> str:
     while True:
         try:
             shown += os.read(master, 65_536)
-        except OSError:  # Linux's way to say that nobody holds the terminal open any more
+        except OSError:  # Linux's way to say that no process has the terminal open any more
             return shown.decode()
 
 

@@ -1,4 +1,4 @@
-"""What chronos comes upon beside its table and is not its own: tables of its names, views, settings."""
+"""What chronos finds beside its table that is not its own: tables with its names, views, settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_CRON = {"REDIS_URL": "", "WEBHOOK_LOG_DAYS_AHEAD": "3"}
 
 @pytest.fixture
 def partitioned(database: str) -> str:
-    """The URL of a table of the days -18 to 3."""
+    """The URL of a table with the days -18 to 3."""
     with connected(database, autocommit=False) as conn:
         create_tables(conn.cursor())
         add_partitions(conn.cursor(), -18, 3)
@@ -77,7 +77,7 @@ def test_a_migration_is_refused_when_the_application_has_a_table_with_the_states
     assert (refused.returncode, "[names-taken]" in refused.stderr) == (2, True)
 
 
-# Gives each new table to one role, as servers do that several people make tables on.
+# Gives each new table to one role, as on servers where several people create tables.
 _GIVES_AWAY = """
 CREATE FUNCTION give_away() RETURNS event_trigger LANGUAGE plpgsql AS $$
 DECLARE made record;
@@ -124,7 +124,7 @@ def test_an_unreadable_report_does_not_block_the_nightly_job(
 
 @pytest.fixture
 def old_strings(partitioned: str) -> str:
-    """A database in which a backslash in a string is no backslash."""
+    """A database in which a backslash in a string literal is an escape character."""
     name = make_url(partitioned).database
     query(partitioned, f"ALTER DATABASE {name} SET standard_conforming_strings = off")
     return partitioned

@@ -70,7 +70,7 @@ def create(url: str, *tables: str) -> None:
 
 
 def refused(url: str, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """The one line that a command says which changes nothing."""
+    """The one line that a command prints when it changes nothing."""
     before = relations(url)
     done = chronos(url, *arguments, env=env)
     assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
@@ -339,7 +339,7 @@ def test_testing_without_a_test_database_url_is_refused(database: str) -> None:
     assert line.endswith("/chronos_test")
 
 
-# What the file says and is not so
+# When the file is wrong
 
 
 def test_a_wrong_interval_or_column_is_refused_by_every_verb_that_needs_it(
@@ -460,7 +460,7 @@ def test_a_table_with_the_same_name_in_another_schema_is_not_the_configured_one(
     assert "lists events without a schema, which is not other.events here" in line
 
 
-# A table that no file lists, from its first look to its last
+# A table that no file lists, from its first plan to its end
 
 
 def test_a_quoted_table_in_another_schema_goes_through_every_verb(
@@ -523,7 +523,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     assert final.returncode == 0, final.stderr
     assert orders.as_toml() in final.stdout
     assert value(database, f"SELECT count(*) FROM {ORDERS}") == 400
-    kept = replace(orders, ahead_days=30)  # the one thing that no catalog knows
+    kept = replace(orders, ahead_days=30)  # the one thing that is in no catalog
     for verb, code in (("status", 1), ("upgrade-functions", 0)):
         found = chronos(database, verb, ORDERS)
         assert found.returncode == code
@@ -582,7 +582,7 @@ def test_without_retention_every_row_is_copied_and_nothing_is_dropped(
     assert oldest.startswith("events_y")
 
 
-# One night, five tables
+# One night with five tables
 
 FIVE = [
     TableSpec(f"table_{n}", column="at", retention_days=5, ahead_days=2, schema="public") for n in range(5)
@@ -593,7 +593,7 @@ FIVE = [
 def five(
     database: str, redis_url: str, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> Settings:
-    """Five partitioned tables with no partition ahead, and one that has expired."""
+    """Five partitioned tables, each with no partition ahead and one that has expired."""
     with connected(database, autocommit=False) as conn:
         cur = conn.cursor()
         for table in FIVE:
@@ -646,7 +646,7 @@ def test_a_broken_table_does_not_block_the_other_four(
 
 
 def test_a_lost_connection_delays_only_one_table(five: Settings, database: str, client: redis.Redis) -> None:
-    """The function of one table ends its own session; the next attempt finds it well."""
+    """The function of one table ends its own session; the next attempt succeeds."""
     query(
         database,
         "ALTER FUNCTION create_future_table_2_partitions(int) RENAME TO sound;"
@@ -677,7 +677,7 @@ def test_a_table_in_use_is_the_only_one_left_undone(
     assert "public.table_2: " in report["error"]
 
 
-# What messages name
+# Names in messages
 
 
 def test_a_command_names_its_table_where_it_is_needed(

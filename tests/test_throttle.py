@@ -1,4 +1,4 @@
-"""How fast the copy goes: the limit of rows, shrinking batches, and replicas that fall behind."""
+"""How fast the copy goes: the rate limit, shrinking batches, and replicas that fall behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = 3_000
 
 
 class Time:
-    """A clock that moves only when somebody sleeps."""
+    """A clock that moves only during sleep."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -46,7 +46,7 @@ def copy(
     rows: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """The sizes of so many batches, each of which lasts ``seconds``."""
+    """The sizes of this many batches, each of which takes ``seconds``."""
     sizes = []
     for _ in range(batches):
         size = throttle.begin(check_stop)
@@ -73,7 +73,7 @@ def test_the_rate_is_kept(batch_size: int, rate: int, seconds: float) -> None:
     began = time.now
     rows = sum(copy(throttle, time, batches=200, seconds=min(seconds, batch_size / rate / 2)))
 
-    # The first batch need not wait, so there is one less to wait for.
+    # The first batch need not wait, so there is one wait less.
     assert rows / rate * 0.98 <= time.now - began + min(batch_size, rate) / rate <= rows / rate * 1.02
 
 
@@ -180,7 +180,7 @@ def test_a_pause_after_a_cancelled_batch_can_be_stopped() -> None:
 
 
 class Standby(EmbeddedPostgres):
-    """A server that follows another one."""
+    """A standby of another server."""
 
     def __init__(self, primary: EmbeddedPostgres) -> None:
         super().__init__()

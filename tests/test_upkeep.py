@@ -1,4 +1,4 @@
-"""`upkeep`: the nights without Celery or Redis, its exit codes, and the alerts that follow a run."""
+"""`upkeep`: nights without Celery or Redis, its exit codes, and the alerts that follow a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tables import connected, exists, holding, query, value
 from tests.test_jobs import add_days, history, last, migrate, names, partitions
 from tests.waiting import wait_until
 
-# No Redis is set: cron does it.
+# No Redis is set: cron runs it.
 CRON = {"REDIS_URL": "", "WEBHOOK_LOG_DAYS_AHEAD": "3", "WEBHOOK_LOG_RETENTION_DAYS": "5"}
 FIVE = [
     TableSpec(f"table_{n}", column="at", every=Interval.DAY, retention_days=5, ahead_days=2, schema="public")
@@ -39,13 +39,13 @@ FIVE = [
 
 @pytest.fixture
 def url(database: str) -> str:
-    """A table of the days -7 to 0; two of them have expired."""
+    """A table with the days -7 to 0, two of which have expired."""
     migrate(database, -7, 0)
     return database
 
 
 def create_five(url: str, configuration: Path) -> dict[str, str]:
-    """Five tables with no partition ahead and one that has expired; the environment that lists them."""
+    """Five tables, each with no partition ahead and one expired; returns the environment that lists them."""
     with connected(url, autocommit=False) as conn:
         cur = conn.cursor()
         for table in FIVE:
@@ -209,7 +209,7 @@ def test_an_unreachable_server_fails_without_showing_its_password() -> None:
 
 
 def test_a_role_that_cannot_store_the_report_still_does_the_work(url: str) -> None:
-    """Somebody has put a table there that the owner of ours need not trust."""
+    """Another role has created a table there that the owner of ours need not trust."""
     role = f"stranger_{os.getpid()}_{time.monotonic_ns()}"
     query(
         url,
@@ -259,7 +259,7 @@ def test_an_ordinary_owner_stores_reports_that_another_role_reads_once_granted(u
 
 
 def test_the_reports_are_dropped_with_the_last_partitioned_table(url: str) -> None:
-    """What a migration has made is gone after its rollback, and so is what the nights have left beside it."""
+    """After a rollback, what the migration created is gone, and so is what the nightly jobs left."""
     query(
         url,
         "DROP TABLE webhook_log, webhook_endpoint;"

@@ -1,4 +1,4 @@
-"""A rollback looks first at what it would undo, and begins only when nothing of it would be lost."""
+"""A rollback first checks what it would undo, and starts only if nothing would be lost."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def test_a_deleted_row_whose_key_is_reused_is_carried_back(database: str) -> Non
 
 
 def stop_on_the_way_back(url: str) -> None:
-    """Leave a rollback behind that was stopped while it waited for its swap."""
+    """Leave behind a rollback that was stopped while waiting for its swap."""
     errors = stop_a_rollback(url)
     assert "or call it off, and stay with the partitioned table: python -m chronos.scripts" in errors
     assert phase(url) == "returning"
 
 
 def test_a_rollback_that_cannot_finish_can_be_cancelled_and_repeated(database: str) -> None:
-    """And taken again later: what was written before, meanwhile and afterwards comes along."""
+    """Rows written before, meanwhile and afterwards are all carried back."""
     create_webhook_log(connect_engine(make_url(database)), 500)
     before = relations(database)
     assert chronos(database, "migrate", "--yes").returncode == 0

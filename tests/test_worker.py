@@ -75,19 +75,19 @@ class Process:
         return found[0]
 
     def result(self, task_id: str) -> Report:
-        """What the task returned, from the line that says so."""
+        """What the task returned, according to the log."""
         line = self.wait_for(rf"\[{task_id}\] succeeded in")
         report = ast.literal_eval(line.partition("s: ")[2])
         assert isinstance(report, dict)
         return report
 
     def stop(self) -> None:
-        """Stop it politely, and see that it goes."""
+        """Stop it with SIGTERM, and check that it exits."""
         self.popen.terminate()
         self.popen.wait(PATIENCE)
 
     def kill(self) -> None:
-        """End it and its pool without a word to anybody."""
+        """Kill it and its pool without warning."""
         os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(PATIENCE)
 
@@ -124,7 +124,7 @@ def start(tmp_path: Path) -> Iterator[StartCelery]:
 
 @pytest.fixture
 def broker() -> Iterator[EmbeddedRedis]:
-    """A Redis of the test's own: what a worker that was killed leaves in it is nobody else's."""
+    """The test's own Redis: what a killed worker leaves in it affects no other test."""
     with EmbeddedRedis() as server:
         yield server
 
@@ -150,7 +150,7 @@ def start_worker(
 
 
 def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
-    """Ask for a job, as anybody can who knows its name; returns the id of the task."""
+    """Ask for a job, as any client can that knows its name; returns the id of the task."""
     with Celery(broker=broker.url, set_as_current=False) as app:
         return str(app.send_task(job.name, kwargs=options, queue="chronos").id)
 
@@ -160,14 +160,14 @@ def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
-    """The app itself, imported in the environment of the tests."""
+    """The app itself, imported in the tests' environment."""
     get_settings.cache_clear()
     yield importlib.import_module("chronos.worker").app
     get_settings.cache_clear()
 
 
 def in_zone(app: Celery, zone: str) -> Celery:
-    """The schedule of the app as BEAT_TIMEZONE places it."""
+    """The app's schedule with BEAT_TIMEZONE applied."""
     other = Celery(set_as_current=False)
     other.conf.update(beat_schedule=app.conf.beat_schedule, timezone=zone)
     return other
@@ -196,7 +196,7 @@ def test_messages_are_json_and_acknowledged_late(app: Celery) -> None:
 def test_due_once_a_night_at_its_hour_over_both_changes_of_the_clocks(
     app: Celery, job: Job, zone: str, skipped_hour: dict[tuple[int, int], int]
 ) -> None:
-    """A year of beat's own arithmetic: at 01:00 and 02:00, and an hour later where there is no such hour."""
+    """A year of beat's own arithmetic: at 01:00 and 02:00, or an hour later if that hour does not exist."""
     settings = Settings(beat_timezone=zone)
     here = ZoneInfo(zone)
     now = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -226,7 +226,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
     app: Celery,
     tmp_path: Path,
 ) -> None:
-    """Both beats find the jobs due; the first message is held up until the other beat's has come."""
+    """Both beats find the jobs due; the first message is held until the other beat's has come."""
     migrate(database, -7, 0)
     query(database, GATE.format(function=CREATE.function(WEBHOOK_LOG)))
     beats = []
@@ -266,7 +266,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
     assert client.llen("chronos") == 0
 
 
-# One worker's long night
+# One worker, one long night
 
 
 @dataclass
@@ -321,12 +321,12 @@ def test_a_worker_recovers_from_every_obstacle_of_a_night(
     broker: EmbeddedRedis,
     tmp_path: Path,
 ) -> None:
-    """Everything that can be in a worker's way, one after another; nothing of it needs a restart."""
+    """Everything that can go wrong for a worker, in sequence; none of it needs a restart."""
     server = own_postgres()
     url = server.create_database("night")
     broker.stop()
     with collecting() as collector:
-        # One process for all of it: a new one would be up to five seconds in coming.
+        # One process for all of it: starting a new one can take five seconds.
         one = ("w", url, broker, "--max-tasks-per-child=100")
         alert = tmp_path / "alert"
         worker = start_worker(
@@ -376,7 +376,7 @@ def test_a_worker_recovers_from_every_obstacle_of_a_night(
             assert "(2 attempts)" in report["error"]
         worker.wait_for(rf"{DROP.name} gave up, undone: {names(url, -9, -9)[0]}")
 
-        # The server goes away, and comes back too late for one task, and in time for the next.
+        # The server stops, and is back too late for one task, but in time for the next.
         server.stop()
         task = send(broker, CREATE, nightly=True, pauses=[0.1, 0.1])
         line = worker.wait_for(rf"\[{task}\] raised expected: JobFailedError")
@@ -408,10 +408,10 @@ def test_a_worker_recovers_from_every_obstacle_of_a_night(
 def test_a_job_killed_in_the_middle_is_done_later(
     start: StartCelery, broker: EmbeddedRedis, client: redis.Redis, database: str
 ) -> None:
-    """A worker, and a process of another worker's pool, each with a job under way.
+    """Kill a worker, and a process of another worker's pool, each with a running job.
 
-    Both leave a lease that expires. The pool's job is tried again as soon as that is over, the other
-    when the broker delivers its message again, after an hour; any run in between would do as well.
+    Both leave a lease that expires. The pool's job is retried as soon as it has, the other when the broker
+    delivers its message again, after an hour; any run in between would do it too.
     """
     migrate(database, -7, 0)
     for job in JOBS:
