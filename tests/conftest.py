@@ -77,7 +77,7 @@ def pg_bin() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL on which databases may be created."""
+    """The URL of a PostgreSQL server on which databases may be created."""
     if not _TEST_DATABASE_URL:
         with EmbeddedPostgres(SERVER_SETTINGS) as server:
             yield server.url

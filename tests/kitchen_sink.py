@@ -1,4 +1,4 @@
-"""A webhook_log with everything attached that a table can have and the migration carries over."""
+"""A webhook_log with everything that a table can have and the migration carries over."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ CREATE PUBLICATION some_of_it FOR TABLE webhook_log (id, "timestamp", status, st
 CREATE PUBLICATION all_of_it FOR TABLE webhook_log WITH (publish = 'insert, truncate');
 COMMENT ON PUBLICATION all_of_it IS 'all';
 
--- What is given on new objects by default must not end up on ours.
+-- Default privileges must not end up on our tables.
 ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO chronos_leak;
 ALTER DEFAULT PRIVILEGES IN SCHEMA "Hooks" GRANT SELECT ON TABLES TO PUBLIC;
 ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO chronos_leak;

@@ -549,7 +549,7 @@ class _Client:
             self.longest_s, self.slowest = seconds, self._doing
 
     def _was_committed(self, xid: str) -> bool:
-        """Whether a transaction that was cut off in COMMIT was committed, as the server remembers it."""
+        """Whether a transaction that was cut off in COMMIT was committed, according to the server."""
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
             self._session = self._connect_again()
@@ -830,7 +830,7 @@ class Application:
             wait_until(
                 lambda client=client, wanted=wanted: client.commits >= wanted or not client.thread.is_alive(),  # type: ignore[misc]
                 30,
-                f"{client.name} goes on; errors: {self.errors[:3]}",
+                f"{client.name} keeps committing; errors: {self.errors[:3]}",
             )
 
     def kept(self) -> int:
@@ -964,7 +964,7 @@ class Readers:
         wait_until(
             lambda: all(self.reads[kind] >= number for kind, number in wanted.items()),
             30,
-            f"the readers read on; errors: {self.errors[:3]}",
+            f"the readers keep reading; errors: {self.errors[:3]}",
         )
 
     def _work(self, kind: Kind) -> None:

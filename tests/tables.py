@@ -174,7 +174,7 @@ def pid_at_the_gate(url: str) -> int:
             " AND datname = current_database()",
         ),
         30,
-        "somebody waits at the gate",
+        "a session waits at the gate",
     )
     assert isinstance(pid, int)
     return pid

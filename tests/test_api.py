@@ -68,7 +68,7 @@ def test_importing_chronos_imports_nothing_else() -> None:
     assert set(loaded) - sys.stdlib_module_names == {"chronos"}
 
 
-def test_every_public_name_exists_and_no_other() -> None:
+def test_exactly_the_public_names_exist() -> None:
     for name in chronos.__all__:
         assert getattr(chronos, name).__module__.startswith("chronos.")
     with pytest.raises(AttributeError, match="Migrate"):

@@ -137,7 +137,7 @@ def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: s
         assert dump(database, pg_bin) == before
 
 
-# Everything that can be attached to a table
+# Everything that a table can have
 
 
 @pytest.mark.parametrize(

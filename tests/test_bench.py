@@ -31,7 +31,9 @@ def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int,
         hit = value(url, f"WITH hit AS ({statement.format(day=day)} RETURNING 1) SELECT count(*) FROM hit")
         last = value(url, "SELECT max(id) FROM webhook_log")
         wait_until(
-            lambda: value(url, "SELECT max(id) FROM webhook_log") > last + 40, 30, "the application goes on"
+            lambda: value(url, "SELECT max(id) FROM webhook_log") > last + 40,
+            30,
+            "the application keeps writing",
         )
     try:
         return account, hit, differing(engine, account, since)

@@ -21,7 +21,7 @@ from tests.tables import connected, digest, holding, query, relations, value
 from tests.waiting import wait_until
 
 ROWS = 1_500
-# Within the window that every migration of these tests copies, so that no older row refers to an endpoint.
+# Within the window that every migration in these tests copies, so that no older row refers to an endpoint.
 DAYS = 10
 
 
@@ -38,7 +38,7 @@ def fill(url: str, action: str = "") -> None:
 
 @contextmanager
 def bridge(url: str, way: str) -> Iterator[None]:
-    """Stop when the names have changed, ``there`` or ``back``, and the keys remain; then carry on."""
+    """Run the block once the names have changed, ``there`` or ``back``, but the keys remain; then finish."""
     verb = ["migrate", "--yes"] if way == "there" else ["rollback", "--yes"]
     if way == "there":
         assert chronos(url, *verb, "--hold").returncode == 0

@@ -630,7 +630,7 @@ CREATE FUNCTION upsert_again(bigint) RETURNS void LANGUAGE sql AS $$
     ON CONFLICT ON CONSTRAINT webhook_log_pkey DO NOTHING $$;
 CREATE FUNCTION last_id() RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN RETURN currval(pg_get_serial_sequence('webhook_log', 'id')); END $$;
--- None of these is meant.
+-- None of these counts.
 CREATE TABLE webhook_log_notes (id int UNIQUE, ctid_seen text);
 CREATE FUNCTION other() RETURNS void LANGUAGE sql AS $$
     DELETE FROM webhook_log_notes WHERE ctid IN (SELECT ctid FROM webhook_log_notes);

@@ -1,6 +1,6 @@
-"""Tables that Citus manages are refused, and only those. The catalogs are imitations: name and columns only.
+"""Tables that Citus manages are refused, and only those. The catalogs have only Citus' names and columns.
 
-Like Citus, only a superuser can create them in pg_catalog.
+A superuser can create them where Citus does, in pg_catalog; no other role can.
 """
 
 from __future__ import annotations

@@ -130,7 +130,9 @@ def test_hidden_rows_are_noticed(database: str) -> None:
     ("key_type", "timestamp_type"),
     [("serial", "timestamptz"), ("identity", "timestamp"), ("uuid", "timestamptz")],
 )
-def test_there_and_back(database: str, key_type: KeyType, timestamp_type: TimestampType) -> None:
+def test_migrate_and_rollback_hide_no_row(
+    database: str, key_type: KeyType, timestamp_type: TimestampType
+) -> None:
     with live(database, key_type, timestamp_type) as table:
         before = relations(database)
         table.run(*MIGRATE, swaps=1)
@@ -227,7 +229,7 @@ SELECT l.pid, l.virtualtransaction, (SELECT application_name FROM pg_stat_activi
 FROM pg_locks l
 WHERE l.relation = to_regclass('webhook_log') AND l.mode = 'AccessExclusiveLock' AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  -- The number is 0 while a transaction that has ended lets go of its locks.
+  -- The number is 0 while a finished transaction is still releasing its locks.
   AND l.virtualtransaction !~ '/0$'
 """
 
@@ -314,7 +316,7 @@ def test_long_queries_delay_neither_the_copy_nor_writers(database: str) -> None:
             wait_until(
                 lambda dashboard=dashboard, number=number: len(dashboard.counts) > number + 1,  # type: ignore[misc]
                 20,
-                "the dashboards go on",
+                "the dashboards keep reading",
             )
             dashboard.stopping.set()
         for dashboard in dashboards:

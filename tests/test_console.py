@@ -1,4 +1,4 @@
-"""What the operator reads, on a terminal of 80 columns and in a file."""
+"""What the operator reads, on an 80-column terminal and in a file."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_summary_lists_periods_and_steps() -> None:
 
 
 def test_the_bar_fits_into_80_columns() -> None:
-    """With the numbers of the largest table that this is for, and a replica that lags."""
+    """With the numbers of the largest table that chronos is for, and a lagging replica."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None, highlight=False)
     now = 0.0

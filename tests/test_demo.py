@@ -54,7 +54,7 @@ def table(database: str) -> str:
     ("timestamp_type", "key_type"),
     [("timestamptz", "serial"), ("timestamp", "identity by default"), ("timestamp", "identity always")],
 )
-def test_the_table_looks_like_an_applications(
+def test_the_table_looks_like_that_of_an_application(
     make_database: MakeDatabase, timestamp_type: TimestampType, key_type: KeyType
 ) -> None:
     url = make_database(timezone="Asia/Kolkata")

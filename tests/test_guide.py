@@ -229,7 +229,7 @@ class Shell:
         url, done = self.env["DATABASE_URL"], "SELECT count(*) FROM chronos_reports WHERE job = %s"
         wait_until(lambda: exists(url, "chronos_reports") and value(url, done, job), 60, f"{job} has run")
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: not client.exists(job), 60, f"{job} has given its lock back")
+            wait_until(lambda: not client.exists(job), 60, f"{job} has released its lock")
 
 
 # redis-cli is in no wheel; this does what the documents need of it.

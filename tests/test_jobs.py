@@ -227,7 +227,7 @@ def test_a_message_that_died_does_not_block_the_night(settings: Settings, client
     assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
 
 
-def test_a_foreign_lease_is_left_alone(settings: Settings, client: redis.Redis) -> None:
+def test_a_lease_of_another_holder_is_left_alone(settings: Settings, client: redis.Redis) -> None:
     client.set(DROP.name, "host=elsewhere pid=1 since=2026-01-01T00:00:00Z token=0", px=60_000)
     report = attempt(DROP, settings, NIGHTLY, 1.0)
     assert report == {

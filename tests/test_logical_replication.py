@@ -50,7 +50,7 @@ def follows(table: Live, subscriber: str) -> None:
     wait_until(
         lambda: not table.application.compare(subscriber),
         60,
-        "the subscriber has it all",
+        "the subscriber has every row",
     )
 
 

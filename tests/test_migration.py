@@ -113,7 +113,7 @@ def test_a_live_table_with_awkward_rows_is_migrated_whole(
         wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
         result = chronos(url, "migrate", "--report", str(report_file), answer="MIGRATE\n")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert_nothing_lost(url, writer)
@@ -357,7 +357,7 @@ def test_a_failing_step_is_rolled_back(database: str, step: int, conflict: str) 
         wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
         result = chronos(database, "migrate", "--yes")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"step {step} " in result.stderr
@@ -437,7 +437,7 @@ def test_a_backend_killed_while_it_waits_for_the_swap_keeps_the_copy(database: s
         resumed = chronos(database, "migrate", "--yes", "--resume")
         assert resumed.returncode == 0, resumed.stderr
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
     assert writer.errors == []
     assert state(database) == ("migrated", True)
 
@@ -510,7 +510,7 @@ def test_a_cancelled_round_neither_loses_nor_duplicates_rows(database: str) -> N
         pid = pid_at_the_gate(database)
         first = query(database, at_it, pid)
         query(database, "SELECT pg_cancel_backend(%s)", pid)
-        wait_until(lambda: query(database, at_it, pid) not in ([], first), 20, "the round is tried again")
+        wait_until(lambda: query(database, at_it, pid) not in ([], first), 20, "the round is retried")
         migration.release()
         output, errors = migration.process.communicate(timeout=60)
 
@@ -737,7 +737,7 @@ def test_a_long_reader_is_named_and_blocks_nobody(database: str) -> None:
     assert_nothing_lost(database, writer)
 
 
-def test_held_before_the_swap(database: str) -> None:
+def test_held_before_the_swap_later_writes_are_replayed(database: str) -> None:
     """Prepared at noon, swapped at night: what piles up is replayed on request."""
     fill(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
@@ -764,7 +764,7 @@ def test_held_before_the_swap(database: str) -> None:
         assert "[Step 6/6]" in resumed.stdout
         assert state(database) == ("migrated", True)
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
     assert_nothing_lost(database, writer)
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id <= %s AND id %% 10 = 1", ROWS) == 0
     assert digest(database, "webhook_log_old", window(database)) == digest(
@@ -928,7 +928,7 @@ def test_a_difference_after_the_swap_causes_a_rollback(database: str) -> None:
     with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
         result = chronos(database, "migrate", "--yes", "--resume")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 1, result.stdout + result.stderr
     assert "step 6 " in result.stderr

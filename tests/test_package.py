@@ -43,7 +43,7 @@ def ranges(requirements: list[str]) -> dict[str, Requirement]:
 # Requirements
 
 
-def test_the_pins_cover_the_base_dependencies_and_satisfy_their_ranges() -> None:
+def test_the_pins_are_the_base_dependencies_and_satisfy_their_ranges() -> None:
     wanted, pins = ranges(PROJECT["dependencies"]), pinned("requirements.txt")
     assert set(wanted) == set(pins)
     for name, requirement in wanted.items():
@@ -51,7 +51,7 @@ def test_the_pins_cover_the_base_dependencies_and_satisfy_their_ranges() -> None
 
 
 @pytest.mark.parametrize("extra", ["demo", "plan", "alembic"])
-def test_the_test_pins_satisfy_an_extra(extra: str) -> None:
+def test_the_test_pins_satisfy_each_extra(extra: str) -> None:
     pins = pinned("requirements-dev.txt")
     for name, requirement in ranges(PROJECT["optional-dependencies"][extra]).items():
         assert requirement.specifier.contains(pins[name]), requirement

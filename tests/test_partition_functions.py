@@ -704,4 +704,4 @@ def detach_half_way(url: str, name: str) -> None:
         with pytest.raises(psycopg2.Error):
             detaching.cursor().execute(f"ALTER TABLE webhook_log DETACH PARTITION {name} CONCURRENTLY")
     pending = "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = %s::regclass"
-    wait_until(lambda: value(url, pending, name), 5, "the detaching is pending")
+    wait_until(lambda: value(url, pending, name), 5, "the detach is pending")

@@ -73,7 +73,7 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
         migrate(database)
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 50, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 50, 20, "the writer keeps writing")
         explicit = "INSERT INTO webhook_log (id, status, timestamp) OVERRIDING SYSTEM VALUE VALUES "
         query(database, explicit + "(-7, 'explicit', now()), (-8, 'explicit', now() - interval '3 days')")
         query(database, "UPDATE webhook_log SET status = 'changed' WHERE id % 10 = 0 AND id > 500")
@@ -88,7 +88,7 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
 
         result = chronos(database, "rollback", answer="ROLLBACK\n")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert (relations(database), shape(database)) == before

@@ -45,7 +45,7 @@ def untouched(url: str, schema: Schema) -> list[str]:
 
 
 def check(application: Application, readers: Readers, since: datetime | None = None) -> None:
-    """All go on, nobody has missed anything, and each row is what the application has made of it."""
+    """All sessions carry on, none has missed anything, and each row is as the application left it."""
     application.go_on(5)
     readers.go_on(2)
     assert not application.errors, application.errors[:3]

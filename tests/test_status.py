@@ -1,4 +1,4 @@
-"""`status`: what it says about each state, and that it finds each problem when that really exists."""
+"""`status`: what it says about each state, and that it finds each problem once it really exists."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPERATORS_LOCK = (
 
 @pytest.fixture(scope="module")
 def migrated_once(postgres: str) -> Iterator[str]:
-    """The name of a really migrated database with a few rows, to be cloned."""
+    """The name of a database with a few rows that was really migrated, to be cloned."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name)
     url = make_url(postgres).set(database=name).render_as_string(hide_password=False)

@@ -48,7 +48,7 @@ BEGIN
         EXECUTE format('CREATE FUNCTION public.%I(%s) RETURNS %s LANGUAGE plpgsql AS %L',
                        f.proname, f.arguments, f.result, body);
     END LOOP;
-    -- Aggregates are called like functions, and so are these, of any number of arguments.
+    -- Aggregates are called like functions, and so are these, with any number of arguments.
     FOR f IN
         SELECT n, format_type(t, NULL) AS type
         FROM unnest(ARRAY['max', 'min', 'sum', 'count', 'bool_and', 'bool_or', 'array_agg', 'string_agg',
@@ -88,7 +88,7 @@ BEGIN
 END
 $do$;
 
--- Nor is a view the jobs of pg_cron because of its name.
+-- Nor may a view be taken for pg_cron's jobs because of its name.
 CREATE SCHEMA cron;
 CREATE FUNCTION cron.spring() RETURNS text LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a stranger''s view was read'; END $$;

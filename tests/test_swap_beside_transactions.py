@@ -75,7 +75,7 @@ def delivering(url: str, workers: int = 4) -> Iterator[list[Deliveries]]:
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: all(thread.ids for thread in threads), 30, "everybody delivers")
+        wait_until(lambda: all(thread.ids for thread in threads), 30, "every thread delivers")
         yield threads
     finally:
         for thread in threads:

@@ -1,4 +1,4 @@
-"""A table with everything attached, migrated and rolled back: what came along, what came back."""
+"""A table with everything on it, migrated and rolled back: what came along, what came back."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sink(make_database: MakeDatabase, postgres: str) -> Iterator[str]:
     forget(url)
 
 
-def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
+def test_everything_on_the_table_is_migrated_and_rolled_back(sink: str, pg_bin: Path) -> None:
     before = dump(sink, pg_bin)
     noted = query(sink, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1')
     was = shape(sink)

@@ -248,7 +248,7 @@ def test_options_that_contradict_the_file_are_refused(
         assert re.search(r"Leave the option out, or write \w+ = (3|\"\w+\") there$", line)
 
 
-def test_a_table_that_nobody_describes_is_refused(database: str) -> None:
+def test_a_table_without_a_description_is_refused(database: str) -> None:
     create(database, "events")
     migrate = "python -m chronos migrate public.events --column at --every day"
     for arguments, says, then in (
@@ -551,7 +551,7 @@ def test_two_operators_can_migrate_two_tables_at_once(database: str, configure: 
                 " (SELECT oid FROM pg_database WHERE datname = current_database()) OFFSET 1",
             ),
             30,
-            "both are at work",
+            "both are running",
         )
         busy = chronos(database, "rollback", "events", env=env)
         assert busy.returncode == 2

@@ -150,7 +150,7 @@ def start_worker(
 
 
 def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
-    """Ask for a job, as any client can that knows its name; returns the id of the task."""
+    """Ask for a job, as any client that knows its name can; returns the id of the task."""
     with Celery(broker=broker.url, set_as_current=False) as app:
         return str(app.send_task(job.name, kwargs=options, queue="chronos").id)
 
@@ -193,7 +193,7 @@ def test_messages_are_json_and_acknowledged_late(app: Celery) -> None:
         ("Asia/Kolkata", {}),
     ],
 )
-def test_due_once_a_night_at_its_hour_over_both_changes_of_the_clocks(
+def test_jobs_are_due_once_a_night_at_their_hour_across_clock_changes(
     app: Celery, job: Job, zone: str, skipped_hour: dict[tuple[int, int], int]
 ) -> None:
     """A year of beat's own arithmetic: at 01:00 and 02:00, or an hour later if that hour does not exist."""
@@ -244,7 +244,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
             beat.wait_for(f"Sending due task {job.name}")
         assert "Timezone changed" not in beat.printed()
 
-    wait_until(lambda: "host=" in str(client.get(CREATE.name)), PATIENCE, "one worker is at it")
+    wait_until(lambda: "host=" in str(client.get(CREATE.name)), PATIENCE, "one worker has the job")
     wait_until(
         lambda: any("running already: host=" in worker.printed() for worker in workers),
         PATIENCE,
@@ -356,7 +356,7 @@ def test_a_worker_recovers_from_every_obstacle_of_a_night(
         with LiveWriter(url, threads=2, rate=100) as writer:
             with holding(url, "SELECT count(*) FROM webhook_log"):
                 task = send(broker, DROP, nightly=True, pauses=[0.1] * 100)
-                wait_until(lambda: last(url, DROP).get("attempts", 0) >= 3, PATIENCE, "it tries again")
+                wait_until(lambda: last(url, DROP).get("attempts", 0) >= 3, PATIENCE, "it is retried")
                 assert last(url, DROP)["status"] == "retrying"
                 assert last(url, DROP)["contended"] == names(url, -9, -6)
                 assert client.get(DROP.name) is None or "host=" in str(client.get(DROP.name))
@@ -367,7 +367,7 @@ def test_a_worker_recovers_from_every_obstacle_of_a_night(
         assert writer.errors == []
         assert max(commit.seconds for commit in writer.commits) < 1
 
-        # The reader never goes.
+        # The reader never ends.
         add_days(url, -9, -8)
         with holding(url, "SELECT count(*) FROM webhook_log"):
             report = worker.result(send(broker, DROP, pauses=[0.1]))
@@ -442,7 +442,7 @@ def test_a_job_killed_in_the_middle_is_done_later(
     another = start_worker(start, "another", database, broker)
     wait_until(lambda: done_by(database, CREATE, create), PATIENCE, "the message is delivered again")
     assert last(database, CREATE)["created"] == names(database, 1, 3)
-    wait_until(lambda: done_by(database, DROP, drop), PATIENCE, "the job is tried again")
+    wait_until(lambda: done_by(database, DROP, drop), PATIENCE, "the job is retried")
     assert last(database, DROP)["dropped"] == names(database, -7, -6)
     assert another.popen.poll() is other.popen.poll() is None
 

@@ -109,7 +109,7 @@ class Stage:
         wait_until(
             lambda: not query(self.server, "SELECT 1 FROM pg_stat_activity WHERE datname = %s", database),
             30,
-            f"nobody is connected to {database}",
+            f"no session is connected to {database}",
         )
         create_database(self.server, make_url(url).database or "", template=database)
         return url
@@ -316,7 +316,7 @@ def disturb(
         writer.catch_up()
         stage.runner.start(proxy.url, *command)
         code, output = stage.runner.finish()
-        assert proxy.acted.is_set(), f"never came to {shown(at)}\n{output}"
+        assert proxy.acted.is_set(), f"never reached {shown(at)}\n{output}"
     return url, writer, code, output
 
 

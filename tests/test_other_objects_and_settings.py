@@ -1,4 +1,4 @@
-"""What chronos finds beside its table that is not its own: tables with its names, views, settings."""
+"""Objects and settings that are not chronos' own: tables with its names, views, event triggers, locks."""
 
 from __future__ import annotations
 
