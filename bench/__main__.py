@@ -127,7 +127,7 @@ def _strategies(stage: Stage, rows: int, results: Results) -> None:
 
 
 def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
-    """Remove two full days: one on an idle server, for its WAL, one under the live application."""
+    """Remove two full days: one with no other load, for its WAL, one under the live application."""
     plain = stage.template(rows, DAYS)
     migrated = stage.keep(plain, "migrated")
     ways.our_copy()(stage.engine(migrated))
@@ -142,7 +142,7 @@ def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
 
 
 def _living(stage: Stage, rows: int, results: Results) -> None:
-    """Inserts and queries before, during and after, on an idle server; three times, as it is quick."""
+    """Inserts and queries before, during and after, with no other load; three times, as it is quick."""
     states = {PLAIN: stage.template(rows, DAYS)}
     for what, command in (
         (NOTED, ("migrate", "--hold")),
@@ -187,8 +187,8 @@ def report(about: list[str], results: Results) -> list[str]:
     lines = [
         *(f"- {line}" for line in about),
         f"- During each run, {WRITERS} connections inserted {WRITES_A_SECOND} rows a second and one kept"
-        " reading today's newest 50 rows; the longest wait of each kind is shown, with the worst of all runs"
-        " in brackets.",
+        " reading today's newest 50 rows; the longest wait of a writer and of the reader is shown, with the"
+        " worst of all runs in brackets.",
         "",
         "## The copy",
         "",
@@ -276,7 +276,7 @@ def _living_with_it(results: Results) -> list[str]:
         "",
         "## Living with it",
         "",
-        f"{min(results.growth):,} rows, vacuumed and analyzed, on an idle server; medians of 3. Each insert"
+        f"{min(results.growth):,} rows, vacuumed and analyzed, with no other load; medians of 3. Each insert"
         f" is its own transaction and waits for the disk ({by}, {living.CLIENTS} connections); the server's"
         " share is measured with 20,000 inserts in a loop on the server.",
         "",
@@ -343,8 +343,7 @@ def _beside_each_other(results: Results) -> list[str]:
         "",
         f"The last attach took: {spent}. Its WAL is that of the new index ({adoption.index / 1e6:,.1f} MB):"
         " the same bytes a row however wide the row, 24 for the entry, 4 for the pointer, a tenth free."
-        " Relative to the WAL of a copy it shrinks as rows get wider: the table under The copy has it at"
-        " 1.1 kB.",
+        " Relative to the WAL of a copy it shrinks as rows get wider: the first table shows it at 1.1 kB.",
     ]
 
 

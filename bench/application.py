@@ -82,7 +82,7 @@ WHERE e.id IS NULL OR f.id IS NULL OR f.times > 1 OR f.hash <> e.hash
 
 @dataclass
 class Account:
-    """What the application met; waits and times in seconds.
+    """What the application saw; waits and times in seconds.
 
     Of all ``reads``, ``short`` found fewer rows than are committed; ``gap_s`` is the time from the first of
     those to the last. ``missed`` are updates and deletes that hit no row. ``ledger`` has each written row by
@@ -212,7 +212,7 @@ class _Application:
             one.longest_s = 0.0
 
     def stop(self) -> Account:
-        """Stop all sessions; returns what they met."""
+        """Stop all sessions; returns what they saw."""
         self.stopping.set()
         everybody: list[_Session] = [*self.writers, *self.readers]
         for one in everybody:
@@ -231,7 +231,7 @@ class _Application:
 
 
 class _Session:
-    """One connection that repeats the same work, and records what it met."""
+    """One connection that repeats the same work, and records what it saw."""
 
     def __init__(self, owner: _Application, name: str, pause_s: float) -> None:
         self.owner = owner

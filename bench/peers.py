@@ -39,7 +39,7 @@ SELECT pg_database_size(current_database()),
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a tool: its rows, the bytes it wrote, and what the application met.
+    """One run of a tool: its rows, the bytes it wrote, and what the application saw.
 
     ``seconds`` are those of all its commands, ``whole_s`` those until the partitioned table was in use with
     every row in place.

@@ -107,7 +107,7 @@ class Progress:
 @click.option("--discard", is_flag=True, help="Stop the server of an interrupted run, and forget the run.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
-    """Make ROWS narrow rows and migrate them under a live application; says first what disk that needs."""
+    """Make ROWS narrow rows and migrate them under a live application; says first how much disk it needs."""
     progress = _found(PLACE)
     if discard:
         if progress:

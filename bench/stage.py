@@ -133,7 +133,7 @@ class Stage:
         return Sample(rows, seconds, wal, waits.writer_s, waits.reader_s)
 
     def measure_alone(self, engine: Engine, work: Work) -> Sample:
-        """The same on an idle server: for WAL that the application's own would hide."""
+        """The same with no other load: for WAL that the application's own would hide."""
         before = self.wal()
         rows, seconds = work(engine)
         return Sample(rows, seconds, self.wal() - before, 0.0, 0.0)

@@ -564,7 +564,7 @@ class _Client:
             if status in ("committed", "aborted"):
                 return bool(status == "committed")
             self._session.close()
-        self._note("commit", None, f"nobody knows what became of transaction {xid}")
+        self._note("commit", None, f"the outcome of transaction {xid} is unknown")
         return False
 
     def _dwell(self, seconds: float) -> None:

@@ -20,7 +20,7 @@ _COUNTED = (
 
 
 def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int, int]:
-    """What the application met while ``statement`` ran, how many rows it hit, and how many differ."""
+    """What the application saw while ``statement`` ran, how many rows it hit, and how many differ."""
     url = make_database()
     engine = create_engine(url)
     create_webhook_log(engine, 4_000)

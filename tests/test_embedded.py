@@ -182,12 +182,12 @@ def test_a_test_database_is_empty_and_has_the_requested_time_zone(
 
 def test_redis_locks_exclude_each_other(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
-        lock, rival = (client.lock("embedded-test", timeout=60) for _ in range(2))
+        lock, other = (client.lock("embedded-test", timeout=60) for _ in range(2))
         assert lock.acquire(blocking=False)
-        assert not rival.acquire(blocking=False)
+        assert not other.acquire(blocking=False)
         lock.release()
-        assert rival.acquire(blocking=False)
-        rival.release()
+        assert other.acquire(blocking=False)
+        other.release()
 
 
 @pytest.mark.parametrize("kill", [False, True])

@@ -475,7 +475,7 @@ def stopped_in_the_copy(url: str, *options: str) -> Iterator[Stopped]:
 
 
 def assert_nothing_lost(url: str, writer: LiveWriter) -> None:
-    """Every commit acknowledged to the writer is there once, and it met no error."""
+    """Every commit acknowledged to the writer is there once, and it got no error."""
     assert writer.errors == []
     with create_engine(url, poolclass=NullPool).connect() as conn:
         presence = writer.check(conn)

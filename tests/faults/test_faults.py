@@ -76,7 +76,7 @@ class Runner:
         return self.pid
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the run to end; returns its exit code, negative for a signal, and all that it printed."""
+        """Wait for the run to end; returns its exit code, negative for a signal, and its output."""
         done = self._run.finish()
         return done.returncode, done.stdout + done.stderr
 
