@@ -42,7 +42,7 @@ CREATE = (
 BLOCK = TableSpec("Order Events", "placed at", Interval.MONTH, schema="shop").as_toml()
 
 
-def test_long_statements_and_blocks_get_lines_of_their_own() -> None:
+def test_statements_and_blocks_get_lines_of_their_own_at_any_length() -> None:
     text = (
         f"no index is unique; {ORDER} where not, look. Create it: {CREATE} Or SELECT f(30); or DELETE FROM t"
         f" WHERE at < '2025-01-01 00:00:00+00'; [gaps]; add to the file:\n\n{BLOCK}"
@@ -65,7 +65,7 @@ def test_long_statements_and_blocks_get_lines_of_their_own() -> None:
         "a SELECT of an old snapshot, or a DELETE FROM it, waits; so",
     ],
 )
-def test_a_command_that_is_only_mentioned_stays_in_its_sentence(text: str) -> None:
+def test_a_statement_that_is_only_mentioned_stays_in_its_sentence(text: str) -> None:
     assert for_reading(text, 200) == text
 
 

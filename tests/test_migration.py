@@ -917,7 +917,7 @@ def test_a_run_that_ends_before_the_last_comparison_is_resumed(database: str, en
 
 
 def test_a_difference_after_the_swap_causes_a_rollback(database: str) -> None:
-    """A replayed row of the new table is changed with triggers off: it is found, and the swap undone."""
+    """A replayed row is changed by hand in the new table: it is found, and the swap is undone."""
     fill(database)
     before = relations(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0

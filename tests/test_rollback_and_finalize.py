@@ -261,7 +261,7 @@ def test_finalize_refuses_when_it_is_not_safe(database: str, reason: str) -> Non
             query(database, "CREATE VIEW still_reads AS SELECT id FROM webhook_log_old")
             expected = "still_reads"
         else:
-            # No trigger notes a change made with triggers off.
+            # TRUNCATE of a single partition is not noted.
             leaf = value(
                 database, "SELECT tableoid::regclass::text FROM webhook_log WHERE id = %s", ROWS - 300
             )

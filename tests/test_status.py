@@ -547,7 +547,7 @@ def test_days_dropped_too_early_are_a_problem_while_the_old_table_has_them(
     problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
     assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
     assert "Bring them back with: python -m chronos rollback" in problem
-    # An operator who wants them gone says so.
+    # An operator who wants those days gone shortens the retention.
     shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
     assert not [p for p in collect(shorter).problems if "webhook_log_old" in p]
 

@@ -88,7 +88,7 @@ BEGIN
 END
 $do$;
 
--- Nor may a view be taken for pg_cron's jobs because of its name.
+-- Nor may a view be taken for the jobs of pg_cron because of its name.
 CREATE SCHEMA cron;
 CREATE FUNCTION cron.spring() RETURNS text LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a stranger''s view was read'; END $$;
