@@ -55,7 +55,7 @@ SIZES = (0.25, 0.5, 1, 2)
 
 @dataclass
 class Results:
-    """All samples, by what was measured."""
+    """All samples, grouped by what was measured."""
 
     copies: dict[str, list[Sample]] = field(default_factory=dict)
     strategies: dict[str, list[Sample]] = field(default_factory=dict)
@@ -68,12 +68,12 @@ class Results:
 
 @click.command()
 @click.option("--rows", type=click.IntRange(10_000), default=2_000_000, show_default=True)
-@click.option("--quick", is_flag=True, help="Once each instead of the median of three.")
+@click.option("--quick", is_flag=True, help="Run each once instead of taking the median of three.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 def main(rows: int, quick: bool, output: Path) -> None:
     """Measure the copy, retention and growth on ROWS rows of about 1.1 kB; takes a while.
 
-    Copy and attach are compared on as many rows of about 200 bytes.
+    Copy and attach are compared on the same number of rows of about 200 bytes.
     """
     started, load = time.monotonic(), os.getloadavg()[0]
     rounds = 1 if quick else 3
@@ -92,10 +92,10 @@ def main(rows: int, quick: bool, output: Path) -> None:
     minutes = (time.monotonic() - started) / 60
     about += [
         f"`python -m bench --rows {rows}{' --quick' if quick else ''}`",
-        f"{rows:,} rows over {DAYS} days; taken {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
+        f"{rows:,} rows over {DAYS} days; measured {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
         f" {'one run each' if quick else f'medians of {rounds}, in rotating order'}",
-        f"Load of the machine before, its last minute: {load:.1f}; afterwards {os.getloadavg()[0]:.1f}",
-        f"Most memory that the process of the migration ever had: {memory:.0f} MB",
+        f"Load average over one minute: {load:.1f} before, {os.getloadavg()[0]:.1f} after",
+        f"Peak memory of the migrating process: {memory:.0f} MB",
     ]
     write_part(output, TITLE, report(about, results))
 
@@ -117,7 +117,7 @@ def _idle(seconds: float) -> Work:
 
 
 def _strategies(stage: Stage, rows: int, results: Results) -> None:
-    """The same rows, all of them within retention, by copy and by attach; three times, for it is quick."""
+    """The same rows, all within retention, by copy and by attach; three times, as it is quick."""
     template = stage.template(rows, DAYS - 6, narrow=True)
     both: list[tuple[str, Work]] = [(IDLE, _idle(5)), (COPY, ways.whole_copy), (ATTACH, results.adoption)]
     for turn, (name, way) in rotated(both, 3):
@@ -127,11 +127,11 @@ def _strategies(stage: Stage, rows: int, results: Results) -> None:
 
 
 def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
-    """Two full days go: one with nobody else about, for its WAL, one under the eyes of the application."""
+    """Remove two full days: one with no other load, for its WAL, one under the live application."""
     plain = stage.template(rows, DAYS)
     migrated = stage.keep(plain, "migrated")
     ways.our_copy()(stage.engine(migrated))
-    ways.drop_day(stage.engine(migrated), 15)  # cut off by the window, so not a full one
+    ways.drop_day(stage.engine(migrated), 15)  # cut off by the window, so not a full day
     both = [(DELETE, (plain, ways.delete_day)), (DROP, (migrated, ways.drop_day))]
     for turn, (name, (template, remove)) in rotated(both, rounds):
         with stage.clone(template) as engine:
@@ -142,7 +142,7 @@ def _retention(stage: Stage, rows: int, rounds: int, results: Results) -> None:
 
 
 def _living(stage: Stage, rows: int, results: Results) -> None:
-    """Inserts and queries before, during and after, with nobody else about; three times, as it is quick."""
+    """Inserts and queries before, during and after, with no other load; three times, as it is quick."""
     states = {PLAIN: stage.template(rows, DAYS)}
     for what, command in (
         (NOTED, ("migrate", "--hold")),
@@ -160,7 +160,7 @@ def _living(stage: Stage, rows: int, results: Results) -> None:
         results.queries.setdefault(what, []).append(asked)
         say(
             f"{turn + 1}  {what}: an insert takes {cost.median_s * 1000:.2f} ms,"
-            f" {cost.server_s * 1e6:.0f} microseconds of them the server's own; {cost.rate:,.0f} a second"
+            f" {cost.server_s * 1e6:.0f} microseconds of it in the server; {cost.rate:,.0f} a second"
         )
 
 
@@ -180,20 +180,20 @@ def _note(samples: dict[K, list[Sample]], turn: int, what: K, sample: Sample) ->
 
 
 def report(about: list[str], results: Results) -> list[str]:
-    """The lines of the part."""
+    """The lines of this part of the results."""
     copies = {name: _median(samples) for name, samples in results.copies.items()}
     rewrite, idle = copies[REWRITE], copies[IDLE]
     order = [IDLE, *WAYS]
     lines = [
         *(f"- {line}" for line in about),
-        f"- While each ran, {WRITERS} connections inserted {WRITES_A_SECOND} rows a second and one read"
-        " today's newest 50 rows over and over; the longest that one of them had to wait is shown, the"
+        f"- During each run, {WRITERS} connections inserted {WRITES_A_SECOND} rows a second and one kept"
+        " reading today's newest 50 rows; the longest wait of a writer and of the reader is shown, with the"
         " worst of all runs in brackets.",
         "",
         "## The copy",
         "",
-        "chronos' time is that of its steps 3 and 5: copying, indexes, comparing, foreign keys, notes; that"
-        " of --strategy attach, which takes every row, is of all six.",
+        "For chronos, the time is that of steps 3 and 5: copy, indexes, comparison, foreign keys, notes; for"
+        " --strategy attach, which takes every row, it is that of all six steps.",
         "",
         "| way | rows | seconds | rows/s | ratio | WAL a row | writer waited, ms | reader waited, ms |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -210,7 +210,7 @@ def report(about: list[str], results: Results) -> list[str]:
     lines += _beside_each_other(results)
     lines += [
         "",
-        "## Getting rid of a day",
+        "## Removing a day",
         "",
         "| way | rows | seconds | WAL | writer waited, ms | reader waited, ms |",
         "|---|--:|--:|--:|--:|--:|",
@@ -243,15 +243,15 @@ def report(about: list[str], results: Results) -> list[str]:
     waited = (chosen[ATTACH].writer_s - chosen[IDLE].writer_s) * 1000
     measured = [
         goal("rate of the copy / plain rewrite", ours.rate / rewrite.rate, at_least=1.0),
-        goal("rate of the copy / pgslice's manner", ours.rate / copies[PGSLICE].rate, at_least=2),
-        goal("longest writer wait beyond the usual", beyond, at_most=25, unit=" ms"),
-        goal("a live insert while notes are taken, microseconds more", slower, at_most=60),
+        goal("rate of the copy / pgslice's batches", ours.rate / copies[PGSLICE].rate, at_least=2),
+        goal("longest writer wait above the baseline", beyond, at_most=25, unit=" ms"),
+        goal("a live insert while notes are taken, extra microseconds", slower, at_most=60),
         goal(
             "comparing contents / the rest of steps 3 and 5", ours.seconds / counted.seconds - 1, at_most=0.5
         ),
         goal("time of attach / of the copy", chosen[ATTACH].seconds / chosen[COPY].seconds, at_most=0.25),
         goal("WAL of attach / of the copy", chosen[ATTACH].wal / chosen[COPY].wal, at_most=0.05),
-        goal("longest writer wait at attach beyond the usual", waited, at_most=50, unit=" ms"),
+        goal("longest writer wait during attach above the baseline", waited, at_most=50, unit=" ms"),
         goal(
             "an insert after finalize / into the plain table",
             insert_s[FINALIZED] / insert_s[PLAIN],
@@ -259,7 +259,7 @@ def report(about: list[str], results: Results) -> list[str]:
         ),
         goal("rate at the largest size / at the smallest", largest.rate / smallest.rate, at_least=0.9),
         goal("WAL of DELETE / of the drop", removals[DELETE].wal / removals[DROP].wal, at_least=100),
-        goal("longest writer wait at the drop", removals[DROP].writer_s * 1000, at_most=50, unit=" ms"),
+        goal("longest writer wait during the drop", removals[DROP].writer_s * 1000, at_most=50, unit=" ms"),
     ]
     return [*lines, *goals(measured)]
 
@@ -276,15 +276,15 @@ def _living_with_it(results: Results) -> list[str]:
         "",
         "## Living with it",
         "",
-        f"{min(results.growth):,} rows, vacuumed and analyzed, nobody else about; medians of 3. An insert is"
-        f" a transaction of its own that waits for the disk ({by}, {living.CLIENTS} connections); the"
-        " server's share is that of one among 20,000 in a loop on the server.",
+        f"{min(results.growth):,} rows, vacuumed and analyzed, with no other load; medians of 3. Each insert"
+        f" is its own transaction and waits for the disk ({by}, {living.CLIENTS} connections); the server's"
+        " share is measured with 20,000 inserts in a loop on the server.",
         "",
         *table(
             (
                 "an insert into",
                 "median, ms",
-                "99 of 100 below, ms",
+                "99th percentile, ms",
                 "inserts/s",
                 "server's share, microseconds",
             ),
@@ -317,7 +317,7 @@ def _living_with_it(results: Results) -> list[str]:
 
 
 def _beside_each_other(results: Results) -> list[str]:
-    """What each strategy takes for the same rows, and what attach spends it on."""
+    """What each strategy costs for the same rows, and where attach spends it."""
     adoption = results.adoption
     lines = [
         "",
@@ -341,14 +341,14 @@ def _beside_each_other(results: Results) -> list[str]:
     return [
         *lines,
         "",
-        f"The last attach spent: {spent}. Its WAL is that of the new index ({adoption.index / 1e6:,.1f} MB),"
-        " as many bytes a row however wide the row is: 24 for the entry, 4 for the pointer, a tenth free. So"
-        " its share in the WAL of a copy falls as rows get wider: at 1.1 kB it is that of the table above.",
+        f"The last attach took: {spent}. Its WAL is that of the new index ({adoption.index / 1e6:,.1f} MB):"
+        " the same bytes a row however wide the row, 24 for the entry, 4 for the pointer, a tenth free."
+        " Relative to the WAL of a copy it shrinks as rows get wider: the first table shows it at 1.1 kB.",
     ]
 
 
 def _median(samples: list[Sample]) -> Sample:
-    """The median of each figure by itself."""
+    """The median of each figure separately."""
 
     def middle(of: Callable[[Sample], float]) -> float:
         return statistics.median(map(of, samples))

@@ -1,8 +1,8 @@
-"""A live application that keeps a ledger of what it was told is stored, and readers that count on it.
+"""A live application that keeps a ledger of its commits, and readers that rely on it.
 
-Writers insert, update by id and delete, a transaction each. One reader counts the rows of a past day that
-nobody inserts into or deletes from, the other looks for the newest rows that are committed and stay. What
-the table must hold in the end is what was there before, changed by the ledger.
+Writers insert, update by id and delete, one transaction each. One reader counts the rows of a past day that
+has no inserts or deletes, the other looks for the newest committed rows that are never deleted. At the end
+the table must hold what was there before, as changed by the ledger.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sqlalchemy.engine import Engine, make_url
 
 from bench.stage import WRITERS, WRITES_A_SECOND
 
-# How old rows are, in whole days: those that are counted by day, those that may be deleted, all that are
-# compared in the end.
+# Ages of rows, in whole days: those that are counted by day, those that may be deleted, all that are compared
+# at the end.
 COUNTED_DAYS = range(1, 10)
 DELETED_DAYS = range(10, 13)
 COMPARED_DAYS = 13
 
-_STOCK = 4_000  # rows from before that the application updates and deletes
+_STOCK = 4_000  # existing rows that the application updates and deletes
 _NEWEST = 20  # rows that a reader looks for
 _READER_PAUSE_S = 0.02
 _RECONNECT_PAUSE_S = 0.05
@@ -52,7 +52,7 @@ _PAYLOAD = (
     '{"Content-Type": "application/json", "Server": "nginx"}',
 )
 
-# The rows to be compared, as they are before anything is done: made once, in the template.
+# The rows to compare, as they are at the start; created once, in the template.
 _REMEMBER = """
 CREATE TABLE bench_before AS
 SELECT id, "timestamp", status, status_code, hashtextextended(w::text, 0) AS hash
@@ -61,7 +61,7 @@ ALTER TABLE bench_before ADD PRIMARY KEY (id);
 VACUUM ANALYZE bench_before
 """
 
-# A row that the application wrote must be as it wrote it, any other as it was; each once.
+# A row that the application wrote must be as it wrote it, any other unchanged; each exactly once.
 _COMPARE = """
 WITH expected AS (
     SELECT b.id, b.hash, NULL::timestamptz AS "timestamp", NULL AS status, NULL::integer AS status_code
@@ -82,11 +82,11 @@ WHERE e.id IS NULL OR f.id IS NULL OR f.times > 1 OR f.hash <> e.hash
 
 @dataclass
 class Account:
-    """What the application met; waits and times in seconds.
+    """What the application saw; waits and times in seconds.
 
-    ``short`` are reads that found fewer rows than are committed, of all ``reads``; ``gap_s`` is the time from
-    the first of them to the last. ``missed`` are updates and deletes that hit no row. ``ledger`` has, by id,
-    each row that was written.
+    Of all ``reads``, ``short`` found fewer rows than are committed; ``gap_s`` is the time from the first of
+    those to the last. ``missed`` are updates and deletes that hit no row. ``ledger`` has each written row by
+    id.
     """
 
     reads: int = 0
@@ -105,7 +105,7 @@ def today() -> datetime:
 
 
 def remember(engine: Engine, since: datetime) -> None:
-    """Note what webhook_log holds from ``since`` on; ``differing`` compares with it."""
+    """Record what webhook_log holds from ``since`` on, for ``differing`` to compare with."""
     with engine.connect() as conn:
         conn.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
         for text in _REMEMBER.format(since=f"'{since.isoformat()}'").split(";"):
@@ -113,7 +113,7 @@ def remember(engine: Engine, since: datetime) -> None:
 
 
 def differing(engine: Engine, account: Account, since: datetime) -> int:
-    """How many rows from ``since`` on are missing, too many, there twice, or not what was written last."""
+    """How many rows from ``since`` on are missing, extra, duplicated, or not what was written last."""
     rows = [(key, *(row or (None, None, None))) for key, row in account.ledger.items()]
     session = _connect(engine.url.render_as_string(hide_password=False))
     with session.cursor() as cur:
@@ -132,7 +132,7 @@ def differing(engine: Engine, account: Account, since: datetime) -> int:
 
 @contextmanager
 def watched(engine: Engine, day: datetime) -> Iterator[Account]:
-    """The application and its readers, in a process of their own, while the block runs.
+    """The application and its readers, in their own process, while the block runs.
 
     ``day`` is today's midnight, from which the days are counted. The account is filled in when the block
     ends.
@@ -155,7 +155,7 @@ def watched(engine: Engine, day: datetime) -> Iterator[Account]:
 
 
 def _live(url: str, day: datetime, orders: Pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who measures: the pipe then ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process; the pipe then ends
     application = _Application(url, day)
     application.start()
     orders.send(None)
@@ -202,7 +202,7 @@ class _Application:
         ]
 
     def start(self) -> None:
-        """Begin, and return when everybody has done something and what is measured begins."""
+        """Start; returns once every session has done some work and measuring begins."""
         everybody: list[_Session] = [*self.writers, *self.readers]
         for one in everybody:
             one.thread.start()
@@ -212,7 +212,7 @@ class _Application:
             one.longest_s = 0.0
 
     def stop(self) -> Account:
-        """End everybody's work; what they have met."""
+        """Stop all sessions; returns what they saw."""
         self.stopping.set()
         everybody: list[_Session] = [*self.writers, *self.readers]
         for one in everybody:
@@ -231,7 +231,7 @@ class _Application:
 
 
 class _Session:
-    """One connection that does the same thing again and again, and notes what it met."""
+    """One connection that repeats the same work, and records what it saw."""
 
     def __init__(self, owner: _Application, name: str, pause_s: float) -> None:
         self.owner = owner
@@ -277,7 +277,7 @@ class _Writer(_Session):
         self.chance.shuffle(self._deletable)
 
     def act(self, session: connection) -> None:
-        """One transaction: half of them inserts, four in ten updates, one a delete."""
+        """One transaction: 50% are inserts, 40% updates, 10% deletes."""
         which = self.chance.random()
         if which < 0.5:
             self._insert(session)
@@ -327,7 +327,7 @@ class _Writer(_Session):
 
 
 class _Reader(_Session):
-    """Reads what must be there, and notes when it is not."""
+    """Reads what must be there, and records when it is not."""
 
     def __init__(
         self,
@@ -347,7 +347,7 @@ class _Reader(_Session):
 
 
 def _count_day(owner: _Application, session: connection, chance: random.Random) -> tuple[int, int]:
-    """How many rows a day must have, and has."""
+    """How many rows a day must have, and how many it has."""
     day, rows = chance.choice(list(owner.days.items()))
     with session.cursor() as cur:
         cur.execute(
@@ -359,7 +359,7 @@ def _count_day(owner: _Application, session: connection, chance: random.Random) 
 
 
 def _newest(owner: _Application, session: connection, chance: random.Random) -> tuple[int, int]:
-    """How many of the newest rows must be there, and are."""
+    """How many of the newest rows must be there, and how many are."""
     keys = list(owner.kept.copy())
     with session.cursor() as cur:
         cur.execute("SELECT count(*) FROM webhook_log WHERE id = ANY(%s)", (keys,))

@@ -11,9 +11,9 @@ _WHOLE, _SHORT = "#2a78b5", "#c8483c"
 
 
 def draw(path: Path, title: str, ways: dict[str, tuple[float, int, int]]) -> None:
-    """Bars, as SVG: by way, the rows a second that it moved; red where reads missed rows or rows differ.
+    """Draw an SVG bar for each way: its rows a second; red where reads missed rows or rows differ.
 
-    ``ways`` has those three figures. The numbers are in the labels as well, for whoever sees no colours.
+    ``ways`` has those three figures. The labels repeat them, for readers who cannot see the colours.
     """
     font = "sans-serif"
     style = Style(
@@ -42,7 +42,7 @@ def draw(path: Path, title: str, ways: dict[str, tuple[float, int, int]]) -> Non
         spacing=14,
         js=[],
     )
-    # Bars are drawn from below.
+    # Bars are drawn from the bottom up.
     shown = list(reversed(ways.items()))
     chart.x_labels = [
         f"{name}: {short:,} reads short, {differ:,} rows wrong" for name, (_, short, differ) in shown

@@ -31,7 +31,7 @@ VALUES ('{{"User-Agent": "webhooks/2.4"}}', '{{"type": "order.paid", "id": "evt_
         'success', 200, now(), {endpoint})
 """
 
-# The server's share alone: nothing is sent, nothing is waited for on the disk.
+# The server's share alone: no round trips, no waiting for the disk.
 _LOOP = """
 DO $$
 BEGIN
@@ -44,7 +44,7 @@ $$
 """
 _LOOP_ROWS = 20_000
 
-# Asked again and again, with other values each time; those with a time need few partitions.
+# Run repeatedly, with new values each time; those with a time condition need few partitions.
 QUERIES = {
     "pruned: today's newest 50": (
         "SELECT * FROM webhook_log WHERE \"timestamp\" >= date_trunc('day', now(), 'UTC')"
@@ -68,16 +68,16 @@ _ASKED = 60
 
 @dataclass(frozen=True)
 class Inserts:
-    """Latencies in seconds, the inserts a second of all connections, and the server's share of one insert."""
+    """Latencies in seconds, inserts a second over all connections, and the server's share of one insert."""
 
     median_s: float
-    late_s: float  # 99 of 100 are quicker
+    late_s: float  # 99th percentile
     rate: float
     server_s: float
 
 
 def pgbench() -> Path | None:
-    """PostgreSQL's own, beside the server's programs or on PATH."""
+    """The path of pgbench, beside the server's programs or on PATH; None if it is not installed."""
     try:
         beside = find_postgres() / "pgbench"
     except EmbeddedServerError:
@@ -87,7 +87,7 @@ def pgbench() -> Path | None:
 
 
 def inserts(engine: Engine, seconds: float) -> Inserts:
-    """What an insert costs, each in a transaction of its own that waits for the disk."""
+    """What an insert costs, each in its own transaction that waits for the disk."""
     program = pgbench()
     took = _by_pgbench(program, engine, seconds) if program else _by_psycopg2(engine, seconds)
     took.sort()
@@ -137,7 +137,7 @@ def _by_psycopg2(engine: Engine, seconds: float) -> list[float]:
 
 
 def _server_seconds(engine: Engine) -> float:
-    """The middle of three: ``_LOOP_ROWS`` inserts, a statement each, in one transaction."""
+    """The median of three runs: ``_LOOP_ROWS`` inserts, a statement each, in one transaction."""
     costs = []
     with _session(engine) as session, session.cursor() as cur:
         for _ in range(3):

@@ -1,6 +1,6 @@
-"""``python -m bench.peers --rows N``: chronos beside the tools that one would pick instead.
+"""``python -m bench.peers --rows N``: chronos beside the tools you might pick instead.
 
-Each runs by its own commands on a copy of the same database, under the same live application.
+Each runs its own commands on a copy of the same database, under the same live application.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.chart import draw
 from bench.report import RESULTS, goal, goals, rotated, say, table, write_part
 from bench.stage import WRITES_A_SECOND, Stage, opened_stage
 
-TITLE = "Beside the tools one would pick instead"
+TITLE = "Beside the tools you might pick instead"
 CHART = Path(__file__).resolve().parents[1] / "docs" / "peers.svg"
 IDLE = "no migration"
 
@@ -39,10 +39,10 @@ SELECT pg_database_size(current_database()),
 
 @dataclass(frozen=True)
 class Run:
-    """One tool once: its rows, what it wrote in bytes, and what the application met.
+    """One run of a tool: its rows, the bytes it wrote, and what the application saw.
 
     ``seconds`` are those of all its commands, ``whole_s`` those until the partitioned table was in use with
-    every row in its place.
+    every row in place.
     """
 
     rows: int
@@ -56,13 +56,13 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Rows a second, of everything from the first command to the end of the last."""
+        """Rows a second, from the start of the first command to the end of the last."""
         return self.rows / self.seconds
 
 
 @dataclass
 class Found:
-    """All runs of one way, and why it could not be run."""
+    """All runs of one way, and the errors of those that failed."""
 
     runs: list[Run] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Found:
         return max(map(of, self.runs))
 
     def total(self, of: Callable[[Run], int]) -> int:
-        """All together."""
+        """The sum."""
         return sum(map(of, self.runs))
 
 
@@ -86,7 +86,7 @@ class Found:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 @click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), default=CHART)
 def main(rows: int, rounds: int, output: Path, chart: Path) -> None:
-    """Migrate ROWS rows of about 1.1 kB with each tool that is there, and write what was found."""
+    """Migrate ROWS rows of about 1.1 kB with each tool that is installed, and write the results."""
     started = time.monotonic()
     found: dict[str, Found] = {IDLE: Found()}
     with opened_stage() as stage:
@@ -98,7 +98,7 @@ def main(rows: int, rounds: int, output: Path, chart: Path) -> None:
         remember(stage.engine(template), since)
         missing = {tool.name: how for tool in tools.TOOLS if (how := tool.missing(stage.engine(template)))}
         for name, how in missing.items():
-            say(f"{name} is not there: {how}")
+            say(f"{name} is not installed: {how}")
         there = [tools.Tool(IDLE, _idle), *(tool for tool in tools.TOOLS if tool.name not in missing)]
         for turn, (name, tool) in rotated([(tool.name, tool) for tool in there], rounds):
             mine = found.setdefault(name, Found())
@@ -117,7 +117,7 @@ def main(rows: int, rounds: int, output: Path, chart: Path) -> None:
             )
     minutes = (time.monotonic() - started) / 60
     about += [
-        f"`make bench-peers ROWS={rows}`; taken {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
+        f"`make bench-peers ROWS={rows}`; measured {datetime.now(UTC):%Y-%m-%d} in {minutes:.0f} minutes;"
         f" {f'{rounds} runs each, in rotating order' if rounds > 1 else 'one run each'}",
     ]
     write_part(output, TITLE, report(about, found, missing))
@@ -130,7 +130,7 @@ def _idle(engine: Engine) -> None:
 
 @dataclass
 class _Watch:
-    """What was seen of the database: its sizes in bytes, and when webhook_log was partitioned."""
+    """What was seen of the database: its sizes in bytes, and when webhook_log became partitioned."""
 
     sizes: list[int] = field(default_factory=list)
     partitioned: float | None = None
@@ -153,7 +153,7 @@ def _measured(stage: Stage, engine: Engine, tool: tools.Tool, day: datetime, sin
 
 @contextmanager
 def _looking(engine: Engine) -> Iterator[_Watch]:
-    """Look at the database again and again over the block; takes no lock on the table."""
+    """Poll the database during the block; takes no lock on the table."""
     seen = _Watch()
     done = threading.Event()
 
@@ -178,26 +178,26 @@ def _looking(engine: Engine) -> Iterator[_Watch]:
 
 
 def report(about: list[str], found: dict[str, Found], missing: dict[str, str]) -> list[str]:
-    """The lines of the part."""
+    """The lines of this part of the results."""
     head = (
-        *("way", "rows", "seconds", "rows/s", "readers have it all in partitions after, s"),
-        *("reads short of rows", "from the first to the last of them, s"),
-        *("updates and deletes that hit nothing", "errors", "writer waited, ms", "reader waited, ms"),
-        *("WAL a row", "extra disk at the peak", "rows that differ in the end"),
+        *("way", "rows", "seconds", "rows/s", "all rows in partitions after, s"),
+        *("reads short of rows", "first to last of them, s"),
+        *("updates and deletes that hit no row", "errors", "writer waited, ms", "reader waited, ms"),
+        *("WAL a row", "extra disk at the peak", "rows that differ at the end"),
     )
     lines = [
         *(f"- {line}" for line in about),
-        f"- While each ran, an application of 4 connections made {WRITES_A_SECOND} transactions a second"
-        " (half of them inserts, four in ten updates by id, one a delete) and kept a ledger; one reader"
-        " counted the rows of a past day over and over, one looked for the 20 newest rows. A row differs in"
-        " the end when it is missing, too many, there twice, or not what the ledger says.",
-        "- Seconds are those from the first command to the end of the last, statistics included. WAL is that"
-        " of the application as well, disk is without WAL. Times are medians, waits the medians of the"
-        " longest (the worst of all in brackets), counts the sums of all runs.",
+        f"- During each run, an application with 4 connections made {WRITES_A_SECOND} transactions a second"
+        " (50% inserts, 40% updates by id, 10% deletes) and kept a ledger; one reader kept counting the rows"
+        " of a past day, one kept looking for the 20 newest rows. A row differs at the end if it is missing,"
+        " extra, duplicated, or not what the ledger says.",
+        "- Seconds run from the start of the first command to the end of the last, statistics included. WAL"
+        " includes the application's, disk excludes WAL. Times are medians, waits are medians of the longest"
+        " (the worst of all in brackets), counts are sums over all runs.",
         "",
         *table(head, [_row(name, mine) for name, mine in found.items() if mine.runs]),
     ]
-    notes = [f"- {name} is not there: {how}" for name, how in missing.items()]
+    notes = [f"- {name} is not installed: {how}" for name, how in missing.items()]
     notes += [f"- {name} failed: {error}" for name, mine in found.items() for error in mine.failed]
     notes += [f"- {name}: {run.twice}" for name, mine in found.items() for run in mine.runs if run.twice]
     notes += [
@@ -263,11 +263,11 @@ def _goals(found: dict[str, Found]) -> Iterator[tuple[str, str, str]]:
         beyond = mine.middle(lambda run: run.account.writer_s) - idle.middle(lambda run: run.account.writer_s)
         yield goal(f"{name}: reads short of rows", mine.total(lambda run: run.account.short), at_most=0)
         yield goal(f"{name}: rows that differ", mine.total(lambda run: run.differ), at_most=0)
-        yield goal(f"{name}: longest writer wait beyond the usual", beyond * 1000, at_most=25, unit=" ms")
+        yield goal(f"{name}: longest writer wait above the baseline", beyond * 1000, at_most=25, unit=" ms")
 
 
 def _drawn(found: dict[str, Found]) -> dict[str, tuple[float, int, int]]:
-    """By way: rows a second, reads that missed rows, and rows that differ in the end."""
+    """By way: rows a second, reads that missed rows, and rows that differ at the end."""
     return {
         name: (
             mine.middle(lambda run: run.rate),

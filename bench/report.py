@@ -1,4 +1,4 @@
-"""What the commands have in common: turns, goals, and a section of their own in bench/results.md."""
+"""What the bench commands share: rotation, goals, and a part of bench/results.md for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).with_name("results.md")
 
 
 def rotated(items: Sequence[tuple[K, V]], rounds: int) -> Iterable[tuple[int, tuple[K, V]]]:
-    """Each item once a round; every round begins with another, so that none is always first."""
+    """Each item once a round; each round starts with a different one, so that no item is always first."""
     for turn in range(rounds):
         start = turn * len(items) // rounds
         for item in (*items[start:], *items[:start]):
@@ -24,7 +24,7 @@ def rotated(items: Sequence[tuple[K, V]], rounds: int) -> Iterable[tuple[int, tu
 
 
 def say(text: str) -> None:
-    """To the terminal, while it is being measured."""
+    """Print to the terminal while measuring."""
     click.echo(text, err=True)
 
 
@@ -40,7 +40,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def goal(
     what: str, found: float, *, at_least: float = 0, at_most: float | None = None, unit: str = ""
 ) -> tuple[str, str, str]:
-    """A row that says what was found, what was wanted, and whether that was missed."""
+    """A row with what was measured, the goal, and whether it was missed."""
     limit = f"at least {at_least:g}" if at_most is None else f"at most {at_most:g}"
     missed = found < at_least if at_most is None else found > at_most
     shown = f"{found:,.0f}" if abs(found) >= 10 else f"{found:.2f}"
@@ -53,7 +53,7 @@ def goals(rows: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 def write_part(output: Path, title: str, lines: Sequence[str]) -> None:
-    """Put a part of its own, headed ``# title``, in the place of the one in ``output``, else at its end."""
+    """Write the part headed ``# title`` over the one in ``output``, or at its end if there is none."""
     before = output.read_text("utf-8") if output.exists() else ""
     parts = [part.strip() for part in re.split(r"^(?=# )", before, flags=re.MULTILINE) if part.strip()]
     heading = f"# {title}"

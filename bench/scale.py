@@ -1,8 +1,8 @@
-"""``python -m bench.scale --rows N``: the whole migration of a table as large as the largest that it is for.
+"""``python -m bench.scale --rows N``: the whole migration of the largest table that chronos is for.
 
-The rows are narrow, about 200 bytes with their indexes, so that their number and not their width is what is
-measured. Everything can be stopped at any time, by Ctrl-C or by kill: the next call goes on where this one
-stopped, on the same server, and ``--discard`` throws what is there away.
+The rows are narrow, about 200 bytes with their indexes: what is measured is their number, not their width.
+It can be stopped at any time, with Ctrl-C or kill: the next call resumes where this one stopped, on the same
+server, and ``--discard`` throws away what is there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS webhook_log (
     webhook_endpoint_id bigint
 )
 """
-# {first} to {last} of {rows}, evenly over the days before {now}.
+# {first} to {last} of {rows}, spread evenly over the days before {now}.
 _FILL = """
 INSERT INTO webhook_log (id, request_body, status, status_code, "timestamp", webhook_endpoint_id)
 SELECT n, jsonb_build_object('event', md5(n::text)), 'success', 200,
@@ -75,7 +75,7 @@ ALTER TABLE webhook_log ADD CONSTRAINT webhook_log_webhook_endpoint_id_fkey
 
 @dataclass
 class Progress:
-    """What is known between two calls; kept in a file beside the server."""
+    """What is remembered between calls, in a file."""
 
     rows: int
     strategy: str
@@ -93,7 +93,7 @@ class Progress:
     steps: dict[str, float] = field(default_factory=dict)
 
     def save(self, place: Path) -> None:
-        """All or nothing."""
+        """Replace the file ``place``, all or nothing."""
         place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_suffix(".new")
         new.touch(mode=0o600)
@@ -104,10 +104,10 @@ class Progress:
 @click.command()
 @click.option("--rows", type=click.IntRange(100_000), default=72_000_000, show_default=True)
 @click.option("--strategy", type=click.Choice(["copy", "attach"]), default="copy", show_default=True)
-@click.option("--discard", is_flag=True, help="Stop the server of a run that was cut off, and forget it.")
+@click.option("--discard", is_flag=True, help="Stop the server of an interrupted run, and forget the run.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
-    """Make ROWS narrow rows and migrate them under a live application; says beforehand what disk it needs."""
+    """Make ROWS narrow rows and migrate them under a live application; says first how much disk it needs."""
     progress = _found(PLACE)
     if discard:
         if progress:
@@ -115,8 +115,8 @@ def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
         return
     if progress and (progress.rows, progress.strategy) != (rows, strategy):
         click.echo(
-            f"a run with {progress.rows:,} rows and --strategy {progress.strategy} is under way: go on with"
-            f" it (ROWS={progress.rows}), or throw it away: python -m bench.scale --discard",
+            f"a run with {progress.rows:,} rows and --strategy {progress.strategy} is unfinished: resume it"
+            f" (ROWS={progress.rows}), or discard it: python -m bench.scale --discard",
             err=True,
         )
         sys.exit(2)
@@ -127,7 +127,7 @@ def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
             progress.url, progress.stop = server.url, server.stop_command
             progress.save(PLACE)
     else:
-        say(f"going on with {rows:,} rows where the last run stopped")
+        say(f"resuming with {rows:,} rows where the last run stopped")
     engine = connect_engine(make_url(progress.url))
     with engine.connect() as conn:
         conn.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
@@ -142,7 +142,7 @@ def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
 
 
 def _found(place: Path) -> Progress | None:
-    """The run that was cut off, if its server still runs."""
+    """The interrupted run, if its server is still running."""
     if not place.exists():
         return None
     progress = Progress(**json.loads(place.read_text("utf-8")))
@@ -150,7 +150,7 @@ def _found(place: Path) -> Progress | None:
         with connect_engine(make_url(progress.url)).connect():
             return progress
     except (OperationalError, DriverError):
-        say("the server of the last run is gone, and its rows with it: from the beginning")
+        say("the server of the last run is gone, and its rows with it: starting over")
         place.unlink()
         return None
 
@@ -161,7 +161,7 @@ def _end(progress: Progress) -> None:
 
 
 def _require_disk(rows: int, strategy: str) -> None:
-    """Say what will be needed; exit 2 when it is not there."""
+    """Say how much disk is needed; exit 2 if that much is not free."""
     table_b = rows * _ROW_B
     copy_b = table_b if strategy == "copy" else rows * 31
     need = table_b + copy_b + _WAL_B
@@ -169,16 +169,16 @@ def _require_disk(rows: int, strategy: str) -> None:
     free = shutil.disk_usage(folder).free
     say(
         f"{rows:,} rows need about {need / 1e9:.0f} GB in {folder}: {table_b / 1e9:.1f} GB for the table,"
-        f" {copy_b / 1e9:.1f} GB for its {strategy}, {_WAL_B / 1e9:.0f} GB for WAL at most;"
+        f" {copy_b / 1e9:.1f} GB for its {strategy}, at most {_WAL_B / 1e9:.0f} GB for WAL;"
         f" {free / 1e9:.0f} GB are free"
     )
     if need > free:
-        say("that is too little: set TMPDIR to a larger disk, or take fewer ROWS; nothing was done")
+        say("that is too little: set TMPDIR to a larger disk, or use fewer ROWS; nothing was done")
         sys.exit(2)
 
 
 def _make(conn: Connection, progress: Progress) -> None:
-    """The table with its rows and indexes, from where the last call stopped."""
+    """Make the table with its rows and indexes, from where the last call stopped."""
     rows = progress.rows
     if progress.indexed:
         return
@@ -195,7 +195,7 @@ def _make(conn: Connection, progress: Progress) -> None:
         progress.save(PLACE)
         if progress.filled % (20 * _ROWS_A_STATEMENT) == 0:
             say(f"made {progress.filled:,} of {rows:,} rows")
-    say("making indexes")
+    say("creating indexes")
     _each(conn, _INDEXES.format(rows=rows))
     keyed = (
         "SELECT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'webhook_log'::regclass AND contype = 'f')"
@@ -214,12 +214,12 @@ def _each(conn: Connection, script: str) -> None:
 
 
 def _migrate(engine: Engine, progress: Progress) -> None:
-    """The migration, or the rest of it; its time is that of all calls."""
+    """Migrate, or finish migrating; the time is the total of all calls."""
     with engine.connect() as conn:
         state = "SELECT to_regclass('webhook_log_migration') IS NOT NULL"
         resumed = bool(conn.exec_driver_sql(state).scalar_one())
         wal = _wal(conn)
-    say("going on with the migration" if resumed else "migrating")
+    say("resuming the migration" if resumed else "migrating")
     report = PLACE.with_name("bench-scale-report.json").absolute()
     words = ["migrate", *(["--resume"] if resumed else ["--strategy", progress.strategy])]
     progress.calls += 1
@@ -229,7 +229,7 @@ def _migrate(engine: Engine, progress: Progress) -> None:
         with live_application(engine) as waits:
             chronos(engine, *words, "--report", str(report))
     except ToolError as error:
-        say(f"{error}; go on by the same command")
+        say(f"{error}; to resume, run the same command again")
         sys.exit(3)
     finally:
         progress.migrating_s += time.monotonic() - started
@@ -253,7 +253,7 @@ _wal = _number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigi
 def _write(
     output: Path, about: list[str], progress: Progress, migrated: int, before: int, after: int
 ) -> None:
-    """The newest run, and a line for each that was before it."""
+    """Write the newest run, below a line for each earlier one."""
     head = (
         *("run", "rows", "minutes", "rows/s", "steps 3 and 5, s", "WAL", "disk before", "disk after"),
         *("writer waited, ms", "reader waited, ms", "calls"),
@@ -263,7 +263,7 @@ def _write(
         f"{migrated:,}",
         f"{progress.migrating_s / 60:.1f}",
         f"{migrated / progress.migrating_s:,.0f}",
-        # A call that was cut off has told no times.
+        # An interrupted call leaves no times.
         f"{progress.steps['3'] + progress.steps['5']:.0f}" if progress.calls == 1 else "",
         f"{progress.wal / 1e9:.1f} GB",
         f"{before / 1e9:.1f} GB",
@@ -275,15 +275,15 @@ def _write(
     lines = [
         *(f"- {line}" for line in about),
         f"- `make bench-scale ROWS=72000000`: narrow rows over {_DAYS} days, all within retention, under the"
-        " live application of the parts above; minutes are those of the whole migration, startup and"
-        " statistics included. More than one call: the run was stopped, and went on.",
+        " same live application as above; minutes are those of the whole migration, startup and statistics"
+        " included. More than one call: the run was stopped and resumed.",
         "",
     ]
     write_part(output, TITLE, [*lines, *table(head, [*_earlier(output, head), run])])
 
 
 def _earlier(output: Path, head: tuple[str, ...]) -> list[list[str]]:
-    """The runs that the part has already."""
+    """The runs that the part already lists."""
     text = output.read_text("utf-8") if output.exists() else ""
     part = text.partition(f"# {TITLE}\n")[2].partition("\n# ")[0]
     rows = [line.strip("| \n").split(" | ") for line in part.splitlines() if line.startswith("| ")]

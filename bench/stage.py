@@ -1,4 +1,4 @@
-"""Where the measuring takes place: a server, databases cloned from a template, a live application."""
+"""Where the measurements run: a server, databases cloned from a template, a live application."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from chronos.demo.embedded import EmbeddedPostgres, ServerSettings
 from chronos.demo.rows import create_webhook_log
 from chronos.demo.writer import LiveWriter
 
-# A production server's settings in small; everything else is as PostgreSQL has it, above all fsync and
-# synchronous_commit, which are on. No checkpoint falls into a measurement: each begins with one.
+# A small production server's settings; everything else is PostgreSQL's default, above all fsync and
+# synchronous_commit, which are on. No checkpoint falls into a measurement: each starts with one.
 SETTINGS: ServerSettings = {
     "shared_buffers": "1GB",
     "max_wal_size": "16GB",
@@ -35,7 +35,7 @@ SETTINGS: ServerSettings = {
     "max_connections": 50,
 }
 
-# What is measured: returns for how many rows it worked, and for how many seconds.
+# What is measured: returns how many rows it processed, and in how many seconds.
 Work = Callable[[Engine], tuple[int, float]]
 
 WRITERS = 4
@@ -48,7 +48,7 @@ ORDER BY "timestamp" DESC LIMIT 50
 """
 
 
-# Rows of about 200 bytes: what went out is left out.
+# Rows of about 200 bytes: without the requests.
 _NARROW = (
     "ALTER TABLE webhook_log ALTER request_headers TYPE jsonb USING NULL,"
     " ALTER request_body TYPE jsonb USING NULL",
@@ -73,7 +73,7 @@ class Sample:
 
 
 class Stage:
-    """A server on which databases may be created; all that are left are dropped by ``clean``."""
+    """A server on which databases may be created; ``clean`` drops those that are left."""
 
     def __init__(self, url: str) -> None:
         self._url = make_url(url)
@@ -81,9 +81,9 @@ class Stage:
         self._made: set[str] = set()
 
     def template(self, rows: int, days: float, *, narrow: bool = False) -> str:
-        """The name of a database with ``rows`` rows in webhook_log, made when first asked for.
+        """The name of a database with ``rows`` rows in webhook_log, created on first use.
 
-        They have about 1.1 kB; ``narrow`` ones about 200 bytes.
+        Rows have about 1.1 kB, ``narrow`` ones about 200 bytes.
         """
         name = f"chronos_bench_{os.getpid()}_{rows}{'_narrow' if narrow else ''}"
         if name not in self._made:
@@ -99,7 +99,7 @@ class Stage:
 
     @contextmanager
     def clone(self, template: str) -> Iterator[Engine]:
-        """A copy of ``template`` for the block; begins after a checkpoint."""
+        """A copy of ``template`` for the block, which starts after a checkpoint."""
         name = f"chronos_bench_{os.getpid()}_run"
         self._create(name, template)
         self._execute("CHECKPOINT")
@@ -109,13 +109,13 @@ class Stage:
             self._drop(name)
 
     def keep(self, template: str, name: str) -> str:
-        """A copy of ``template`` that stays, to be changed and cloned itself."""
+        """A copy of ``template`` that stays, to be changed and cloned in turn."""
         name = f"{template}_{name}"
         self._create(name, template)
         return name
 
     def vacuum(self, database: str) -> None:
-        """As autovacuum leaves it when nobody writes any more."""
+        """Leave the table as autovacuum would after the last write."""
         with self.engine(database).connect() as conn:
             conn.execution_options(isolation_level="AUTOCOMMIT")
             conn.exec_driver_sql("VACUUM ANALYZE webhook_log")
@@ -125,7 +125,7 @@ class Stage:
         return connect_engine(self._url.set(database=database))
 
     def measure(self, engine: Engine, work: Work) -> Sample:
-        """``work`` under the eyes of a live application."""
+        """``work`` under a live application."""
         with live_application(engine) as waits:
             before = self.wal()
             rows, seconds = work(engine)
@@ -133,7 +133,7 @@ class Stage:
         return Sample(rows, seconds, wal, waits.writer_s, waits.reader_s)
 
     def measure_alone(self, engine: Engine, work: Work) -> Sample:
-        """The same with nobody else on the server: for WAL that the application's own would hide."""
+        """The same with no other load: for WAL that the application's own would hide."""
         before = self.wal()
         rows, seconds = work(engine)
         return Sample(rows, seconds, self.wal() - before, 0.0, 0.0)
@@ -158,7 +158,7 @@ class Stage:
         ]
 
     def clean(self) -> None:
-        """Drop what was created."""
+        """Drop every database that was created."""
         for name in list(self._made):
             self._drop(name)
 
@@ -166,7 +166,7 @@ class Stage:
         copied = f" TEMPLATE {template}" if template else ""
         with self._server.connect() as conn:
             new = conn.exec_driver_sql("SHOW server_version_num").scalar_one() >= "150000"
-            # By files, as if an administrator had restored it: through the WAL it would take longer.
+            # By copying files, as if it had been restored: through the WAL it would take longer.
             strategy = " STRATEGY file_copy" if template and new else ""
             conn.exec_driver_sql(f"CREATE DATABASE {name}{copied}{strategy}")
         self._made.add(name)
@@ -188,7 +188,7 @@ class Stage:
 
 @contextmanager
 def opened_stage() -> Iterator[Stage]:
-    """The server of DATABASE_URL, from the environment and not from .env, else one started for the block."""
+    """The server of DATABASE_URL, from the environment and not .env, or one started for the block."""
     url = os.environ.get("DATABASE_URL")
     if url:
         plain = make_url(url).set(drivername="postgresql+psycopg2")
@@ -207,7 +207,7 @@ def _cleaned(stage: Stage) -> Iterator[Stage]:
 
 @dataclass
 class Waits:
-    """The longest waits, in seconds; known when the application has stopped."""
+    """The longest waits, in seconds; known once the application has stopped."""
 
     writer_s: float = 0.0
     reader_s: float = 0.0
@@ -215,7 +215,7 @@ class Waits:
 
 @contextmanager
 def live_application(engine: Engine) -> Iterator[Waits]:
-    """Writers and a reader, in a process of their own so that they wait for the server alone."""
+    """Writers and a reader, in their own process, so that they wait for the server alone."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     url = engine.url.render_as_string(hide_password=False)
@@ -229,14 +229,14 @@ def live_application(engine: Engine) -> Iterator[Waits]:
         ours.send(None)
         waits.writer_s, waits.reader_s, failed = ours.recv()
         if failed:
-            raise RuntimeError(f"the live application met an error: {failed}")
+            raise RuntimeError(f"the live application failed: {failed}")
     finally:
         ours.close()
         process.join()
 
 
 def _application(url: str, orders: Pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who measures: the pipe then ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process; the pipe then ends
     with _Reader(url) as reader, LiveWriter(url, threads=WRITERS, rate=WRITES_A_SECOND) as writer:
         writer.catch_up()
         warm = len(writer.commits)
@@ -252,7 +252,7 @@ def _application(url: str, orders: Pipe) -> None:
 
 
 class _Reader:
-    """Asks for the newest rows of today, again and again."""
+    """Keeps reading today's newest rows."""
 
     def __init__(self, url: str) -> None:
         dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)

@@ -1,4 +1,4 @@
-"""The tools that one would pick for this, each used as its own documents say."""
+"""The tools you might pick for this, each used as its own documentation says."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _PATIENCE_S = 1_800
 
 
 class ToolError(Exception):
-    """A tool did not do its work; says what it said."""
+    """A tool failed; the message is the tool's own."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to make webhook_log partitioned.
+    """One way to partition webhook_log.
 
-    ``missing`` says, in one line, how to get what is not there, None when all is; ``prepare`` is done once
-    for a database; ``migrate`` does the work and returns what it had to do twice, if anything. ``swaps``
-    tools have every row in its place when the partitioned table takes the name, others when they are done.
+    ``missing`` says in one line how to install what the tool lacks, None if it lacks nothing; ``prepare``
+    runs once for a database; ``migrate`` does the work and returns what it had to do twice, if anything.
+    Tools with ``swaps`` have every row in place when the partitioned table takes the name, others when they
+    finish.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Tool:
 
 
 def _pgslice_program() -> list[str] | None:
-    """The command, from PGSLICE (a checkout or a program), else from PATH."""
+    """The command, from PGSLICE (a checkout or a program) or from PATH; None if there is none."""
     chosen = os.environ.get("PGSLICE") or shutil.which("pgslice")
     if not chosen:
         return None
@@ -119,8 +120,8 @@ $$;
 ALTER TABLE webhook_log ATTACH PARTITION webhook_log_default DEFAULT
 """
 _PARTMAN_MOVE = "CALL partman.partition_data_proc('public.webhook_log', p_batch := 1000, p_wait := 0)"
-# The procedure fails when the application inserts into the day that is being moved, and the rows are back
-# where they were. After so many times that day is moved while writers wait.
+# The procedure fails if the application inserts into the day being moved, and its rows go back where they
+# were. After this many failures that day is moved while writers wait.
 _PARTMAN_CALLS = 3
 _PARTMAN_LOCKED = """
 BEGIN;
@@ -143,7 +144,7 @@ def _partman_missing(engine: Engine) -> str | None:
         return None
     return (
         "Debian's postgresql-15-partman, and PG_BIN=/usr/lib/postgresql/15/bin"
-        f" (this server has {f'version {version}' if version else 'none'}; the bench speaks to version 4)"
+        f" (this server has {f'version {version}' if version else 'none'}; the bench needs version 4)"
     )
 
 
@@ -179,7 +180,7 @@ def _partman(engine: Engine) -> str | None:
     )
 
 
-# pg-partsmith: it drains a DEFAULT partition, so the table is made one first.
+# pg-partsmith drains a DEFAULT partition, so the table is first turned into one.
 
 _PARTSMITH_EXCHANGE = """
 CREATE TABLE webhook_log_new (LIKE webhook_log INCLUDING DEFAULTS, PRIMARY KEY (id, "timestamp"))
@@ -257,7 +258,7 @@ TOOLS = (COPY, ATTACH, PGSLICE, PARTMAN, PARTSMITH)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
-    """A command in an empty folder, where no settings of this project's lie about."""
+    """Run a command in an empty folder, where it finds no settings of this project."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -277,7 +278,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def _url(engine: Engine) -> str:
-    """As tools know it that are not written in Python."""
+    """The URL in the form that tools not written in Python read."""
     return engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 

@@ -1,4 +1,4 @@
-"""The ways that are compared: how to fill the partitions, and how to get rid of a day."""
+"""The ways that are compared: how to fill the partitions, and how to remove a day."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REWRITE = (
     "ALTER TABLE rewritten ADD FOREIGN KEY (webhook_endpoint_id) REFERENCES webhook_endpoint (id)",
 )
 
-# The partitioned table as it is in the end: its keys and indexes are there before the first row.
+# The finished partitioned table: its keys and indexes exist before the first row.
 _FINISHED = """
 CREATE TABLE finished (LIKE webhook_log INCLUDING DEFAULTS, PRIMARY KEY (id, "timestamp"))
     PARTITION BY RANGE ("timestamp");
@@ -59,7 +59,7 @@ $$
 
 
 def plain_rewrite(engine: Engine) -> tuple[int, float]:
-    """To the same end state without partitions: the rows, then key, indexes and foreign key."""
+    """The same end state without partitions: the rows, then key, indexes and foreign key."""
     with _autocommit(engine) as conn:
         started = time.monotonic()
         for statement in _REWRITE:
@@ -95,7 +95,7 @@ def pgslice(engine: Engine) -> tuple[int, float]:
 
 
 def limit_offset(engine: Engine) -> tuple[int, float]:
-    """Batches of 1,000 with LIMIT and OFFSET; no more than the first of them, for it gets ever slower."""
+    """Batches of 1,000 with LIMIT and OFFSET; only the first of them, as it gets slower and slower."""
 
     def fill(conn: Connection) -> None:
         for offset in range(0, _OFFSET_ROWS, _OFFSET_BATCH):
@@ -108,7 +108,7 @@ def limit_offset(engine: Engine) -> tuple[int, float]:
 
 
 def our_copy(workers: int = 2, *, content: bool = True) -> Work:
-    """The whole migration; what counts are its steps 3 and 5, from counting the rows to the comparison."""
+    """The whole migration, timed by its steps 3 and 5: from counting the rows to the comparison."""
 
     def way(engine: Engine) -> tuple[int, float]:
         rows, steps = _migrated(engine, Options(workers=workers, content=content))
@@ -125,13 +125,13 @@ def whole_copy(engine: Engine) -> tuple[int, float]:
 
 @dataclass
 class Adoption:
-    """The same where nothing is copied; afterwards ``steps`` has the seconds of each, ``index`` its bytes."""
+    """The same without copying; then ``steps`` has the seconds of each step, ``index`` the index's bytes."""
 
     steps: dict[int, float] = field(default_factory=dict)
     index: int = 0
 
     def __call__(self, engine: Engine) -> tuple[int, float]:
-        """A way like the others."""
+        """Migrate; returns rows and seconds like the other ways."""
         _, self.steps = _migrated(engine, Options(strategy=Strategy.ATTACH))
         with _autocommit(engine) as conn:
             self.index = conn.exec_driver_sql(
@@ -175,7 +175,7 @@ def _count(conn: Connection, table: str) -> int:
 
 
 def delete_day(engine: Engine, age: int) -> tuple[int, float]:
-    """DELETE, in batches, what was logged ``age`` days ago."""
+    """DELETE, in batches, the rows logged ``age`` days ago."""
     rows = 0
     with _autocommit(engine) as conn:
         conn.exec_driver_sql("SET TIME ZONE 'UTC'")
@@ -192,7 +192,7 @@ def delete_day(engine: Engine, age: int) -> tuple[int, float]:
 
 
 def drop_day(engine: Engine, age: int) -> tuple[int, float]:
-    """Drop the partition of ``age`` days ago, which is the oldest."""
+    """Drop the partition of ``age`` days ago, which must be the oldest."""
     with _autocommit(engine) as conn:
         conn.exec_driver_sql("SET TIME ZONE 'UTC'")
         leaf = conn.exec_driver_sql(

@@ -1,1 +1,1 @@
-"""The tests; they mirror chronos/, and conftest.py says what they run on."""
+"""The tests mirror chronos/; conftest.py describes what they run on."""

@@ -1,7 +1,7 @@
-"""Run the real command line in a process of its own, as an operator does.
+"""Run the real command line in its own process, as an operator does.
 
-Most runs are forked from a process that has everything imported: starting Python anew for each of
-hundreds would take longer than what they do. Those where the start itself matters begin with it.
+Most runs are forked from a process that has everything imported: starting Python again for each of hundreds
+would take longer than the runs themselves. Runs for which the start itself matters start Python.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _FORKS.set_forkserver_preload(["tests.command", "chronos.health"])
 
 
 def chronos_environment(url: str, **more: str) -> dict[str, str]:
-    """The environment in which ``url`` is the database to work on."""
+    """An environment in which ``url`` is the database to work on."""
     return {**os.environ, "DATABASE_URL": url, "PYTHONUTF8": "1", **more}
 
 
 class Run:
-    """A run of ``python -m chronos ARGUMENTS`` that has begun, with ``answer`` as its standard input."""
+    """A started run of ``python -m chronos ARGUMENTS``, with ``answer`` as its standard input."""
 
     def __init__(
         self, url: str, *arguments: str, answer: str = "", env: Mapping[str, str] | None = None
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """The id of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -58,7 +58,7 @@ class Run:
         return self._stdout.read_text("utf-8") if self._stdout.exists() else ""
 
     def finish(self) -> subprocess.CompletedProcess[str]:
-        """Wait for its end; the exit code is negative for a signal."""
+        """Wait until it ends; the exit code is negative for a signal."""
         self._process.join(TIMEOUT_S)
         code = self._process.exitcode
         if code is None:
@@ -71,7 +71,7 @@ class Run:
         return subprocess.CompletedProcess(self.arguments, code, stdout, stderr)
 
     def kill_when(self, condition: Callable[[], object], what: str) -> None:
-        """Kill it with SIGKILL as soon as ``condition`` holds; it never outlives the call."""
+        """SIGKILL it as soon as ``condition`` holds; it never outlives the call."""
         try:
             wait_until(condition, 30, what)
         finally:
@@ -102,7 +102,7 @@ def _work(here: Path, arguments: tuple[str, ...], environment: dict[str, str]) -
 def chronos(
     url: str, *arguments: str, answer: str = "", env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m chronos ARGUMENTS`` to its end, with ``answer`` as its standard input."""
+    """Run ``python -m chronos ARGUMENTS`` to its end, with ``answer`` as its standard input."""
     return Run(url, *arguments, answer=answer, env=env).finish()
 
 
@@ -110,7 +110,7 @@ def chronos(
 def started(
     url: str, *arguments: str, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """The same with a start of its own and not to its end; what still runs after the block is killed."""
+    """Start the same in a new Python, without waiting; what still runs after the block is killed."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "chronos", *arguments],
         env={**chronos_environment(url), **(env or {})},
@@ -127,7 +127,7 @@ def started(
 
 
 def stop_a_rollback(url: str) -> str:
-    """Leave a rollback behind that was stopped while it waited for its swap; returns what it said of it."""
+    """Leave behind a rollback that was stopped while waiting for its swap; returns what it said."""
     reader = holding(url, "SELECT FROM webhook_log LIMIT 1")
     with reader, started(url, "rollback", "--yes") as process:
         assert process.stdout is not None

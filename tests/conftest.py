@@ -1,8 +1,8 @@
 """What the tests run on: real servers, started for the run or named by the environment.
 
-TEST_DATABASE_URL names a PostgreSQL where the tests may create databases of their own, REDIS_URL a
-Redis in which they take one empty database. Without them embedded servers are used (PG_BIN and
-REDIS_SERVER choose their binaries). A server that is missing fails the tests: nothing is skipped.
+TEST_DATABASE_URL names a PostgreSQL server where the tests may create databases, REDIS_URL a Redis server
+in which they take one empty database. Without them embedded servers are used (PG_BIN and REDIS_SERVER
+choose their binaries). A missing server fails the tests: nothing is skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SERVER_SETTINGS: ServerSettings = {
     "max_prepared_transactions": 5,
 }
 
-# The environment wins over a developer's .env, so these keep every test off a real database.
+# Environment variables override a developer's .env, so these keep every test off a real database.
 ENVIRONMENT = {
     "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
     "TEST_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
@@ -58,7 +58,7 @@ class MakeDatabase(Protocol):
 
 
 class OwnPostgres(Protocol):
-    """Start a server that the test alone uses and may stop."""
+    """Start a server that only this test uses and may stop."""
 
     def __call__(self, settings: ServerSettings | None = None) -> EmbeddedPostgres: ...
 
@@ -77,7 +77,7 @@ def pg_bin() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL on which databases may be created."""
+    """The URL of a PostgreSQL server on which databases may be created."""
     if not _TEST_DATABASE_URL:
         with EmbeddedPostgres(SERVER_SETTINGS) as server:
             yield server.url
@@ -93,7 +93,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture
 def make_database(postgres: str) -> Iterator[MakeDatabase]:
-    """A factory of empty databases; they are dropped after the test, whoever is still connected."""
+    """A factory of empty databases, which are dropped after the test even with sessions connected."""
     with _engine(postgres).connect() as server, ExitStack() as drops:
 
         def make(timezone: str | None = None) -> str:
@@ -109,13 +109,13 @@ def make_database(postgres: str) -> Iterator[MakeDatabase]:
 
 @pytest.fixture
 def database(make_database: MakeDatabase) -> str:
-    """The URL of an empty database of the test's own."""
+    """The URL of this test's own empty database."""
     return make_database()
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[OwnPostgres]:
-    """A factory of servers for tests that stop theirs: embedded ones, whatever the environment."""
+    """A factory of servers for tests that stop them: always embedded, whatever the environment."""
     with ExitStack() as servers:
 
         def start(settings: ServerSettings | None = None) -> EmbeddedPostgres:
@@ -126,7 +126,7 @@ def own_postgres() -> Iterator[OwnPostgres]:
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """The URL of a Redis database that nobody else uses."""
+    """The URL of a Redis database that nothing else uses."""
     if not _REDIS_URL:
         with EmbeddedRedis() as server:
             yield server.url
@@ -134,7 +134,7 @@ def redis_url() -> Iterator[str]:
     for number in range(15, 0, -1):
         url = make_url(_REDIS_URL).set(database=str(number)).render_as_string(hide_password=False)
         with redis.Redis.from_url(url) as client:
-            # The claim comes first, so that two runs at a time never take the same database.
+            # The claim comes first, so that two concurrent runs never take the same database.
             try:
                 claimed = client.set("chronos:tests", "claimed", nx=True)
             except redis.RedisError as error:
@@ -150,7 +150,7 @@ def redis_url() -> Iterator[str]:
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A client of that Redis, in which no nightly job has run yet."""
+    """A client of that Redis database, in which no nightly job has run yet."""
     with connect(Settings(redis_url=SecretStr(redis_url))) as client:
         keys = [job.name for job in JOBS]
         client.delete(*keys)

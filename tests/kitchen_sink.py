@@ -1,4 +1,4 @@
-"""A webhook_log with everything hanging on it that a table can have and the migration carries."""
+"""A webhook_log with everything that a table can have and the migration carries over."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ CREATE PUBLICATION some_of_it FOR TABLE webhook_log (id, "timestamp", status, st
 CREATE PUBLICATION all_of_it FOR TABLE webhook_log WITH (publish = 'insert, truncate');
 COMMENT ON PUBLICATION all_of_it IS 'all';
 
--- What is given on new objects by default must not end up on ours.
+-- Default privileges must not end up on our tables.
 ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO chronos_leak;
 ALTER DEFAULT PRIVILEGES IN SCHEMA "Hooks" GRANT SELECT ON TABLES TO PUBLIC;
 ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO chronos_leak;
@@ -174,7 +174,7 @@ FROM generate_series(1, 2600) n;
 
 
 def forget(*urls: str) -> None:
-    """Drop what the roles own and then the roles, which belong to the whole server."""
+    """Drop what the roles own, then the roles, which are shared by the whole server."""
     names = ", ".join(f'"{role}"' for role in ROLES)
     for url in urls:
         query(url, f"DROP OWNED BY {names} CASCADE")
@@ -184,7 +184,7 @@ def forget(*urls: str) -> None:
 def kitchen_sink(
     url: str, *, identity: str = "bigint GENERATED ALWAYS AS IDENTITY (START WITH 7 CACHE 2)"
 ) -> None:
-    """Build the table, with rows of 18 days, in a schema that is on nobody's search path."""
+    """Create the table, with rows of 18 days, in a schema that is on no search path."""
     query(url, _ROLES.format(roles=", ".join(f"'{role}'" for role in ROLES)))
     overriding = "OVERRIDING SYSTEM VALUE" if "IDENTITY" in identity else ""
     query(url, _TABLE.format(identity=identity, overriding=overriding, long_index=LONG_INDEX))

@@ -1,4 +1,4 @@
-"""A live table: an application that knows what the table must hold, and readers that count on it.
+"""A live table: an application that knows what the table must hold, and readers that rely on it.
 
     loaded = load(url, 4_000, key_type="uuid")
     with Application(url, loaded) as application, Readers(url, loaded, application) as readers:
@@ -6,9 +6,9 @@
     assert readers.short == [] and readers.errors == [] and application.errors == []
     assert not application.compare(url)
 
-`load` makes a webhook_log, `fill` the table of any other `Schema`. Two thirds of their rows are never touched
-again, so that readers know how many there are; the others, and all that it inserts itself, belong to the
-application.
+`load` creates a webhook_log, `fill` fills the table of any other `Schema`. Two thirds of the rows are never
+touched again, so that readers know how many there are; the others, and all rows that the application inserts
+itself, belong to the application.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from tests.waiting import wait_until
 KeyType = Literal["serial", "identity", "identity always", "uuid"]
 TimestampType = Literal["timestamptz", "timestamp"]
 TimeType = Literal[TimestampType, "date"]
-# One value, or as many as the key has columns.
+# One value, or one for each column of the key.
 Key = Any
-# What the application has written into a row, by column: all that its schema names. Times are aware, UTC.
+# What the application has written into a row, by column: every column its schema names. Times are aware, UTC.
 Row = dict[str, Any]
-# How a value is made.
+# How to make a value.
 Make = Callable[[random.Random], Any]
 Kind = Literal["count", "key", "newest", "repeatable"]
 
 KINDS: tuple[Kind, ...] = ("count", "key", "newest", "repeatable")
 
-# Rows that are there from the beginning refer to one of so many.
+# The initial rows refer to one of this many.
 PARENTS = 10
 _SETTLE_S = 60.0
 _RECONNECT_PAUSE_S = 0.02
 
 
 class Days(NamedTuple):
-    """How old rows are, in days: those that are ``loaded`` first, those that readers count, those that the
-    application owns, and how far it writes ahead, as some clocks do.
+    """Ages of rows, in days: those ``loaded`` first, those that readers count, those that the application
+    owns, and how far ahead it writes, as some clocks do.
 
-    No cutoff comes near a counted row, not even when midnight passes; partitions are there for the days
+    No cutoff comes near a counted row, not even when midnight passes; there are partitions for the days
     ahead.
     """
 
@@ -71,10 +71,10 @@ DAYS = Days()
 
 
 class Marks(NamedTuple):
-    """What tells the rows apart, in one column that every row has.
+    """The marks that distinguish rows, in one column that every row has.
 
-    ``kept`` ones are inserted by the application and never touched again; what else it writes there is none
-    of the three.
+    ``kept`` rows are inserted by the application and never touched again; its other rows have none of the
+    three marks.
     """
 
     untouched: Any = "untouched"
@@ -86,9 +86,9 @@ MARKS = Marks()
 
 
 class Parent(NamedTuple):
-    """The table that a ``column`` of the rows refers to by foreign key.
+    """The table that a ``column`` of the rows references by foreign key.
 
-    Its first rows, 1 to PARENTS, stay; ``insert`` adds one and returns its key. Some rows refer to none,
+    Its first rows, 1 to PARENTS, stay; ``insert`` adds one and returns its key. Some rows reference none,
     unless it is ``required``.
     """
 
@@ -101,11 +101,11 @@ class Parent(NamedTuple):
 
 @dataclass(frozen=True)
 class Schema:
-    """A table as its application knows it: ``name`` is as one types it, with schema and quotes.
+    """A table as its application knows it: ``name`` is as you type it, with schema and quotes.
 
-    ``makes`` says how the value of each column is made that the application writes: those of the key and
-    ``mark`` are among them, the ``time`` column and the parent's are not. ``given`` keys come from the server
-    when an insert leaves them out. ``kind`` is the type of the time column, ``precision`` its decimals.
+    ``makes`` says how to make the value of each column that the application writes, including those of the
+    key and ``mark``, but not the ``time`` column and the parent's. ``given`` keys come from the server when
+    an insert omits them. ``kind`` is the type of the time column, ``precision`` its decimals.
     """
 
     name: str
@@ -122,34 +122,34 @@ class Schema:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """What a row has: everything but the columns that are the key's alone."""
+        """The columns of a row, without those that belong only to the key."""
         parent = (self.parent.column,) if self.parent else ()
         return (self.time, *(c for c in self.makes if c not in self.key), *parent)
 
     @property
     def dated_key(self) -> bool:
-        """Whether the time column is one of the key's: a row that is dated anew is another row then."""
+        """Whether the key includes the time column: a row with a new time is then another row."""
         return self.time in self.key
 
     @property
     def touched(self) -> tuple[str, ...]:
-        """The columns that a short update sets: the mark, and the next that is made."""
+        """The columns that a short update sets: the mark, and the next one in ``makes``."""
         others = [column for column in self.makes if column not in (self.mark, *self.key)]
         return (self.mark, *others[:1])
 
     @property
     def listed(self) -> str:
-        """The columns of a row, for a statement."""
+        """The columns of a row, as SQL."""
         return ", ".join(map(_quoted, self.columns))
 
     @property
     def key_columns(self) -> str:
-        """The columns of the key, for a statement."""
+        """The columns of the key, as SQL."""
         return ", ".join(map(_quoted, self.key))
 
     @property
     def by_key(self) -> str:
-        """The condition that finds one row; its placeholders take what ``key_values`` returns."""
+        """The condition that finds one row; its placeholders take the values of ``key_values``."""
         return " AND ".join(f"{_quoted(column)} = %s" for column in self.key)
 
     def prepared_by_key(self, first: int = 1) -> str:
@@ -166,33 +166,33 @@ class Schema:
         return found if len(self.key) > 1 else found[0]
 
     def new_key(self, chance: random.Random, at: Any) -> Key:
-        """A key that nobody has, of a row at the time ``at``."""
+        """An unused key, for a row at the time ``at``."""
         return self.key_of(at if column == self.time else self.makes[column](chance) for column in self.key)
 
     def redated(self, key: Key, at: Any) -> Key:
-        """The key of the same row, once it is dated ``at``."""
+        """The key of the same row, once its time is ``at``."""
         values = zip(self.key, self.key_values(key), strict=True)
         return self.key_of(at if column == self.time else value for column, value in values)
 
     def value(self, at: datetime) -> datetime | date:
-        """An instant as the time column keeps it."""
+        """An instant as the time column stores it."""
         if self.kind == "date":
             return at.date()
         return at - timedelta(microseconds=at.microsecond % 10 ** (6 - self.precision))
 
     def instant(self, row: Row) -> datetime:
-        """The reverse of ``value``, of a row."""
+        """The reverse of ``value``, for a row."""
         found = row[self.time]
         if isinstance(found, datetime):
             return found
         return datetime(found.year, found.month, found.day, tzinfo=UTC)
 
     def row(self, values: Iterable[Any]) -> Row:
-        """What the server says of ``columns``."""
+        """A row from what the server returns for ``columns``."""
         return dict(zip(self.columns, map(_plain, values), strict=True))
 
     def values(self, row: Row) -> tuple[Any, ...]:
-        """The reverse of ``row``, for a statement."""
+        """The reverse of ``row``, for the parameters of a statement."""
         return tuple(_for_server(row[column]) for column in self.columns)
 
 
@@ -213,7 +213,7 @@ def _for_server(value: Any) -> Any:
 
 
 def _body(chance: random.Random) -> dict[str, Any] | None:
-    """Small, absent, or too large to be stored in the row itself."""
+    """Small, absent, or large enough to be TOASTed."""
     which = chance.random()
     if which < 0.1:
         return None
@@ -222,12 +222,12 @@ def _body(chance: random.Random) -> dict[str, Any] | None:
 
 
 def any_uuid(chance: random.Random) -> str:
-    """A uuid of version 4."""
+    """A version 4 uuid."""
     return str(uuid.UUID(int=chance.getrandbits(128), version=4))
 
 
 def any_bigint(chance: random.Random) -> int:
-    """A number far beyond those that a sequence gives out, and one that nobody else comes upon."""
+    """A number far beyond any that a sequence gives out, and practically unique."""
     return chance.randrange(10**9, 10**18)
 
 
@@ -268,7 +268,7 @@ ANALYZE webhook_log;
 
 
 def webhook_log(key_type: KeyType = "serial", timestamp_type: TimestampType = "timestamptz") -> Schema:
-    """What `load` makes."""
+    """The schema that `load` creates."""
     return Schema(
         name="webhook_log",
         key=("id",),
@@ -293,7 +293,7 @@ def webhook_log(key_type: KeyType = "serial", timestamp_type: TimestampType = "t
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was in the table first. ``untouched`` rows stay as they are, ``stock`` is the application's.
+    """The initial rows: ``untouched`` ones stay as they are, ``stock`` belongs to the application.
 
     ``since`` is the instant from which untouched rows are counted.
     """
@@ -336,7 +336,7 @@ def load(
 
 
 def fill(url: str, schema: Schema, rows: int, *, seed: int = 1) -> Loaded:
-    """Write ``rows`` rows, over the days that the schema says, into its table, which is there and empty."""
+    """Write ``rows`` rows, over the days that the schema says, into its existing, empty table."""
     chance = random.Random(seed)
     now = datetime.now(UTC)
     keys = () if schema.given else tuple(column for column in schema.key if column != schema.time)
@@ -374,7 +374,7 @@ def _connect(url: str, application_name: str = "webhook application") -> connect
     parsed = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     session: connection = psycopg2.connect(parsed, application_name=application_name, connect_timeout=10)
     with session, session.cursor() as cur:
-        # What goes into a `timestamp` column is UTC, whatever the zone of the server.
+        # Values of a `timestamp` column are UTC, whatever the server's time zone.
         cur.execute("SET TIME ZONE 'UTC'")
     return session
 
@@ -386,7 +386,7 @@ def _rows(cur: cursor, schema: Schema) -> list[tuple[Key, Row]]:
 
 
 class Trouble(NamedTuple):
-    """Something that must not happen to an application; ``sqlstate`` is None when no error was raised."""
+    """Something that must not happen to an application; ``sqlstate`` is None if no error was raised."""
 
     at: datetime
     what: str
@@ -396,9 +396,9 @@ class Trouble(NamedTuple):
 
 @dataclass
 class Difference:
-    """How the table differs from the model; false when it does not.
+    """How the table differs from the model; false if it does not.
 
-    ``different`` has, by key and column, what was to be there and what is.
+    ``different`` has, by key and column, the expected value and the actual one.
     """
 
     missing: list[Key] = field(default_factory=list)
@@ -414,9 +414,9 @@ class Difference:
 
 @dataclass
 class _Ledger:
-    """What one connection's rows must be. ``kept`` are written once and never touched again.
+    """What one connection's rows must be. ``kept`` ones are written once and never touched again.
 
-    ``gone`` are deleted keys, which may come back; ``parents`` its own, and whether they still exist.
+    ``gone`` are deleted keys, which may be reused; ``parents`` are its own, with whether they still exist.
     """
 
     rows: dict[Key, Row] = field(default_factory=dict)
@@ -429,11 +429,11 @@ class _Ledger:
 
 
 class _MissedError(Exception):
-    """A statement that did not hit the rows that are there."""
+    """A statement did not hit the rows that exist."""
 
 
 class _Client:
-    """One connection of the application, and the rows that are its own."""
+    """One connection of the application, and the rows it owns."""
 
     def __init__(self, owner: Application, number: int, stock: dict[Key, Row]) -> None:
         self.name = f"application {number}"
@@ -443,7 +443,7 @@ class _Client:
         self.commits = 0
         self.longest_s = 0.0
         self.slowest = ""
-        # Whoever has it sees the ledger and the table agree.
+        # While it is held, the ledger and the table agree.
         self.turn = threading.Lock()
         self._owner = owner
         self._schema = owner.loaded.schema
@@ -490,7 +490,7 @@ class _Client:
 
     @property
     def _prepares(self) -> bool:
-        """Every other connection prepares its statements, as some drivers do by themselves."""
+        """Every other connection prepares its statements, as some drivers do automatically."""
         return self._number % 2 == 1
 
     def _connect_again(self) -> connection | None:
@@ -499,12 +499,12 @@ class _Client:
             try:
                 return self._connect()
             except psycopg2.OperationalError:
-                time.sleep(_RECONNECT_PAUSE_S)  # not there yet
+                time.sleep(_RECONNECT_PAUSE_S)  # not up yet
         self._note("connects", None, f"no server for {_SETTLE_S:.0f} s")
         return None
 
     def _transact(self, session: connection) -> None:
-        """One transaction of one to three acts; afterwards the ledger says what is stored."""
+        """One transaction of one to three acts; afterwards the ledger matches what is stored."""
         draft = self.ledger.copy()
         xid = None
         self._dwelt = 0.0
@@ -540,7 +540,7 @@ class _Client:
         self._settle(draft, time.monotonic() - began - self._dwelt)
 
     def _settle(self, draft: _Ledger, seconds: float) -> None:
-        """The draft is true."""
+        """Make the draft the ledger."""
         new = [key for key in draft.kept if key not in self.ledger.kept]
         self.ledger = draft
         self.published += new
@@ -549,7 +549,7 @@ class _Client:
             self.longest_s, self.slowest = seconds, self._doing
 
     def _was_committed(self, xid: str) -> bool:
-        """What became of a transaction that was cut off in COMMIT, by what the server remembers of it."""
+        """Whether a transaction that was cut off in COMMIT was committed, according to the server."""
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
             self._session = self._connect_again()
@@ -564,11 +564,11 @@ class _Client:
             if status in ("committed", "aborted"):
                 return bool(status == "committed")
             self._session.close()
-        self._note("commit", None, f"nobody knows what became of transaction {xid}")
+        self._note("commit", None, f"the outcome of transaction {xid} is unknown")
         return False
 
     def _dwell(self, seconds: float) -> None:
-        """As an application does that thinks between its statements."""
+        """Pause like an application that thinks between its statements."""
         pause = self._chance.uniform(0, seconds)
         time.sleep(pause)
         self._dwelt += pause
@@ -576,7 +576,7 @@ class _Client:
     def _note(self, what: str, sqlstate: str | None, message: str) -> None:
         self._owner.errors.append(Trouble(datetime.now(UTC), f"{self.name}: {what}", sqlstate, message))
 
-    # The acts: each does its statements and writes into the draft what the table holds if they commit.
+    # The acts: each runs its statements and writes into the draft what the table holds once they commit.
 
     def _insert(self, cur: cursor, draft: _Ledger) -> None:
         schema = self._schema
@@ -585,7 +585,7 @@ class _Client:
         if kept:
             row[schema.mark] = schema.marks.kept
             if schema.parent:
-                # One that stays, so that nothing takes the row away again.
+                # One that stays, so that nothing removes the row again.
                 row[schema.parent.column] = self._chance.randint(1, PARENTS)
         if schema.given:
             cur.execute(
@@ -648,9 +648,9 @@ class _Client:
         draft.gone.append(key)
 
     def _upsert(self, cur: cursor, draft: _Ledger) -> None:
-        """By key and in two statements: what ON CONFLICT needs is not the same before and after the swap.
+        """By key and in two statements: ON CONFLICT needs different columns before and after the swap.
 
-        Only a key that has the time in it is the same, and then it is one statement.
+        Only a key that includes the time stays the same, and then one statement is enough.
         """
         schema = self._schema
         row = self._new_row(draft)
@@ -681,7 +681,7 @@ class _Client:
         draft.parents[parent] = True
 
     def _delete_parent(self, cur: cursor, draft: _Ledger) -> None:
-        """One together with its rows, in one transaction."""
+        """Delete one together with its rows, in one transaction."""
         schema, above = self._schema, self._schema.parent
         assert above
         parent = self._any([p for p, there in draft.parents.items() if there])
@@ -707,7 +707,7 @@ class _Client:
         )
 
     def _write_new(self, cur: cursor, key: Key, row: Row, conflict: str = "") -> None:
-        """Insert a row with a key of its own; ``conflict`` says what if it is there already."""
+        """Insert a row with its own key; ``conflict`` says what to do if it already exists."""
         schema = self._schema
         values = dict(zip(schema.key, schema.key_values(key), strict=True)) | dict(
             zip(schema.columns, schema.values(row), strict=True)
@@ -735,7 +735,7 @@ class _Client:
         return row
 
     def _time(self) -> datetime | date:
-        """Mostly now, often late, sometimes on a midnight or by a clock that is ahead."""
+        """Mostly now, often late, sometimes at a midnight or from a clock that is ahead."""
         now = datetime.now(UTC)
         days = self._schema.days
         which = self._chance.random()
@@ -757,7 +757,7 @@ def _hit(cur: cursor, key: Key, expected: int = 1) -> None:
 
 
 def _roll_back(session: connection) -> bool:
-    """End a failed transaction; returns whether the connection is still there."""
+    """End a failed transaction; returns whether the connection is still open."""
     try:
         session.rollback()
     except psycopg2.Error:
@@ -768,10 +768,10 @@ def _roll_back(session: connection) -> bool:
 class Application:
     """Connections that insert, update, re-date, delete and upsert rows of their own while a block runs.
 
-    ``rate`` is the number of transactions a second, over all ``threads``. Each connection knows what its rows
-    are: a statement by key that does not hit its row is an error, like every error of the server. A
-    connection that is cut is made again; unless ``reconnect`` says that this is expected, it is an error too.
-    A transaction that was cut off in its COMMIT is looked up.
+    ``rate`` is the number of transactions a second, over all ``threads``. Each connection knows its rows: a
+    statement by key that does not hit its row is an error, like every error from the server. A lost
+    connection is reopened; unless ``reconnect`` says that this is expected, it is an error too. A transaction
+    that was cut off in its COMMIT is looked up.
     """
 
     def __init__(
@@ -804,7 +804,7 @@ class Application:
         self.stop()
 
     def stop(self) -> None:
-        """Let each connection end its transaction; nothing to do the second time."""
+        """Let each connection end its transaction; a second call does nothing."""
         self.stopping.set()
         for client in self._clients:
             client.thread.join()
@@ -816,7 +816,7 @@ class Application:
 
     @property
     def longest_s(self) -> float:
-        """The longest that a transaction had to wait, its own pauses aside."""
+        """The longest that a transaction had to wait, not counting its own pauses."""
         return max(client.longest_s for client in self._clients)
 
     @property
@@ -825,24 +825,24 @@ class Application:
         return max(self._clients, key=lambda client: client.longest_s).slowest
 
     def go_on(self, transactions: int = 10) -> None:
-        """Return when each connection has committed that many more; raises TimeoutError."""
+        """Return once each connection has committed that many more; raises TimeoutError."""
         for client, wanted in [(client, client.commits + transactions) for client in self._clients]:
             wait_until(
                 lambda client=client, wanted=wanted: client.commits >= wanted or not client.thread.is_alive(),  # type: ignore[misc]
                 30,
-                f"{client.name} goes on; errors: {self.errors[:3]}",
+                f"{client.name} keeps committing; errors: {self.errors[:3]}",
             )
 
     def kept(self) -> int:
-        """How many rows are committed that nobody touches any more."""
+        """How many committed rows will not be touched again."""
         return sum(len(client.published) for client in self._clients)
 
     def newest(self, each: int = 10) -> list[Key]:
-        """The last of those, by key, the newest of all among them."""
+        """The last of those, by key, including the newest of all."""
         return [key for client in self._clients for key in client.published[-each:]]
 
     def rows(self) -> dict[Key, Row]:
-        """The model: every row that is the application's."""
+        """The model: every row that belongs to the application."""
         return {
             key: row
             for client in self._clients
@@ -851,10 +851,10 @@ class Application:
         }
 
     def compare(self, url: str | None = None, *, since: datetime | None = None) -> Difference:
-        """Compare the table, row by row, with the model and with the rows that nobody touches.
+        """Compare the table, row by row, with the model and with the untouched rows.
 
-        With ``since`` only from this instant on: after a migration older rows are elsewhere. The application
-        stands still meanwhile.
+        With ``since``, only from this instant on: after a migration older rows are elsewhere. The application
+        pauses meanwhile.
         """
         with ExitStack() as turns:
             for client in self._clients:
@@ -897,7 +897,7 @@ class Application:
 
 
 class Short(NamedTuple):
-    """A read that found fewer rows than there are; ``seconds`` is what it took."""
+    """A read that found fewer rows than there are; it took ``seconds``."""
 
     kind: Kind
     at: datetime
@@ -908,11 +908,11 @@ class Short(NamedTuple):
 
 
 class Readers:
-    """Threads, one of each kind, that read what must be there and note each read that misses a row.
+    """Threads, one of each kind, that read what must be there and record each read that misses a row.
 
     - ``count`` counts the untouched rows of the whole window.
-    - ``key`` reads untouched rows by prepared statements. The one that names its columns meets no error; the
-      one that reads a whole row may fail once a swap, as its result is of another type then: ``replanned``.
+    - ``key`` reads untouched rows with prepared statements. The one that names its columns never fails; the
+      one that reads a whole row may fail once per swap, as its result type has changed: ``replanned``.
     - ``newest`` looks for what the application has just committed.
     - ``repeatable`` counts twice in a REPEATABLE READ transaction, some time after it took its snapshot, with
       or without having touched the table before.
@@ -953,18 +953,18 @@ class Readers:
         self.stop()
 
     def stop(self) -> None:
-        """Let each end its read; nothing to do the second time."""
+        """Let each end its read; a second call does nothing."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
 
     def go_on(self, reads: int = 3) -> None:
-        """Return when each has read that many more times; raises TimeoutError."""
+        """Return once each has read that many more times; raises TimeoutError."""
         wanted = {kind: done + reads for kind, done in self.reads.items()}
         wait_until(
             lambda: all(self.reads[kind] >= number for kind, number in wanted.items()),
             30,
-            f"the readers read on; errors: {self.errors[:3]}",
+            f"the readers keep reading; errors: {self.errors[:3]}",
         )
 
     def _work(self, kind: Kind) -> None:
@@ -1013,7 +1013,7 @@ class Readers:
         return f"{_quoted(self._schema.mark)} = %s AND {_quoted(self._schema.time)} >= %s"
 
     def _read(self, session: connection, text: str, *values: Any) -> tuple[list[tuple[Any, ...]], float]:
-        """The rows of a query, and the seconds that it took."""
+        """The rows of a query, and the seconds it took."""
         began = time.monotonic()
         with session.cursor() as cur:
             cur.execute(text, values or None)
@@ -1028,7 +1028,7 @@ class Readers:
             self.short.append(Short(kind, now, expected, found, seconds, what))
 
     def _exactly(self, kind: Kind, expected: int, found: int, seconds: float, what: str) -> None:
-        """For rows that may not be too many either."""
+        """Expect exactly this many rows: extra ones count as wrong too."""
         self._expect(kind, expected, found, seconds, what)
         if found > expected:
             self.errors.append(Trouble(datetime.now(UTC), kind, None, f"{what}: {found}, not {expected}"))
@@ -1075,7 +1075,7 @@ class Readers:
         kept = self._application.kept()
         counts: list[tuple[int, int]] = []
         began = time.monotonic()
-        # The first statement takes the snapshot: with a lock on the table, or with none.
+        # The first statement takes the snapshot, with or without a lock on the table.
         if chance.random() < 0.6:
             self._read(session, "SELECT 1")
         else:
@@ -1106,7 +1106,7 @@ class Readers:
 
 
 def phase(url: str) -> str | None:
-    """The phase of the migration, None when there is none."""
+    """The phase of the migration, None if there is none."""
     [[exists]] = query(url, "SELECT to_regclass('webhook_log_migration') IS NOT NULL")
     if not exists:
         return None
@@ -1115,7 +1115,7 @@ def phase(url: str) -> str | None:
 
 
 def oldest(url: str) -> datetime | None:
-    """From when on rows are in the webhook_log in use; None: all of them are."""
+    """The instant from which rows are in the webhook_log in use; None: all of them are."""
     if phase(url) not in ("migrated", "returning", "finalizing"):
         return None
     [[strategy, cutoff]] = query(

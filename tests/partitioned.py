@@ -1,4 +1,4 @@
-"""A partitioned webhook_log with the two functions, made by plain SQL in a moment: no migration needed."""
+"""A partitioned webhook_log with the two functions, quickly created by plain SQL without a migration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CREATE INDEX ON webhook_log ("timestamp");
 
 
 def run(cur: cursor, text: str | sql.Composable, *values: Any) -> list[tuple[Any, ...]]:
-    """The rows of one statement, none when it returns none."""
+    """The rows of one statement; empty when it returns none."""
     cur.execute(text, values or None)
     return cur.fetchall() if cur.description else []
 
@@ -42,7 +42,7 @@ def column(cur: cursor, text: str | sql.Composable, *values: Any) -> list[Any]:
 
 
 def today(cur: cursor) -> date:
-    """The UTC day on which the transaction of ``cur`` began, which is the functions' today as well."""
+    """The UTC day on which the transaction of ``cur`` began, which is also the functions' today."""
     [day] = column(cur, "SELECT (now() AT TIME ZONE 'UTC')::date")
     assert isinstance(day, date)
     return day
@@ -60,14 +60,14 @@ def leaves(cur: cursor, first: int, last: int) -> list[str]:
 
 
 def create_tables(cur: cursor, type_: str = "timestamptz", schema: str = "public") -> None:
-    """The two tables, without partitions, and the functions, in ``schema``."""
+    """Create the two tables, without partitions, and the functions, in ``schema``."""
     run(cur, sql.SQL("SET LOCAL search_path = {}, pg_temp").format(sql.Identifier(schema)))
     run(cur, _TABLES.format(type=type_))
     install_functions(cur, schema=schema)
 
 
 def install_functions(cur: cursor, spec: TableSpec = WEBHOOK_LOG, schema: str = "public") -> None:
-    """The two functions of a table in ``schema``; the search path is what it was."""
+    """Install the two functions of a table in ``schema``; the search path is restored."""
     [(path, user)] = run(cur, "SELECT current_setting('search_path'), current_user")
     for part in installation(spec.located(schema), user):
         run(cur, part)
@@ -75,21 +75,21 @@ def install_functions(cur: cursor, spec: TableSpec = WEBHOOK_LOG, schema: str = 
 
 
 def add_partitions(cur: cursor, first: int, last: int, table: str = "webhook_log") -> None:
-    """Partitions for the days ``first`` to ``last`` from today."""
+    """Add partitions for the days ``first`` to ``last`` from today."""
     day = today(cur)
     for n in range(first, last + 1):
         add_partition(cur, leaf(day + timedelta(days=n)), n, n + 1, table)
 
 
 def add_partition(cur: cursor, name: str, first: int, end: int, table: str = "webhook_log") -> None:
-    """A partition called ``name`` from the day ``first`` up to the day ``end``, which it does not hold."""
+    """Add a partition called ``name`` from the day ``first`` up to, but not including, the day ``end``."""
     day = today(cur)
     lower, upper = (f"{day + timedelta(days=n)} 00:00:00+00" for n in (first, end))
     run(cur, f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ('{lower}') TO ('{upper}')")
 
 
 def attached(cur: cursor, table: str = "webhook_log") -> list[str]:
-    """The names of the partitions, in the order of their bounds; the default partition first."""
+    """The names of the partitions, in order of their bounds; the default partition first."""
     return column(
         cur,
         "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
@@ -100,10 +100,10 @@ def attached(cur: cursor, table: str = "webhook_log") -> list[str]:
 
 
 def create(cur: cursor, days_ahead: int | None) -> list[str]:
-    """Call the function that creates."""
+    """Call the create function."""
     return column(cur, "SELECT create_future_webhook_log_partitions(%s)", days_ahead)
 
 
 def drop(cur: cursor, retention_days: int | None) -> list[str]:
-    """Call the function that drops."""
+    """Call the drop function."""
     return column(cur, "SELECT drop_old_webhook_log_partitions(%s)", retention_days)

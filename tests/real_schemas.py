@@ -1,6 +1,6 @@
-"""Tables of open-source projects that grow without end, each with an application that lives on it.
+"""Tables of open-source projects that grow without limit, each with a live application.
 
-They are written from the projects' own definitions: the columns, types, constraints and indexes are theirs.
+They follow the projects' own definitions: the columns, types, constraints and indexes are theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.live import Days, Make, Marks, Parent, Schema, any_bigint, any_uuid
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-# Readers and application stay within what the retention of such a table keeps.
+# Readers and application stay within the retention of such a table.
 HOURS = Days(loaded=3, counted=1.5, owned=1, ahead=0.5)
 WEEKS = Days(loaded=80, counted=50, owned=40, ahead=2)
 MONTHS = Days(loaded=200, counted=190, owned=150, ahead=2)
@@ -25,10 +25,10 @@ MONTHS = Days(loaded=200, counted=190, owned=150, ahead=2)
 
 @dataclass(frozen=True)
 class Real:
-    """A table of ``project`` that chronos is to keep: ``live`` is how its application knows it.
+    """A table of ``project`` for chronos to partition: ``live`` is how its application knows it.
 
     ``refused`` are the ids of the checks that refuse it as it is, ``way_out`` the statements after which they
-    do not. Without ``live`` there is no way out but to change the application.
+    pass. Without ``live`` the only way out is to change the application.
     """
 
     project: str
@@ -95,7 +95,7 @@ def ksuid(prefix: str) -> Make:
     return lambda chance: prefix + "".join(chance.choices(_BASE62, k=27))
 
 
-# River, a job queue in Go: an enum, arrays, checks, GIN indexes, and a unique key for some of the states.
+# River, a job queue in Go: an enum, arrays, checks, GIN indexes, and a unique key for some states.
 RIVER = Real(
     "River",
     TableSpec("river_job", "created_at", retention_days=15),
@@ -170,7 +170,7 @@ RIVER = Real(
     ),
 )
 
-# procrastinate, a job queue in Python: its events go with their jobs, and may have no time.
+# procrastinate, a job queue in Python: its events are deleted with their jobs, and their time may be NULL.
 _PROCRASTINATE = """
     CREATE TYPE procrastinate_job_status AS ENUM ('todo', 'doing', 'succeeded', 'failed', 'cancelled',
                                                   'aborting', 'aborted');
@@ -240,7 +240,7 @@ PROCRASTINATE_JOBS = Real(
     refused=("inbound-fk", "no-time-index", "unique-without-time"),
 )
 
-# pgmq, queues in SQL: the archive of a queue, in a schema that is on nobody's search path.
+# pgmq, queues in SQL: the archive of a queue, in a schema that is on no search path.
 PGMQ = Real(
     "pgmq",
     TableSpec("a_orders", "archived_at", retention_days=15, schema="pgmq"),
@@ -274,7 +274,7 @@ PGMQ = Real(
     ),
 )
 
-# LiteLLM, a gateway to language models: what each request has cost, by a name in mixed case.
+# LiteLLM, a gateway to language models: the cost of each request, in a table with a mixed-case name.
 LITELLM = Real(
     "LiteLLM",
     TableSpec("LiteLLM_SpendLogs", "startTime", retention_days=15),
@@ -325,7 +325,7 @@ LITELLM = Real(
     ),
 )
 
-# audited, an audit trail for Ruby on Rails, which lets the time be NULL.
+# audited, an audit trail for Ruby on Rails, whose time may be NULL.
 AUDITED = Real(
     "audited",
     TableSpec("audits", "created_at", Interval.WEEK, retention_days=60, ahead_days=10),
@@ -372,7 +372,7 @@ AUDITED = Real(
     ),
 )
 
-# GitLab: its log of webhook deliveries as it was before GitLab itself divided it into months.
+# GitLab: its log of webhook deliveries as it was before GitLab itself partitioned it by month.
 GITLAB = Real(
     "GitLab",
     TableSpec("web_hook_logs", "created_at", retention_days=15),
@@ -434,7 +434,7 @@ GITLAB_TODAY = Real(
     refused=("already-partitioned",),
 )
 
-# Oban, a job queue in Elixir: a trigger tells the queues of each new job, a check holds for new rows only.
+# Oban, a job queue in Elixir: a trigger notifies the queues of each new job, a check is NOT VALID.
 OBAN = Real(
     "Oban",
     TableSpec("oban_jobs", "inserted_at", retention_days=15),
@@ -503,7 +503,7 @@ OBAN = Real(
     way_out=('CREATE INDEX CONCURRENTLY ON public.oban_jobs ("inserted_at")',),
 )
 
-# django-auditlog: an identity as Django makes it, deferred foreign keys, indexes for LIKE.
+# django-auditlog: an identity as Django creates it, deferred foreign keys, indexes for LIKE.
 AUDITLOG = Real(
     "django-auditlog",
     TableSpec("auditlog_logentry", "timestamp", retention_days=15),
@@ -566,7 +566,7 @@ AUDITLOG = Real(
     ),
 )
 
-# Svix, which delivers webhooks: text keys that sort by their bytes.
+# Svix, which delivers webhooks: text keys that sort bytewise.
 SVIX = Real(
     "Svix",
     TableSpec("messageattempt", "created_at", retention_days=15),
@@ -610,7 +610,7 @@ SVIX = Real(
     way_out=('CREATE INDEX CONCURRENTLY ON public.messageattempt ("created_at")',),
 )
 
-# TimescaleDB's tutorial: measurements by time and device; this index is the key and that of the time, too.
+# TimescaleDB's tutorial: measurements by time and device; one index serves as the key and for the time.
 TIMESCALE = Real(
     "TimescaleDB tutorial",
     TableSpec("conditions", "time", Interval.HOUR, retention_days=2, ahead_days=1),
@@ -639,7 +639,7 @@ TIMESCALE = Real(
     ),
 )
 
-# Umami, which counts visits to web sites: uuid keys, and a column that a later version has dropped.
+# Umami, which counts visits to web sites: uuid keys, and a column that a later version dropped.
 UMAMI = Real(
     "Umami",
     TableSpec("website_event", "created_at", Interval.MONTH),
@@ -684,7 +684,7 @@ UMAMI = Real(
     ),
 )
 
-# Bitwarden, a password manager: what members of an organization have done; all its names are in mixed case.
+# Bitwarden, a password manager: what members of an organization have done; all names are in mixed case.
 BITWARDEN = Real(
     "Bitwarden",
     TableSpec("Event", "Date", retention_days=15),
@@ -721,7 +721,7 @@ BITWARDEN = Real(
     ),
 )
 
-# Supabase Auth: json, which knows no equality, row security, a schema of its own.
+# Supabase Auth: json, which has no equality, row security, a schema of its own.
 SUPABASE = Real(
     "Supabase Auth",
     TableSpec("audit_log_entries", "created_at", schema="auth"),
@@ -809,7 +809,7 @@ PG_BOSS = Real(
     ),
 )
 
-# OpenFGA, which decides who may do what: each change by its ULID, in a key of three columns.
+# OpenFGA, an authorization service: each change by its ULID, in a key of three columns.
 OPENFGA = Real(
     "OpenFGA",
     TableSpec("changelog", "inserted_at"),
@@ -848,7 +848,7 @@ OPENFGA = Real(
     way_out=('CREATE INDEX CONCURRENTLY ON public.changelog ("inserted_at")',),
 )
 
-# Blockscout, which shows what is in a block chain: a key of hashes, numbers of any length.
+# Blockscout, a blockchain explorer: a key of hashes, numbers of any length.
 BLOCKSCOUT = Real(
     "Blockscout",
     TableSpec("token_transfers", "inserted_at", retention_days=15),
@@ -896,7 +896,7 @@ BLOCKSCOUT = Real(
     way_out=('CREATE INDEX CONCURRENTLY ON public.token_transfers ("inserted_at")',),
 )
 
-# Sqitch, which deploys changes to databases: a key that holds the time, arrays of text.
+# Sqitch, which deploys changes to databases: a key that includes the time, arrays of text.
 SQITCH = Real(
     "Sqitch",
     TableSpec("events", "committed_at", Interval.MONTH, schema="sqitch"),
@@ -942,7 +942,7 @@ SQITCH = Real(
     way_out=('CREATE INDEX CONCURRENTLY ON sqitch.events ("committed_at")',),
 )
 
-# Graphile Worker, a job queue in Node.js: a generated column, an identity that takes no other value, json.
+# Graphile Worker, a job queue in Node.js: a generated column, an identity GENERATED ALWAYS, json.
 GRAPHILE = Real(
     "Graphile Worker",
     TableSpec("_private_jobs", "created_at", retention_days=15, schema="graphile_worker"),
@@ -1036,7 +1036,7 @@ DISCOURSE = Real(
     ),
 )
 
-# Kill Bill, which sends invoices: sessions of its console, with domains that stand for the types of MySQL.
+# Kill Bill, a billing system: sessions of its console, with domains that stand in for MySQL types.
 KILL_BILL = Real(
     "Kill Bill",
     TableSpec("sessions", "start_timestamp", retention_days=15),
@@ -1098,7 +1098,7 @@ MATTERMOST = Real(
     refused=("time-column-type",),
 )
 
-# Message DB, an event store: a message is known by its own uuid, and by its place in its stream.
+# Message DB, an event store: a message is identified by its uuid and by its position in its stream.
 MESSAGE_DB = Real(
     "Message DB",
     TableSpec("messages", "time", schema="message_store"),

@@ -1,4 +1,4 @@
-"""What a terminal shows in the end, of all that was written to it: lines that were written over are gone."""
+"""What a terminal finally shows of what was written to it: overwritten lines are gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TOKENS = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|\r|\n|[^\x1b\r\n]+")
 
 
 def lines_on_the_screen(written: str) -> list[str]:
-    """The lines from the first to the last, those that have scrolled away included."""
+    """All lines, including those that have scrolled away."""
     lines, row, column = [""], 0, 0
     for token in _TOKENS.finditer(written):
         text, command = token[0], token[2]

@@ -1,4 +1,4 @@
-"""Look at the tables of a test database: what rows there are, what shape they have, who is waiting."""
+"""Inspect the tables of a test database: their rows, their definitions, who is waiting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 
 @contextmanager
 def connected(url: str, *, autocommit: bool = True) -> Iterator[connection]:
-    """A plain psycopg2 connection, for looking at what chronos did with other eyes."""
+    """A plain psycopg2 connection, to check independently what chronos did."""
     dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     conn = psycopg2.connect(dsn)
     conn.autocommit = autocommit
@@ -37,7 +37,7 @@ def query(url: str, text: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def value(url: str, text: str, *values: Any) -> Any:
-    """The one value of one query."""
+    """The single value that one query returns."""
     [[found]] = query(url, text, *values)
     return found
 
@@ -58,7 +58,7 @@ def relations(url: str) -> set[tuple[str, str]]:
 
 
 def dump(url: str, pg_bin: Path) -> str:
-    """``pg_dump -s`` of the database, without the random key that newer versions put around it."""
+    """``pg_dump -s`` of the database, without the random key that newer versions add."""
     dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     found = subprocess.run(
         [pg_bin / "pg_dump", "--schema-only", dsn], capture_output=True, text=True, check=True
@@ -88,7 +88,7 @@ def holding(url: str, statement: str) -> Iterator[connection]:
 
 
 def waiting_pid(url: str, table: str) -> int:
-    """The pid of a chronos backend that waits for a lock on ``table``, once there is one."""
+    """The pid of a chronos backend waiting for a lock on ``table``, once there is one."""
     [[pid]] = wait_until(
         lambda: query(
             url,
@@ -105,19 +105,19 @@ def waiting_pid(url: str, table: str) -> int:
 
 
 def exists(url: str, table: str) -> bool:
-    """Whether there is a relation of this name."""
+    """Whether a relation of this name exists."""
     return bool(value(url, "SELECT to_regclass(%s) IS NOT NULL", table))
 
 
 def planned(url: str, what: str) -> datetime:
-    """An instant that the migration's plan has fixed: ``started_at``, ``cutoff``, ``first`` or ``end``."""
+    """An instant that the migration's plan fixed: ``started_at``, ``cutoff``, ``first`` or ``end``."""
     found = value(url, "SELECT (plan ->> %s)::timestamptz FROM webhook_log_migration", what)
     assert isinstance(found, datetime)
     return found
 
 
-# Whoever meets it waits until nobody keeps it closed: an advisory lock, for which no lock_timeout is set
-# while rows are copied.
+# A session that reaches the gate waits until it is opened: an advisory lock, as no lock_timeout is set while
+# rows are copied.
 _GATE = """
 CREATE FUNCTION passes_gate(bigint) RETURNS boolean LANGUAGE plpgsql AS
     $$ BEGIN PERFORM pg_advisory_xact_lock_shared(4711, 1); RETURN true; END $$;
@@ -128,16 +128,16 @@ CREATE FUNCTION at_the_gate() RETURNS trigger LANGUAGE plpgsql AS
 
 @contextmanager
 def closed_gate(url: str) -> Iterator[Callable[[], None]]:
-    """A gate in the database's way, see ``gate_in_the_copy``; the yielded function opens it."""
+    """Keep the gate closed, see ``gate_in_the_copy``; the yielded function opens it."""
     with ExitStack() as closed:
         closed.enter_context(holding(url, "SELECT pg_advisory_xact_lock(4711, 1)"))
         yield closed.close
 
 
 def gate_in_the_copy(url: str, days: int = 10) -> int:
-    """Put a gate before the last row of the day ``days`` + 1 days ago: a check that waits.
+    """Put a gate, a check that waits, before the last row of the day ``days`` + 1 days ago.
 
-    Newer days are copied by then, if one worker copies. Returns the row's id.
+    With one worker, newer days are copied by then. Returns the row's id.
     """
     query(url, _GATE)
     gated = value(
@@ -156,7 +156,7 @@ def gate_in_the_copy(url: str, days: int = 10) -> int:
 
 
 def gate_before_the_last_word(url: str) -> None:
-    """Put a gate between the swap and the note that the rows written before it were compared after it."""
+    """Put a gate between the swap and the record that rows written before it were compared after it."""
     query(
         url,
         _GATE + "CREATE TRIGGER gate BEFORE UPDATE ON webhook_log_migration FOR EACH ROW"
@@ -165,7 +165,7 @@ def gate_before_the_last_word(url: str) -> None:
 
 
 def pid_at_the_gate(url: str) -> int:
-    """The pid of the session that waits at the gate, once there is one."""
+    """The pid of the session waiting at the gate, once there is one."""
     [[pid]] = wait_until(
         lambda: query(
             url,
@@ -174,7 +174,7 @@ def pid_at_the_gate(url: str) -> int:
             " AND datname = current_database()",
         ),
         30,
-        "somebody waits at the gate",
+        "a session waits at the gate",
     )
     assert isinstance(pid, int)
     return pid

@@ -1,4 +1,4 @@
-"""Real Alembic beside a migration: in each phase autogenerate finds what the application changed, no more."""
+"""Real Alembic beside a migration: in each phase autogenerate finds only what the application changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "MODELS.md"
 EVENT = "audit.event"
-# Names like those of partitions and of old tables, in both schemas: they are the application's.
+# Names like those of partitions and old tables, in both schemas: these belong to the application.
 OWN = {
     ("public", "webhook_log_yearly"),
     ("public", "webhook_log_y2020m01d01"),
@@ -76,7 +76,7 @@ ahead_days = 7
 
 
 def block(title: str) -> str:
-    """The Python of the document that begins with the comment ``title``."""
+    """The Python block of the document that begins with the comment ``title``."""
     [found] = re.findall(
         rf"^```python\n(# {re.escape(title)}\n.*?)^```$", DOCUMENT.read_text("utf-8"), re.M | re.S
     )
@@ -85,7 +85,7 @@ def block(title: str) -> str:
 
 @contextmanager
 def snippet(title: str) -> Iterator[ModuleType]:
-    """That Python as a module; the tables that it adds to SQLModel's are gone afterwards."""
+    """That block as a module; the tables that it adds to SQLModel's metadata are removed afterwards."""
     module = ModuleType(title)
     before = set(SQLModel.metadata.tables)
     exec(compile(block(title), title, "exec", dont_inherit=True), module.__dict__)
@@ -96,7 +96,7 @@ def snippet(title: str) -> Iterator[ModuleType]:
 
 @dataclass(frozen=True)
 class Application:
-    """An application with models and a chain of revisions; ``env`` is for the commands of chronos."""
+    """An application with models and a chain of revisions; ``env`` is for chronos commands."""
 
     url: str
     env: dict[str, str]
@@ -141,7 +141,7 @@ def table_of(model: type) -> Table:
 
 
 def models() -> MetaData:
-    """The tables of webhook_log alone, for others may be declared by then."""
+    """Only the tables of webhook_log, as others may have been declared by then."""
     metadata = MetaData()
     for model in (WebhookEndpoint, WebhookLog):
         table_of(model).to_metadata(metadata)
@@ -168,7 +168,7 @@ def application(database: str, tmp_path: Path) -> Iterator[Application]:
 
 
 def dropped(changes: list[tuple[Any, ...]]) -> set[tuple[str, str]]:
-    """The tables that autogenerate would drop, with their indexes; there is to be nothing else."""
+    """The tables that autogenerate would drop, with their indexes; asserts that it would do nothing else."""
 
     def name(table: Any) -> tuple[str, str]:
         return table.schema or "public", table.name
@@ -180,7 +180,7 @@ def dropped(changes: list[tuple[Any, ...]]) -> set[tuple[str, str]]:
 
 
 def only(line: str, application: Application) -> None:
-    """Leave one of the two functions in env.py."""
+    """Keep only one of the two functions in env.py."""
     env = application.folder / "env.py"
     text = env.read_text("utf-8")
     other = {"include_name": "include_object", "include_object": "include_name"}[line]
@@ -204,18 +204,18 @@ def test_autogenerate_finds_only_the_applications_own_tables_in_every_phase(
         assert dropped(application.changes()) == OWN, step
 
 
-def test_nothing_is_found_of_what_is_to_be_a_partition_and_is_none_yet(application: Application) -> None:
+def test_autogenerate_ignores_a_partition_that_is_not_attached_yet(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold")
     [[leaf]] = query(
         application.url,
         "SELECT inhrelid::regclass::text FROM pg_inherits"
         " WHERE inhparent = 'webhook_log_new'::regclass LIMIT 1",
     )
-    query(application.url, f"ALTER TABLE webhook_log_new DETACH PARTITION {leaf}")  # as while it is filled
+    query(application.url, f"ALTER TABLE webhook_log_new DETACH PARTITION {leaf}")  # as during the copy
     assert dropped(application.changes()) == OWN
 
 
-def test_nothing_is_found_of_a_table_that_becomes_a_partition(application: Application) -> None:
+def test_autogenerate_ignores_a_table_that_becomes_a_partition(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold", "--strategy", "attach")
     assert dropped(application.changes()) == OWN
     application.run("migrate", "webhook_log", "--yes", "--resume")
@@ -224,7 +224,7 @@ def test_nothing_is_found_of_a_table_that_becomes_a_partition(application: Appli
     assert dropped(application.changes()) == OWN
 
 
-def test_without_it_every_partition_would_be_dropped(application: Application) -> None:
+def test_without_the_filter_autogenerate_would_drop_every_partition(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     with application.engine.connect() as connection:
         plain = compare_metadata(MigrationContext.configure(connection), application.metadata[0])
@@ -236,7 +236,7 @@ def test_without_it_every_partition_would_be_dropped(application: Application) -
             assert dropped(found) == {table for table in OWN if table[0] == "public"}
 
 
-def test_a_change_of_a_partitioned_table_is_found(application: Application) -> None:
+def test_a_change_to_a_partitioned_table_is_found(application: Application) -> None:
     application.run("migrate", EVENT, "--yes")
     application.run("finalize", EVENT, "--yes")
     query(
@@ -247,7 +247,7 @@ def test_a_change_of_a_partitioned_table_is_found(application: Application) -> N
     assert {change[0] for change in found} == {"remove_index", "remove_column"}
 
 
-def test_what_a_model_names_is_compared_though_it_is_the_old_table(application: Application) -> None:
+def test_an_old_table_that_a_model_names_is_compared(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     named = models()
     named.tables["webhook_log"].to_metadata(named, name="webhook_log_old")
@@ -260,13 +260,13 @@ def test_what_a_model_names_is_compared_though_it_is_the_old_table(application: 
     assert "remove_column" in found
 
 
-def test_an_old_table_with_another_name_is_still_known(application: Application) -> None:
+def test_a_renamed_old_table_is_still_recognized(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes")
     query(application.url, "ALTER TABLE webhook_log_old RENAME TO kept; ALTER TABLE kept SET SCHEMA audit")
     assert dropped(application.changes()) == OWN
 
 
-def test_a_role_that_may_not_read_the_state_gets_an_answer(application: Application) -> None:
+def test_a_role_that_cannot_read_the_state_still_gets_an_answer(application: Application) -> None:
     application.run("migrate", "webhook_log", "--yes", "--hold")
     with application.engine.connect() as connection:
         connection.exec_driver_sql("SET ROLE pg_monitor")
@@ -277,12 +277,12 @@ def test_a_role_that_may_not_read_the_state_gets_an_answer(application: Applicat
         assert kept("customer_migration", "table", {"schema_name": None})
 
 
-def test_outside_env_py_it_says_what_to_use() -> None:
+def test_outside_env_py_the_error_says_what_to_use() -> None:
     with pytest.raises(RefusedError, match=r"Filter\(connection\)"):
         include_name("webhook_log", "table", {"schema_name": None})
 
 
-# While rows are copied
+# During a copy
 
 
 def test_autogenerate_while_an_attach_builds_its_index_finds_nothing(application: Application) -> None:
@@ -310,7 +310,7 @@ def test_autogenerate_while_a_swap_waits_finds_nothing(application: Application)
 
 
 @pytest.mark.parametrize("function", ["include_name", "include_object"])
-def test_autogenerate_during_a_running_copy_waits_for_nothing_and_finds_nothing(
+def test_autogenerate_during_a_copy_does_not_wait_and_finds_nothing(
     application: Application, function: str
 ) -> None:
     only(function, application)
@@ -319,7 +319,7 @@ def test_autogenerate_during_a_running_copy_waits_for_nothing_and_finds_nothing(
         running = Run(application.url, "migrate", "webhook_log", "--yes", env=application.env)
         pid_at_the_gate(application.url)
         assert dropped(application.changes()) == OWN
-        # A revision of another table is free at any time.
+        # A revision of another table can run at any time.
         with application.engine.begin() as connection:
             connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
             Operations(MigrationContext.configure(connection)).add_column(
@@ -330,7 +330,7 @@ def test_autogenerate_during_a_running_copy_waits_for_nothing_and_finds_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Revisions beside the migration, as the document says
+# Revisions beside the migration, as documented
 
 _FIRST = """
 import sqlalchemy as sa
@@ -377,7 +377,7 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
     env = {"CHRONOS_CONFIG": str(tmp_path / "tables.toml")}
     with snippet("SQLAlchemy") as declared:
         there = Application(live, env, [declared.Base.metadata], folder)
-        # 1 and 2: nothing is pending, and the longer key of the models is none of Alembic's business.
+        # 1 and 2: nothing is pending, and Alembic ignores the longer key of the models.
         command.upgrade(there.config(), "head")
         assert there.changes() == []
         with Session(there.engine) as session:
@@ -390,7 +390,7 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
         there.run("migrate", EVENT, "--dry-run")
         there.run("migrate", EVENT, "--yes")
         assert there.changes() == []
-        # 5: a revision that Alembic writes, of a column and an index.
+        # 5: a revision generated by Alembic, with a column and an index.
         later = MetaData()
         table_of(declared.Event).to_metadata(later)
     later.tables[EVENT].append_column(Column("kind", Text, nullable=True, index=True))
@@ -402,7 +402,7 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
         *("add_column", "create_index"),
         *("drop_index", "drop_column"),
     ]
-    # 4: before `finalize` it is too early, and a rollback that would lose the column is refused.
+    # 4: before `finalize` it is too early: a rollback that would lose the column is refused.
     command.upgrade(there.config(), "head")
     refused = chronos(live, "rollback", EVENT, "--yes", env=env)
     assert refused.returncode == 2
@@ -413,7 +413,7 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
     there.run("finalize", EVENT, "--yes")
     command.upgrade(there.config(), "head")
     assert there.changes() == []
-    # A new environment: the whole chain on an empty database, then the migration of the empty table.
+    # A new environment: the whole chain on an empty database, then migrating the empty table.
     new = replace(there, url=empty)
     command.upgrade(new.config(), "head")
     assert new.changes() == []
@@ -432,11 +432,13 @@ def test_revisions_before_and_after_the_migration_lead_to_the_same_schema(
     assert query(live, _COLUMNS) == query(empty, _COLUMNS)
 
 
-# The models of the document
+# The documented models
 
 
 @pytest.mark.parametrize("title", ["SQLAlchemy", "SQLModel"])
-def test_the_model_of_the_document_fits_before_and_after(application: Application, title: str) -> None:
+def test_the_documented_model_works_before_and_after_the_migration(
+    application: Application, title: str
+) -> None:
     with snippet(title) as declared:
         event = declared.Event
 
@@ -459,7 +461,7 @@ def test_the_model_of_the_document_fits_before_and_after(application: Applicatio
             opts = {"include_schemas": True, "include_name": Filter(connection, metadata).include_name}
             found = compare_metadata(MigrationContext.configure(connection, opts=opts), metadata)
         assert dropped(found) == {*OWN, ("public", "webhook_log"), ("public", "webhook_endpoint")}
-        # The model alone makes a table that gives ids.
+        # The model alone creates a table that assigns ids.
         query(application.url, "DROP SCHEMA audit CASCADE; CREATE SCHEMA audit")
         metadata.create_all(application.engine)
         write_and_read()

@@ -1,4 +1,4 @@
-"""Other tables than webhook_log, through the Python interface: their keys, time columns, periods."""
+"""Tables other than webhook_log, through the Python interface: their keys, time columns, periods."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def contents(url: str, table: str = '"Events"') -> list[str]:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_there_and_back_with_any_key(database: str, key: str) -> None:
-    """Rows are written before the swap and after it, below and beyond its instant: all come along."""
+def test_any_key_migrates_and_rolls_back(database: str, key: str) -> None:
+    """Rows are written before and after the swap, with times below and beyond it: none is lost."""
     create(database, key)
     before = relations(database)
     engine = connect_engine(make_url(database))
@@ -102,8 +102,10 @@ def test_there_and_back_with_any_key(database: str, key: str) -> None:
 
 @pytest.mark.parametrize("time_type", ["timestamp", "date"])
 @pytest.mark.parametrize("every", [Interval.WEEK, Interval.MONTH])
-def test_other_periods_without_retention(database: str, time_type: str, every: Interval) -> None:
-    """Everything is copied, into partitions that begin where a week or a month does."""
+def test_weeks_and_months_without_retention_copy_every_row(
+    database: str, time_type: str, every: Interval
+) -> None:
+    """Everything is copied, into partitions that start on week or month boundaries."""
     create(database, "uuid", time_type)
     kept = contents(database)
     engine = connect_engine(make_url(database))

@@ -1,4 +1,4 @@
-"""What a program gets that imports chronos: typed results and errors, and nothing that it did not ask for."""
+"""What a program that imports chronos gets: typed results and errors, and nothing it did not ask for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROWS = 1_500
 
 @pytest.fixture
 def url(database: str) -> str:
-    """A database with a webhook_log of some days, all within retention."""
+    """A database with a webhook_log of a few days, all within retention."""
     create_webhook_log(create_engine(database), ROWS, days=5)
     return database
 
@@ -68,7 +68,7 @@ def test_importing_chronos_imports_nothing_else() -> None:
     assert set(loaded) - sys.stdlib_module_names == {"chronos"}
 
 
-def test_every_name_that_is_offered_is_there_and_no_other() -> None:
+def test_exactly_the_public_names_exist() -> None:
     for name in chronos.__all__:
         assert getattr(chronos, name).__module__.startswith("chronos.")
         assert name in dir(chronos)
@@ -76,14 +76,14 @@ def test_every_name_that_is_offered_is_there_and_no_other() -> None:
         chronos.Migrate  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_the_page_is_what_the_docstrings_say() -> None:
+def test_the_api_page_matches_the_docstrings() -> None:
     assert make_api.PAGE.read_text("utf-8") == make_api.page(), "run: make docs"
 
 
-# There and back
+# Migrate and roll back
 
 
-def test_in_a_thread_it_migrates_says_nothing_and_leaves_the_signals_alone(
+def test_in_a_thread_it_migrates_silently_and_leaves_signals_alone(
     url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -114,7 +114,7 @@ def test_in_a_thread_it_migrates_says_nothing_and_leaves_the_signals_alone(
     assert capfd.readouterr() == ("", "")
 
 
-def test_held_it_is_ready_and_resumed_with_its_options_it_is_done(url: str, tmp_path: Path) -> None:
+def test_a_held_migration_is_ready_and_resume_finishes_it_with_its_options(url: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     held = migrate(url=url, hold=True, batch_size=100, workers=1, verify="counts", report=report)
     assert (held.phase, held.former, held.swap_seconds) == (Phase.READY, None, None)
@@ -139,7 +139,7 @@ def test_held_it_is_ready_and_resumed_with_its_options_it_is_done(url: str, tmp_
     assert not exists(url, "webhook_log_old")
 
 
-def test_attached_nothing_is_copied_and_nothing_dropped(url: str) -> None:
+def test_attach_copies_nothing_and_drops_nothing(url: str) -> None:
     done = migrate(url=url, strategy="attach")
     assert (done.strategy, done.phase, done.rows_copied) == (Strategy.ATTACH, Phase.MIGRATED, None)
     assert done.former == "public.webhook_log_history"
@@ -147,7 +147,7 @@ def test_attached_nothing_is_copied_and_nothing_dropped(url: str) -> None:
     assert exists(url, "webhook_log_history")
 
 
-def test_a_table_in_no_file_is_described_by_arguments(database: str) -> None:
+def test_a_table_that_no_file_lists_is_described_by_arguments(database: str) -> None:
     query(
         database,
         "CREATE SCHEMA audit; CREATE TABLE audit.event (id bigserial PRIMARY KEY, at timestamptz NOT NULL);"
@@ -162,7 +162,7 @@ def test_a_table_in_no_file_is_described_by_arguments(database: str) -> None:
     assert (found.state, found.listed, found.missing) == ("migrated", False, [])
 
 
-def test_a_stop_ends_it_half_way_and_it_can_be_resumed(url: str) -> None:
+def test_a_stopped_migration_is_half_done_and_can_be_resumed(url: str) -> None:
     gate_in_the_copy(url, days=2)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread, closed_gate(url) as opens:
@@ -211,11 +211,11 @@ def test_ctrl_c_in_a_program_that_does_not_handle_it_ends_every_worker(url: str)
     assert value(url, "SELECT count(*) FROM webhook_log") == ROWS
 
 
-# Somebody who is told, or asked
+# Callbacks that are told, or asked
 
 
-def test_each_line_is_handed_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the environment wants colours: a callback is no terminal."""
+def test_each_line_is_passed_to_the_callback(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the environment asks for colours: a callback is not a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     lines: list[str] = []
     migrate(url=url, output=lines.append)
@@ -225,7 +225,7 @@ def test_each_line_is_handed_on(url: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert not [line for line in lines if "\n" in line or "\x1b" in line]
 
 
-def test_a_listener_that_fails_does_not_end_the_migration(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_callback_does_not_end_the_migration(url: str, caplog: pytest.LogCaptureFixture) -> None:
     lines: list[str] = []
 
     def listen(line: str) -> None:
@@ -239,7 +239,7 @@ def test_a_listener_that_fails_does_not_end_the_migration(url: str, caplog: pyte
 
 
 @pytest.mark.parametrize("answer", [False, None])
-def test_unless_it_is_confirmed_nothing_is_changed(url: str, answer: Any) -> None:
+def test_nothing_changes_unless_it_is_confirmed(url: str, answer: Any) -> None:
     before, shown = relations(url), []
 
     def confirm(text: str) -> bool:
@@ -276,7 +276,7 @@ def test_unless_it_is_confirmed_nothing_is_changed(url: str, answer: Any) -> Non
         ({"url": "mysql://host/db"}, "url must start with postgresql://"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_nothing(
+def test_an_impossible_request_is_refused_and_changes_nothing(
     url: str, options: dict[str, Any], says: str
 ) -> None:
     before = relations(url)
@@ -305,7 +305,7 @@ def test_a_blocker_is_a_refusal(url: str) -> None:
         (overview, CannotTellError),
     ],
 )
-def test_a_server_that_does_not_answer_is_an_error_of_ours_without_the_password(
+def test_an_unreachable_server_raises_our_error_without_the_password(
     call: Callable[..., object], error: type[ChronosError]
 ) -> None:
     with pytest.raises(ChronosError, match="Check the server and the database URL") as raised:
@@ -314,7 +314,7 @@ def test_a_server_that_does_not_answer_is_an_error_of_ours_without_the_password(
     assert "s3cret" not in f"{raised.value!r} {raised.value.__cause__!r}"
 
 
-# How things stand, and upkeep
+# Status and upkeep
 
 
 def test_status_and_overview_are_values(url: str) -> None:
@@ -335,7 +335,7 @@ def test_status_and_overview_are_values(url: str) -> None:
     assert finalize.__doc__
 
 
-def test_upkeep_says_what_became_of_each_job(url: str) -> None:
+def test_upkeep_returns_the_outcome_of_each_job(url: str) -> None:
     skipped = upkeep(url=url, retry_for=0)
     assert [job.status for job in skipped.jobs] == ["skipped", "skipped"]
     assert skipped.ok

@@ -1,4 +1,4 @@
-"""The drawing in docs/ARCHITECTURE.md is true: all modules are in it, and imports point down."""
+"""The drawing in docs/ARCHITECTURE.md is correct: it has every module, and imports point down."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def modules() -> dict[str, list[Path]]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The first name below ``chronos`` of each import in a file, at its top or within a function."""
+    """The first name below ``chronos`` of each import in a file, at module level or in a function."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -63,7 +63,7 @@ def test_no_module_imports_from_a_row_above_its_own() -> None:
     assert not wrong
 
 
-def test_what_is_drawn_in_the_servers_bears_its_real_name() -> None:
+def test_what_is_drawn_in_the_servers_has_its_real_name() -> None:
     below = drawing().split("│ PostgreSQL")[1]
     drawn = set(re.findall(r"\b(?:\w+_)?T(?:_\w+)?\b", below))
     table = TableSpec("T", column="at")
@@ -77,7 +77,7 @@ def test_what_is_drawn_in_the_servers_bears_its_real_name() -> None:
     assert shared == set(re.findall(r"@schema@\.(chronos_\w+)\(\s*$", script, re.MULTILINE))
 
 
-def test_every_file_that_the_page_names_is_there() -> None:
+def test_every_file_named_on_the_page_exists() -> None:
     named = set(re.findall(r"`(\w+\.py)`", PAGE.read_text("utf-8")))
     assert named
     assert named <= {path.name for path in PACKAGE.rglob("*.py")}

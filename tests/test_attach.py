@@ -1,4 +1,4 @@
-"""Strategy attach: nothing is copied, the table itself becomes the partition of all before a bound."""
+"""Strategy attach: nothing is copied, the table itself becomes the partition for all rows below a bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 MIGRATE = ("migrate", "--yes", "--strategy", "attach")
 
-# Whoever holds it keeps the index waiting, and no writer and no reader.
+# While a session holds it, the index build waits, but no writer or reader does.
 AS_A_WRITER = "LOCK TABLE webhook_log IN ROW EXCLUSIVE MODE"
 
 TABLES: list[tuple[KeyType, TimestampType]] = [
@@ -38,7 +38,7 @@ TABLES: list[tuple[KeyType, TimestampType]] = [
 
 
 def building(url: str) -> int | None:
-    """The pid of the session that builds an index and waits for writers; None when there is none."""
+    """The pid of the session that builds an index and waits for writers; None if there is none."""
     rows = query(
         url, "SELECT pid FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting for writers%%'"
     )
@@ -46,13 +46,13 @@ def building(url: str) -> int | None:
 
 
 def valid(url: str, index: str) -> bool | None:
-    """Whether an index is valid; None when there is none."""
+    """Whether an index is valid; None if there is no such index."""
     rows = query(url, "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", index)
     return rows[0][0] if rows else None
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES)
-def test_there_and_back(
+def test_migrate_and_rollback_keep_the_file_and_the_schema(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -69,7 +69,7 @@ def test_there_and_back(
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES[2:])
-def test_held_before_the_swap_and_resumed(
+def test_held_before_the_swap_it_can_be_resumed(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -88,7 +88,7 @@ def test_held_before_the_swap_and_resumed(
 
 @pytest.mark.parametrize("way_out", ["resume", "rollback"])
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES[:2])
-def test_killed_while_the_index_is_built(
+def test_killed_while_the_index_is_built_it_resumes_or_rolls_back(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType, way_out: str
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -108,7 +108,7 @@ def test_killed_while_the_index_is_built(
 
 
 @pytest.mark.parametrize(("key_type", "timestamp_type"), TABLES)
-def test_a_failing_swap_is_put_back(
+def test_a_failed_swap_is_rolled_back(
     database: str, pg_bin: Path, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -137,13 +137,13 @@ def test_foreign_keys_that_fail_after_the_swap_are_adopted_by_resume(database: s
         assert dump(database, pg_bin) == before
 
 
-# Everything that hangs on a table
+# Everything that a table can have
 
 
 @pytest.mark.parametrize(
     "identity", ["bigserial", "bigint GENERATED ALWAYS AS IDENTITY (START WITH 7 CACHE 2)"]
 )
-def test_everything_comes_along_and_goes_back(
+def test_everything_on_the_table_is_migrated_and_rolled_back(
     make_database: MakeDatabase, pg_bin: Path, identity: str
 ) -> None:
     url = make_database()
@@ -161,7 +161,7 @@ def test_everything_comes_along_and_goes_back(
         assert result.returncode == 0, result.stdout + result.stderr
         assert value(url, 'SELECT "Hooks".how_many()') == 2600
         assert query(url, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1') == noted
-        # A row of now, and one of beyond the bound, as the application writes them.
+        # A current row and one beyond the bound, as the application writes them.
         query(url, 'TRUNCATE "Hooks".audit')
         for day in (0, 9):
             query(url, "INSERT INTO \"Hooks\".inbox VALUES ('failed', now() + %s * interval '1 day')", day)
@@ -183,9 +183,9 @@ def test_everything_comes_along_and_goes_back(
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
-def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, table: Real) -> None:
+def test_tables_of_real_projects_migrate_and_roll_back(database: str, pg_bin: Path, table: Real) -> None:
     schema, spec = create(database, table), table.spec
-    if table is OBAN:  # as the refusal says: see the kitchen sink
+    if table is OBAN:  # as the refusal says; see the kitchen sink
         query(database, "ALTER TABLE oban_jobs VALIDATE CONSTRAINT non_negative_priority")
     loaded = fill(database, schema, 1_000)
     before, rows = dump(database, pg_bin), untouched(database, schema)
@@ -205,11 +205,11 @@ def test_tables_of_real_projects_there_and_back(database: str, pg_bin: Path, tab
     assert dump(database, pg_bin) == before
 
 
-# What is cut off
+# Interruptions
 
 
 @pytest.mark.parametrize("stopped", ["the backend is ended", "Ctrl-C"])
-def test_an_index_that_was_cut_off_is_built_again(database: str, pg_bin: Path, stopped: str) -> None:
+def test_an_interrupted_index_build_is_repeated(database: str, pg_bin: Path, stopped: str) -> None:
     load(database, 1_000)
     before = dump(database, pg_bin)
     with holding(database, AS_A_WRITER), started(database, *MIGRATE) as migration:
@@ -220,7 +220,7 @@ def test_an_index_that_was_cut_off_is_built_again(database: str, pg_bin: Path, s
             assert migration.returncode == 3, output + errors
             assert "--resume" in errors
         else:
-            migration.send_signal(signal.SIGSTOP)  # it must not clean up what the backend leaves
+            migration.send_signal(signal.SIGSTOP)  # it must not clean up what the backend leaves behind
             query(database, "SELECT pg_terminate_backend(%s)", pid)
             wait_until(lambda: building(database) is None, 30, "the backend is gone")
             os.kill(migration.pid, signal.SIGKILL)
@@ -234,7 +234,7 @@ def test_an_index_that_was_cut_off_is_built_again(database: str, pg_bin: Path, s
     assert dump(database, pg_bin) == before
 
 
-def test_a_rollback_killed_while_it_builds_the_old_key_goes_on(database: str, pg_bin: Path) -> None:
+def test_a_rollback_killed_while_it_builds_the_old_key_can_be_repeated(database: str, pg_bin: Path) -> None:
     with live(database) as table:
         before = dump(database, pg_bin)
         table.run(*MIGRATE, swaps=1)
@@ -252,7 +252,7 @@ def test_a_rollback_killed_while_it_builds_the_old_key_goes_on(database: str, pg
 
 
 def sessions(url: str) -> list[tuple[object, ...]]:
-    """The sessions of chronos that are still there."""
+    """The chronos sessions that are still connected."""
     return query(
         url,
         "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'chronos%%'"

@@ -1,4 +1,4 @@
-"""After strategy attach: what is known of the table that has become a partition, and the ways back."""
+"""After strategy attach: what is known of the table that became a partition, and the ways to roll back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INSERT = (
 
 
 def attach(url: str, *, key_type: KeyType = "serial", rows: int = ROWS) -> None:
-    """A table that has become a partition."""
+    """Make the table a partition."""
     load(url, rows, key_type=key_type)
     result = chronos(url, *MIGRATE)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -50,7 +50,7 @@ def status(url: str, redis_url: str) -> Status:
 
 
 def drop(url: str, as_of: datetime) -> list[str]:
-    """What the drop function, called at that time, takes."""
+    """The partitions that the drop function, called at that time, drops."""
     rows = query(url, "SELECT chronos_drop_partitions('public', 'webhook_log', 15, %s)", as_of)
     return [row[0] for row in rows]
 
@@ -59,7 +59,9 @@ def drop(url: str, as_of: datetime) -> list[str]:
 
 
 @pytest.mark.parametrize("hold", [False, True], ids=["at once", "held"])
-def test_rows_beyond_a_week_move_the_bound_behind_them(database: str, pg_bin: Path, hold: bool) -> None:
+def test_rows_more_than_a_week_ahead_move_the_bound_past_them(
+    database: str, pg_bin: Path, hold: bool
+) -> None:
     """An application host whose clock is nine days ahead."""
     load(database, ROWS)
     far = value(database, INSERT, 9)
@@ -80,7 +82,7 @@ def test_rows_beyond_a_week_move_the_bound_behind_them(database: str, pg_bin: Pa
     assert dump(database, pg_bin) == before
 
 
-def test_rows_that_an_application_nine_days_ahead_writes_come_back(database: str, pg_bin: Path) -> None:
+def test_rollback_keeps_rows_written_nine_days_ahead(database: str, pg_bin: Path) -> None:
     loaded = load(database, ROWS)
     before = dump(database, pg_bin)
     assert chronos(database, *MIGRATE).returncode == 0
@@ -104,7 +106,7 @@ def test_rows_that_an_application_nine_days_ahead_writes_come_back(database: str
     assert dump(database, pg_bin) == before
 
 
-def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
+def test_a_row_beyond_the_bound_of_a_held_migration_fails_naming_the_check(
     database: str, redis_url: str
 ) -> None:
     load(database, ROWS)
@@ -121,10 +123,10 @@ def test_a_row_beyond_the_bound_while_it_is_held_fails_by_the_name_of_the_check(
     query(database, INSERT, 9)
 
 
-def test_a_row_that_was_beyond_the_bound_before_the_check_stops_it_and_is_told(
+def test_a_row_beyond_the_bound_before_the_check_stops_the_run_and_is_reported(
     database: str, redis_url: str
 ) -> None:
-    """Written between the first look and the check."""
+    """Written between the first survey and the check constraint."""
     load(database, ROWS)
     writer = ExitStack()
     writer.enter_context(holding(database, AS_A_WRITER))
@@ -146,11 +148,11 @@ def test_a_row_that_was_beyond_the_bound_before_the_check_stops_it_and_is_told(
 
 
 @pytest.mark.parametrize("days", [5, 6, 9])
-def test_a_migration_held_until_its_bound_is_near_is_undone_and_not_resumed(
+def test_a_migration_held_until_its_bound_is_near_can_only_be_rolled_back(
     database: str, redis_url: str, pg_bin: Path, monkeypatch: pytest.MonkeyPatch, days: int
 ) -> None:
     load(database, ROWS)
-    if days == 9:  # when nobody has written for two days, for nobody could
+    if days == 9:  # when nothing was written for two days, as nothing could be
         query(database, "DELETE FROM webhook_log WHERE timestamp > now() - interval '3 days'")
     before, rows = dump(database, pg_bin), digest(database)
 
@@ -180,10 +182,10 @@ def test_a_migration_held_until_its_bound_is_near_is_undone_and_not_resumed(
     query(database, INSERT, 9)
 
 
-# What is known of it
+# What is known about it
 
 
-def test_status_shows_it_with_its_size_and_when_it_goes(database: str, redis_url: str) -> None:
+def test_status_shows_its_size_and_when_it_will_be_dropped(database: str, redis_url: str) -> None:
     attach(database)
     found = status(database, redis_url)
     assert found.problems == ()
@@ -216,7 +218,7 @@ def test_retention_drops_it_when_its_last_row_has_expired(
         assert chronos(database, *FINALIZE).returncode == 0
     goes = planned_bound(database) + timedelta(days=15)
     query(database, "SELECT create_future_webhook_log_partitions(60)")
-    last = value(database, INSERT, 6)  # the last row that it takes
+    last = value(database, INSERT, 6)  # the last row that it accepts
     assert drop(database, goes - timedelta(microseconds=1)) == []
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", last) == 1
     assert drop(database, goes) == ["webhook_log_history"]
@@ -237,7 +239,7 @@ def test_retention_drops_it_when_its_last_row_has_expired(
 
 
 def planned_bound(url: str) -> datetime:
-    """Where the old table ends, by the catalog."""
+    """Where the old table ends, according to the catalog."""
     found = value(
         url,
         "SELECT substring(pg_get_expr(relpartbound, oid) FROM 'TO \\(''([^'']+)''\\)')::timestamptz"
@@ -248,7 +250,7 @@ def planned_bound(url: str) -> datetime:
 
 
 @pytest.mark.parametrize("every", Interval)
-def test_new_partitions_never_meet_its_bound(database: str, every: Interval) -> None:
+def test_new_partitions_never_overlap_it(database: str, every: Interval) -> None:
     query(
         database,
         'CREATE TABLE "Events" (key uuid PRIMARY KEY DEFAULT gen_random_uuid(), at timestamptz NOT NULL);'
@@ -260,7 +262,7 @@ def test_new_partitions_never_meet_its_bound(database: str, every: Interval) -> 
     migrate(engine, spec, Options(strategy=Strategy.ATTACH), operator(), lambda found: None)
     with connected(database) as conn, conn.cursor() as cursor:
         before = attached(cursor, '"Events"')
-        # Long enough for every interval to need some more, short enough for hours.
+        # Far enough for every interval to need more partitions, near enough for hours.
         last = 70 if every in (Interval.WEEK, Interval.MONTH) else 30
         for days in range(0, last, 9):
             cursor.execute(
@@ -297,15 +299,15 @@ def test_finalize_drops_nothing_and_says_so(database: str, redis_url: str, key_t
     assert value(database, INSERT, 0) > highest
     found = status(database, redis_url)
     assert found.state == "finalized"
-    # The jobs have not run yet, and nothing tells any more that they had no night to do it.
+    # The jobs have not run yet, and nothing shows any more that they have not had a night to do so.
     assert all("has not succeeded yet" in problem for problem in found.problems)
     assert chronos(database, *ROLLBACK).returncode == 2
-    # What the partition has as its own goes with it.
+    # What belongs to the partition is dropped with it.
     assert drop(database, goes) == ["webhook_log_history"]
     assert value(database, INSERT, 8) > highest
 
 
-# The way back
+# Rollback
 
 
 def test_a_rollback_with_many_rows_beyond_the_bound_is_refused_without_force(
@@ -341,7 +343,7 @@ def test_a_rollback_with_many_rows_beyond_the_bound_is_refused_without_force(
         ("in it and beyond", "now() + interval '9 days'"),
     ],
 )
-def test_a_rollback_with_a_repeated_key_says_which_and_changes_nothing(
+def test_a_rollback_with_a_repeated_key_names_it_and_changes_nothing(
     database: str, pg_bin: Path, where: str, times: str
 ) -> None:
     attach(database)
@@ -360,7 +362,7 @@ def test_a_rollback_with_a_repeated_key_says_which_and_changes_nothing(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_partition_of_somebody_else_is_not_taken_along(database: str) -> None:
+def test_a_rollback_is_refused_when_someone_else_attached_a_partition(database: str) -> None:
     attach(database)
     query(
         database,
@@ -381,7 +383,7 @@ BY_HAND = (
 
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize("key_type", ["serial", "identity", "identity always", "uuid"])
-def test_a_rollback_by_hand_is_tidied_up(
+def test_a_rollback_by_hand_is_cleaned_up(
     database: str, pg_bin: Path, redis_url: str, key_type: KeyType, steps: int
 ) -> None:
     load(database, ROWS, key_type=key_type)
@@ -412,7 +414,7 @@ def test_a_rollback_by_hand_is_tidied_up(
     assert value(database, "SELECT count(*) FROM audit") == 2
 
 
-def test_a_table_detached_by_hand_is_no_partition_any_more_and_comes_back_when_it_is(database: str) -> None:
+def test_a_table_detached_by_hand_is_refused_until_it_is_attached_again(database: str) -> None:
     attach(database)
     query(database, BY_HAND[0])
     refused = chronos(database, *ROLLBACK)
@@ -421,7 +423,7 @@ def test_a_table_detached_by_hand_is_no_partition_any_more_and_comes_back_when_i
 
 
 def test_the_manual_rollback_of_a_copy_is_refused_by_the_server(database: str) -> None:
-    """DROP TABLE would take the rows along: without CASCADE it must not."""
+    """DROP TABLE would drop the rows too: without CASCADE it must not."""
     attach(database)
     with pytest.raises(errors.UndefinedTable):
         query(

@@ -1,4 +1,4 @@
-"""What the benchmark says of a tool: its ledger and its readers find what went wrong, and nothing else."""
+"""What the benchmark reports about a tool: its ledger and readers find what went wrong, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import MakeDatabase
 from tests.tables import value
 from tests.waiting import wait_until
 
-# The days that are counted: what is deleted here, the application must miss.
+# The days that are counted: the application must notice what is deleted here.
 _COUNTED = (
     f"\"timestamp\" >= '{{day}}'::timestamptz - interval '{COUNTED_DAYS[-1]} days'"
     " AND \"timestamp\" < '{day}'::timestamptz"
@@ -20,7 +20,7 @@ _COUNTED = (
 
 
 def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int, int]:
-    """What the application met while ``statement`` ran, how many rows that hit, and how many differ."""
+    """What the application saw while ``statement`` ran, how many rows it hit, and how many differ."""
     url = make_database()
     engine = create_engine(url)
     create_webhook_log(engine, 4_000)
@@ -31,7 +31,9 @@ def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int,
         hit = value(url, f"WITH hit AS ({statement.format(day=day)} RETURNING 1) SELECT count(*) FROM hit")
         last = value(url, "SELECT max(id) FROM webhook_log")
         wait_until(
-            lambda: value(url, "SELECT max(id) FROM webhook_log") > last + 40, 30, "the application goes on"
+            lambda: value(url, "SELECT max(id) FROM webhook_log") > last + 40,
+            30,
+            "the application keeps writing",
         )
     try:
         return account, hit, differing(engine, account, since)
@@ -39,7 +41,7 @@ def _watched(make_database: MakeDatabase, statement: str) -> tuple[Account, int,
         engine.dispose()
 
 
-def test_a_table_that_is_left_alone_has_no_short_read_and_no_row_that_differs(
+def test_an_untouched_table_has_no_short_read_and_no_differing_row(
     make_database: MakeDatabase,
 ) -> None:
     account, _, differ = _watched(make_database, "UPDATE webhook_endpoint SET url = url")
@@ -48,7 +50,7 @@ def test_a_table_that_is_left_alone_has_no_short_read_and_no_row_that_differs(
     assert account.ledger
 
 
-def test_rows_that_get_lost_are_counted_and_so_are_the_reads_and_writes_that_miss_them(
+def test_lost_rows_are_counted_with_the_reads_and_writes_that_miss_them(
     make_database: MakeDatabase,
 ) -> None:
     account, lost, differ = _watched(make_database, f"DELETE FROM webhook_log WHERE {_COUNTED}")
@@ -57,7 +59,7 @@ def test_rows_that_get_lost_are_counted_and_so_are_the_reads_and_writes_that_mis
     assert account.missed > 0
 
 
-def test_rows_that_somebody_else_changed_differ_and_no_read_misses_them(make_database: MakeDatabase) -> None:
+def test_rows_changed_by_someone_else_differ_but_no_read_misses_them(make_database: MakeDatabase) -> None:
     account, changed, differ = _watched(
         make_database, f"UPDATE webhook_log SET response_body = '{{{{}}}}' WHERE {_COUNTED}"
     )

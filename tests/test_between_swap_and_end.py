@@ -1,6 +1,6 @@
-"""From the swap until the table that went out of use has given up its foreign keys: nobody notices.
+"""From the swap until the table that went out of use has lost its foreign keys: nothing breaks.
 
-A reader of the table that the keys refer to keeps them there, for as long as the test wants.
+A reader of the referenced table keeps the keys in place for as long as the test wants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.tables import connected, digest, holding, query, relations, value
 from tests.waiting import wait_until
 
 ROWS = 1_500
-# Within what every migration of these tests copies, so that no older row refers to an endpoint.
+# Within the window that every migration in these tests copies, so that no older row refers to an endpoint.
 DAYS = 10
 
 
@@ -38,7 +38,7 @@ def fill(url: str, action: str = "") -> None:
 
 @contextmanager
 def bridge(url: str, way: str) -> Iterator[None]:
-    """The names have changed ``there`` or ``back``, the keys are still to be given up; then all goes on."""
+    """Run the block once the names have changed, ``there`` or ``back``, but the keys remain; then finish."""
     verb = ["migrate", "--yes"] if way == "there" else ["rollback", "--yes"]
     if way == "there":
         assert chronos(url, *verb, "--hold").returncode == 0
@@ -129,7 +129,9 @@ def test_transactions_begun_after_the_swap_change_rows_at_every_isolation_level(
 
 
 @pytest.mark.parametrize("action", ["ON DELETE CASCADE", "ON DELETE SET NULL"])
-def test_what_a_foreign_key_does_to_the_old_table_is_no_writing_by_hand(database: str, action: str) -> None:
+def test_foreign_key_actions_on_the_old_table_do_not_count_as_writes_by_hand(
+    database: str, action: str
+) -> None:
     fill(database, action)
     one, other = endpoints(database, 2)
     with bridge(database, "there"):
@@ -147,8 +149,8 @@ def test_what_a_foreign_key_does_to_the_old_table_is_no_writing_by_hand(database
     assert digest(database) == kept
 
 
-def test_forced_row_security_keeps_no_copy_behind(database: str) -> None:
-    """Copies are taken out in the name of the table's owner, whom the policies bind."""
+def test_forced_row_security_leaves_no_copy_behind(database: str) -> None:
+    """Copies are deleted as the table's owner, to whom the policies apply."""
     fill(database)
     query(
         database,
@@ -165,7 +167,7 @@ def test_forced_row_security_keeps_no_copy_behind(database: str) -> None:
     assert value(database, forced, "webhook_log")
 
 
-def test_triggers_of_the_application_fire_for_what_the_application_does_alone(database: str) -> None:
+def test_application_triggers_fire_only_for_what_the_application_does(database: str) -> None:
     fill(database)
     query(
         database,
@@ -186,7 +188,7 @@ def test_triggers_of_the_application_fire_for_what_the_application_does_alone(da
     assert value(database, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'audit'") == "O"
 
 
-def test_a_run_that_dies_before_the_keys_are_given_up_can_go_both_ways(database: str) -> None:
+def test_a_run_killed_before_the_keys_are_dropped_resumes_or_rolls_back(database: str) -> None:
     fill(database)
     before = relations(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -210,7 +212,7 @@ def test_a_run_that_dies_before_the_keys_are_given_up_can_go_both_ways(database:
     assert (digest(database), relations(database)) == (kept, before)
 
 
-def test_the_application_goes_on_when_the_table_that_is_not_in_use_is_dropped_by_hand(database: str) -> None:
+def test_the_application_carries_on_when_the_unused_table_is_dropped_by_hand(database: str) -> None:
     fill(database)
     [one] = endpoints(database, 1)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -222,7 +224,7 @@ def test_the_application_goes_on_when_the_table_that_is_not_in_use_is_dropped_by
     assert digest(database) == kept
 
 
-def test_a_row_written_by_hand_survives_a_rollback_that_was_called_off(database: str) -> None:
+def test_a_row_written_by_hand_survives_a_cancelled_rollback(database: str) -> None:
     fill(database)
     assert chronos(database, "migrate", "--yes").returncode == 0
     query(database, "INSERT INTO webhook_log_old (id, status, timestamp) VALUES (7000, 'by hand', now())")
@@ -249,8 +251,8 @@ def test_a_row_written_by_hand_survives_a_rollback_that_was_called_off(database:
     ]
 
 
-def test_a_state_that_a_stranger_has_made_is_not_taken_for_ours(database: str) -> None:
-    """What it says would be run with the rights of whoever carries the migration on."""
+def test_a_state_created_by_another_role_is_not_trusted(database: str) -> None:
+    """Its contents would be run with the privileges of the role that resumes the migration."""
     fill(database)
     role = f"stranger_{make_url(database).database}"
     query(database, f"CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}")

@@ -1,4 +1,4 @@
-"""What forbids a migration is named, with its id and what to do about it, before anything is changed."""
+"""What blocks a migration is named, with its id and a remedy, before anything is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FROM generate_series(1, 50) n;
 CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
 """
 
-# The id, what is done to the table, and how the message begins.
+# The id, the change to the table, and how the message begins.
 REFUSED = [
     (
         "old-table-exists",
@@ -234,14 +234,14 @@ REFUSED = [
 
 
 def surveyed(url: str, spec: TableSpec = SPEC, strategy: Strategy = Strategy.COPY) -> Survey:
-    """What ``survey`` finds, in a transaction that cannot change anything."""
+    """What ``survey`` finds, in a read-only transaction."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         conn.exec_driver_sql("SET TRANSACTION READ ONLY")
         return survey(conn, spec, strategy)
 
 
 def warned(url: str, spec: TableSpec = SPEC) -> list[Finding]:
-    """The warnings about a table that nothing stands against."""
+    """The warnings about a table without blockers."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         found = survey(conn, spec)
         assert found.blockers == ()
@@ -264,7 +264,9 @@ def test_an_ordinary_table_passes(database: str) -> None:
 
 
 @pytest.mark.parametrize(("id_", "hindrance", "message"), REFUSED)
-def test_refused_with_id_and_remedy(id_: str, hindrance: str, message: str, database: str) -> None:
+def test_an_obstacle_is_refused_with_its_id_and_remedy(
+    id_: str, hindrance: str, message: str, database: str
+) -> None:
     query(database, _TABLE)
     query(database, hindrance)
     [found] = surveyed(database).blockers
@@ -339,7 +341,7 @@ def test_many_partitions_are_a_warning_that_names_the_next_wider_interval(databa
         ),
     ],
 )
-def test_the_sql_of_a_message_is_the_way_out(database: str, change: str, sql: str) -> None:
+def test_running_the_sql_of_a_message_removes_the_blocker(database: str, change: str, sql: str) -> None:
     query(database, _TABLE + change)
     [blocker] = surveyed(database).blockers
     assert sql in blocker.text
@@ -349,7 +351,7 @@ def test_the_sql_of_a_message_is_the_way_out(database: str, change: str, sql: st
     assert surveyed(database).blockers == ()
 
 
-def test_nothing_depends_on_the_names_of_webhook_log(database: str) -> None:
+def test_checks_work_for_any_table_and_column_name(database: str) -> None:
     spec = TableSpec("Event % Log", column="At", retention_days=2, ahead_days=3, schema="Odd Place")
     query(
         database,
@@ -407,7 +409,7 @@ def test_every_kind_of_key_passes(key: str, hindrance: str, database: str) -> No
     assert surveyed(database).blockers == ()
 
 
-def test_a_name_that_does_not_fit_is_refused(database: str) -> None:
+def test_a_name_that_is_too_long_is_refused(database: str) -> None:
     spec = TableSpec("é" * 20, retention_days=15, schema="public")
     query(database, _TABLE.replace("webhook_log", spec.name))
     [found] = surveyed(database, spec).blockers
@@ -415,7 +417,7 @@ def test_a_name_that_does_not_fit_is_refused(database: str) -> None:
     assert "rename the table: 38 bytes are the most" in found.text
 
 
-def test_everything_is_kept_from_the_period_of_the_oldest_row_on(database: str) -> None:
+def test_without_retention_everything_since_the_oldest_row_is_kept(database: str) -> None:
     query(database, _TABLE)
     spec = replace(SPEC, retention_days=None, every=Interval.WEEK)
     assert surveyed(database, spec).oldest == value(database, "SELECT min(timestamp) FROM webhook_log")
@@ -477,7 +479,7 @@ _VIA_ROOT = "WITH (publish_via_partition_root = true)"
 
 @contextmanager
 def slot(url: str, plugin: str) -> Iterator[str]:
-    """A logical replication slot of the database."""
+    """A logical replication slot in the database."""
     name: str = value(url, "SELECT 'chronos_' || oid FROM pg_database WHERE datname = current_database()")
     query(url, "SELECT pg_create_logical_replication_slot(%s, %s)", name, plugin)
     try:
@@ -510,9 +512,9 @@ def test_a_slot_for_a_publication_of_all_tables_is_refused(tables: str, remedy: 
     assert f"SELECT pg_drop_replication_slot('{name}')" in found.text
 
 
-def test_a_slot_of_another_plugin_is_refused_unless_its_reader_may_get_rows_twice(database: str) -> None:
+def test_a_slot_of_another_plugin_is_refused_unless_duplicates_are_accepted(database: str) -> None:
     query(database, _TABLE)
-    # By its path the server takes it for another plugin, and so every server has one. Nobody reads it.
+    # By its path the server takes it for another plugin, so every server has one. No consumer reads it.
     with slot(database, "$libdir/pgoutput") as name:
         [found] = surveyed(database).blockers
         assert found.id == "slot-sends-everything"
@@ -529,10 +531,10 @@ def test_a_slot_of_another_plugin_is_refused_unless_its_reader_may_get_rows_twic
         assert chronos(database, "rollback", "--yes", "--force").returncode == 0
 
 
-def test_a_slot_that_came_while_a_migration_was_held_stops_the_resumed_run_unless_it_is_accepted(
+def test_a_slot_created_while_a_migration_is_held_stops_resume_unless_accepted(
     database: str,
 ) -> None:
-    """What is replayed after that would go out twice."""
+    """What is replayed after that would be sent twice."""
     query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
     with slot(database, "pgoutput") as name:
@@ -545,7 +547,7 @@ def test_a_slot_that_came_while_a_migration_was_held_stops_the_resumed_run_unles
         assert f"Options: --accept-duplicates {name}" in resumed.stdout
 
 
-def test_a_slot_is_no_obstacle_to_an_attach_until_rows_have_to_be_carried_back(
+def test_a_slot_does_not_block_attach_until_rows_have_to_be_carried_back(
     database: str,
 ) -> None:
     query(database, _TABLE + f"CREATE PUBLICATION sent FOR ALL TABLES {_VIA_ROOT}")
@@ -562,7 +564,7 @@ def test_a_slot_is_no_obstacle_to_an_attach_until_rows_have_to_be_carried_back(
         assert chronos(database, "rollback", "--yes", "--force").returncode == 0
 
 
-def test_what_a_role_may_not_do_is_named(make_database: MakeDatabase) -> None:
+def test_missing_privileges_are_named(make_database: MakeDatabase) -> None:
     database = make_database()
     oid = value(database, "SELECT oid FROM pg_database WHERE datname = current_database()")
     role, owner = f"chronos_other_{oid}", f"chronos_owner_{oid}"
@@ -594,7 +596,7 @@ def test_what_a_role_may_not_do_is_named(make_database: MakeDatabase) -> None:
         query(database, f"DROP OWNED BY {role}, {owner} CASCADE; DROP ROLE {role}, {owner}")
 
 
-def test_warnings_do_not_forbid(database: str) -> None:
+def test_warnings_do_not_block_the_migration(database: str) -> None:
     query(
         database,
         _TABLE + "CREATE FUNCTION where_am_i() RETURNS trigger LANGUAGE plpgsql AS"
@@ -610,7 +612,7 @@ def test_warnings_do_not_forbid(database: str) -> None:
     assert {w.id for w in found} >= {"prepared-transaction", "trigger-sees-partition"}
 
 
-def test_what_the_application_must_change_is_found_in_its_functions_and_settings(database: str) -> None:
+def test_statements_the_application_must_change_are_found_in_functions_and_settings(database: str) -> None:
     role = make_url(database).database
     query(
         database,
@@ -628,7 +630,7 @@ CREATE FUNCTION upsert_again(bigint) RETURNS void LANGUAGE sql AS $$
     ON CONFLICT ON CONSTRAINT webhook_log_pkey DO NOTHING $$;
 CREATE FUNCTION last_id() RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN RETURN currval(pg_get_serial_sequence('webhook_log', 'id')); END $$;
--- None of these is meant.
+-- None of these counts.
 CREATE TABLE webhook_log_notes (id int UNIQUE, ctid_seen text);
 CREATE FUNCTION other() RETURNS void LANGUAGE sql AS $$
     DELETE FROM webhook_log_notes WHERE ctid IN (SELECT ctid FROM webhook_log_notes);

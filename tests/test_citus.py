@@ -1,6 +1,6 @@
-"""What Citus manages is refused, and never mistaken. The catalogs are Citus' by name and columns alone.
+"""Tables that Citus manages are refused, and only those. The catalogs have only Citus' names and columns.
 
-A superuser can make them where Citus makes its own, in pg_catalog; nobody else can.
+A superuser can create them where Citus does, in pg_catalog; no other role can.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KNOWN = "INSERT INTO pg_catalog.pg_dist_partition VALUES ('public.webhook_log', 
 FORGOTTEN = "DELETE FROM pg_catalog.pg_dist_partition"
 
 
-def test_what_citus_manages_is_neither_migrated_nor_rolled_back_nor_finalized(database: str) -> None:
+def test_a_table_that_citus_manages_is_not_migrated_rolled_back_or_finalized(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 300)
     query(database, IN_PG_CATALOG)
     query(database, KNOWN)
@@ -53,14 +53,14 @@ def test_what_citus_manages_is_neither_migrated_nor_rolled_back_nor_finalized(da
     assert chronos(database, "rollback", "--yes").returncode == 0
 
 
-def test_catalogs_of_these_names_in_another_schema_are_not_citus(database: str) -> None:
+def test_catalogs_with_these_names_in_another_schema_are_not_citus(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 100)
     query(database, CATALOGS.format(schema="public"))
     query(database, "INSERT INTO public.pg_dist_partition VALUES ('public.webhook_log', 'h')")
     assert chronos(database, "migrate", "--yes").returncode == 0
 
 
-def test_with_citus_the_parent_is_locked_first_and_no_leaf_is_waited_for(database: str) -> None:
+def test_with_citus_the_parent_is_locked_first_and_partitions_in_use_are_skipped(database: str) -> None:
     with connected(database, autocommit=False) as own:
         cur = own.cursor()
         create_tables(cur)

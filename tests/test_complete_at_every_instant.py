@@ -1,4 +1,4 @@
-"""Whatever happens to the table: no reader misses a row, and the application hits its rows every time.
+"""Whatever happens to the table, no reader misses a row, and the application hits its rows every time.
 
 The application with its model and the four kinds of readers come from tests/live.py.
 """
@@ -24,13 +24,13 @@ ROWS = 4_000
 MIGRATE = ("migrate", "--yes")
 RESUME = ("migrate", "--yes", "--resume")
 ROLLBACK = ("rollback", "--yes")
-# Slow enough to be met in the middle of the copy.
+# Slow enough to be interrupted in the middle of the copy.
 SLOWLY = ("--workers", "1", "--batch-size", "25", "--rate-limit", "1000")
 
 
 @dataclass
 class Live:
-    """A table in use. ``swaps`` is how often its name was given to another table."""
+    """A table in use. ``swaps`` counts how often its name went to another table."""
 
     url: str
     application: Application
@@ -38,7 +38,7 @@ class Live:
     swaps: int = 0
 
     def run(self, *arguments: str, code: int = 0, swaps: int = 0) -> str:
-        """Run a command to its end; returns all that it printed."""
+        """Run a command to its end; returns everything it printed."""
         result = chronos(self.url, *arguments)
         output = result.stdout + result.stderr
         assert result.returncode == code, output
@@ -47,7 +47,7 @@ class Live:
         return output
 
     def check(self) -> None:
-        """All go on, nobody has missed anything so far, and each row is as the model says."""
+        """All sessions carry on, none has missed anything so far, and each row matches the model."""
         self.application.go_on()
         self.readers.go_on()
         assert not self.application.errors, self.application.errors[:3]
@@ -73,7 +73,7 @@ def is_plain(url: str) -> bool:
 
 
 def partition_with_rows(url: str) -> str | None:
-    """A partition that has been filled, or begun, while the table in use is the plain one."""
+    """A partition that has rows while the table in use is still the plain one."""
     names = query(url, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname LIKE 'webhook_log_y%%'")
     leaves = [name for (name,) in names if re.fullmatch(r"webhook_log_y\d{4}m\d\dd\d\d", name)]
     if phase(url) != "copying" or not leaves:
@@ -88,8 +88,8 @@ def notes(url: str) -> int:
     return waiting
 
 
-def test_rows_that_are_out_of_sight_are_noticed(database: str) -> None:
-    """The readers and the application themselves: what they are there for must not pass them by."""
+def test_hidden_rows_are_noticed(database: str) -> None:
+    """A test of the readers and the application: they must notice what they are there for."""
     loaded = load(database, ROWS)
     with Application(database, loaded) as application, Readers(database, loaded, application) as readers:
         wait_until(lambda: len(application.newest()) > 5, 20, "there are new rows")
@@ -130,7 +130,9 @@ def test_rows_that_are_out_of_sight_are_noticed(database: str) -> None:
     ("key_type", "timestamp_type"),
     [("serial", "timestamptz"), ("identity", "timestamp"), ("uuid", "timestamptz")],
 )
-def test_there_and_back(database: str, key_type: KeyType, timestamp_type: TimestampType) -> None:
+def test_migrate_and_rollback_hide_no_row(
+    database: str, key_type: KeyType, timestamp_type: TimestampType
+) -> None:
     with live(database, key_type, timestamp_type) as table:
         before = relations(database)
         table.run(*MIGRATE, swaps=1)
@@ -145,7 +147,7 @@ def test_there_and_back(database: str, key_type: KeyType, timestamp_type: Timest
     ("way_out", "key_type", "timestamp_type"),
     [("resume", "uuid", "timestamp"), ("rollback", "serial", "timestamptz")],
 )
-def test_killed_during_the_copy(
+def test_killed_during_the_copy_it_resumes_or_rolls_back(
     database: str, way_out: str, key_type: KeyType, timestamp_type: TimestampType
 ) -> None:
     with live(database, key_type, timestamp_type) as table:
@@ -161,15 +163,15 @@ def test_killed_during_the_copy(
             assert phase(database) is None
 
 
-def test_held_before_the_swap(database: str) -> None:
-    """Everything but the swap; what piles up meanwhile is replayed when asked for, and before the swap."""
+def test_held_before_the_swap_later_changes_are_replayed(database: str) -> None:
+    """Everything but the swap; what piles up meanwhile is replayed on request, and before the swap."""
     with live(database, "identity always", "timestamptz") as table:
         output = table.run(*MIGRATE, "--hold")
         assert "[Step 5/6]" in output
         assert "[Step 6/6]" not in output
         assert phase(database) == "ready"
         wait_until(lambda: notes(database) > 500, 30, "notes pile up")
-        # What comes in while it replays, or is checked here, is far less.
+        # Far fewer come in while it replays, or while this checks.
         table.run(*RESUME, "--hold")
         assert phase(database) == "ready"
         assert notes(database) < 500
@@ -180,8 +182,8 @@ def test_held_before_the_swap(database: str) -> None:
         assert phase(database) == "migrated"
 
 
-def test_a_failing_copy_is_put_back(database: str) -> None:
-    """A check that a row of the past does not meet any more: the copy of that row fails."""
+def test_a_failed_copy_is_rolled_back(database: str) -> None:
+    """A check constraint that an old row no longer satisfies: copying that row fails."""
     with live(database) as table:
         key = table.application.loaded.counted()[-1]
         query(
@@ -198,8 +200,8 @@ def test_a_failing_copy_is_put_back(database: str) -> None:
         assert is_plain(database)
 
 
-def test_a_difference_after_the_swap_is_put_back(database: str) -> None:
-    """Somebody changes a row of the new table by hand, after it was compared: all goes back by itself."""
+def test_a_difference_after_the_swap_is_rolled_back(database: str) -> None:
+    """Someone changes a row of the new table by hand, after it was compared: it rolls back by itself."""
     with live(database) as table:
         table.run(*MIGRATE, "--hold")
         table.application.go_on(20)
@@ -216,7 +218,7 @@ def test_a_difference_after_the_swap_is_put_back(database: str) -> None:
             "UPDATE webhook_log_new SET status_code = -1 WHERE id = %s RETURNING id",
             replayed[0][0],
         )
-        # There and back again, or not there at all.
+        # There and back again, or never there at all.
         table.run(*RESUME, code=1, swaps=2)
         assert phase(database) is None
         assert is_plain(database)
@@ -227,7 +229,7 @@ SELECT l.pid, l.virtualtransaction, (SELECT application_name FROM pg_stat_activi
 FROM pg_locks l
 WHERE l.relation = to_regclass('webhook_log') AND l.mode = 'AccessExclusiveLock' AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  -- The number is 0 while a transaction that has ended lets go of its locks.
+  -- The number is 0 while a finished transaction is still releasing its locks.
   AND l.virtualtransaction !~ '/0$'
 """
 
@@ -236,8 +238,8 @@ WHERE l.relation = to_regclass('webhook_log') AND l.mode = 'AccessExclusiveLock'
 def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
     """The transactions that hold ACCESS EXCLUSIVE on the table in use during the block.
 
-    Each by the name of its application and its virtual transaction. Autovacuum, which takes such a lock to
-    give empty pages at the end back, has no name and is left out.
+    Each is identified by its application name and virtual transaction. Autovacuum, which takes such a lock to
+    truncate empty pages at the end, has no name and is left out.
     """
     found: set[tuple[str, str]] = set()
     looking, ended = threading.Event(), threading.Event()
@@ -259,10 +261,10 @@ def exclusive_locks(url: str) -> Iterator[set[tuple[str, str]]]:
         sampler.join()
 
 
-def test_one_exclusive_lock_in_all(database: str) -> None:
-    """On the table in use: one to migrate; to go back one for the names, and one to take the triggers off.
+def test_access_exclusive_is_taken_once_to_migrate_and_at_most_twice_to_roll_back(database: str) -> None:
+    """On the table in use: one to migrate; to roll back, one for the names and one to drop the triggers.
 
-    Nobody is in the way, so none is tried twice.
+    No other session holds a lock, so none is tried twice.
     """
     load(database, ROWS)
     with exclusive_locks(database) as there:
@@ -280,7 +282,7 @@ DASHBOARD_S = 3
 
 
 class Dashboard(threading.Thread):
-    """A reader whose query takes three seconds, again and again; ``counts`` is what it found."""
+    """A reader that keeps running a three-second query; ``counts`` is what it found."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -298,8 +300,8 @@ class Dashboard(threading.Thread):
 
 
 @pytest.mark.faults
-def test_beside_long_queries(database: str) -> None:
-    """Two dashboards, one of which is always reading: 60,000 rows within two minutes, and no writer stuck."""
+def test_long_queries_delay_neither_the_copy_nor_writers(database: str) -> None:
+    """Two dashboards, one of which is always reading: 60,000 rows in two minutes, and no writer stuck."""
     loaded = load(database, 60_000, days=13, width=1)
     dashboards = [Dashboard(database), Dashboard(database)]
     with Application(database, loaded) as application:
@@ -314,7 +316,7 @@ def test_beside_long_queries(database: str) -> None:
             wait_until(
                 lambda dashboard=dashboard, number=number: len(dashboard.counts) > number + 1,  # type: ignore[misc]
                 20,
-                "the dashboards go on",
+                "the dashboards keep reading",
             )
             dashboard.stopping.set()
         for dashboard in dashboards:

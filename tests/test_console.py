@@ -1,4 +1,4 @@
-"""What the operator reads, on a terminal of 80 columns and in a file."""
+"""What the operator reads, on an 80-column terminal and in a file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CREATE = (
 BLOCK = TableSpec("Order Events", "placed at", Interval.MONTH, schema="shop").as_toml()
 
 
-def test_a_statement_and_a_block_stand_on_lines_of_their_own_however_long() -> None:
+def test_statements_and_blocks_get_lines_of_their_own_at_any_length() -> None:
     text = (
         f"no index is unique; {ORDER} where not, look. Create it: {CREATE} Or SELECT f(30); or DELETE FROM t"
         f" WHERE at < '2025-01-01 00:00:00+00'; [gaps]; add to the file:\n\n{BLOCK}"
@@ -65,7 +65,7 @@ def test_a_statement_and_a_block_stand_on_lines_of_their_own_however_long() -> N
         "a SELECT of an old snapshot, or a DELETE FROM it, waits; so",
     ],
 )
-def test_what_is_only_spoken_of_stays_in_its_sentence(text: str) -> None:
+def test_a_statement_that_is_only_mentioned_stays_in_its_sentence(text: str) -> None:
     assert for_reading(text, 200) == text
 
 
@@ -78,7 +78,7 @@ def test_what_is_only_spoken_of_stays_in_its_sentence(text: str) -> None:
         (timedelta(days=8), "8 days ago"),
     ],
 )
-def test_an_age_is_told_in_its_largest_unit(age: timedelta, said: str) -> None:
+def test_an_age_is_given_in_its_largest_unit(age: timedelta, said: str) -> None:
     assert ago(age) == said
     assert (counted(1, "row"), counted(1234, "row")) == ("1 row", "1,234 rows")
 
@@ -97,7 +97,7 @@ def printed(console: Console, file: io.StringIO) -> list[str]:
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
-def test_the_summary() -> None:
+def test_the_summary_lists_periods_and_steps() -> None:
     file = io.StringIO()
     assert printed(Console(file=file, width=80, color_system=None), file) == [
         "",
@@ -114,7 +114,7 @@ def test_the_summary() -> None:
 
 
 def test_the_bar_fits_into_80_columns() -> None:
-    """With the numbers of the largest table that this is for, and a replica that lags."""
+    """With the numbers of the largest table that chronos is for, and a lagging replica."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None, highlight=False)
     now = 0.0
@@ -183,7 +183,7 @@ HELD = LockConflict(
         (200, f"  0:06 {HELD.text}"),
     ],
 )
-def test_on_a_terminal_a_lock_that_is_waited_for_is_one_rewritten_line(width: int, shown: str) -> None:
+def test_on_a_terminal_waiting_for_a_lock_is_one_rewritten_line(width: int, shown: str) -> None:
     console, file = on_a_terminal(width)
     now = 0.0
     output = Output(console, clock=lambda: now)
@@ -206,7 +206,7 @@ def test_in_a_pipe_each_attempt_at_a_lock_is_a_line() -> None:
     assert file.getvalue() == f"  {HELD.text} (attempt 1, trying again)\n"
 
 
-def test_a_terminal_that_cannot_go_back_in_a_line_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_cannot_rewrite_a_line_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     console, file = on_a_terminal(80)
     output = Output(console)

@@ -1,4 +1,4 @@
-"""The demo, from its first line to a server that is gone again; its sample rows and its writer."""
+"""The demo, from its first line until its server is gone; its sample rows and its writer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def table(database: str) -> str:
     ("timestamp_type", "key_type"),
     [("timestamptz", "serial"), ("timestamp", "identity by default"), ("timestamp", "identity always")],
 )
-def test_the_table_is_that_of_an_application(
+def test_the_table_looks_like_that_of_an_application(
     make_database: MakeDatabase, timestamp_type: TimestampType, key_type: KeyType
 ) -> None:
     url = make_database(timezone="Asia/Kolkata")
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_rows(make_database: MakeDatabase) -> None:
     assert hashes[0] != hashes[2]
 
 
-def test_a_table_without_rows(database: str) -> None:
+def test_a_table_can_have_no_rows(database: str) -> None:
     create_webhook_log(engine(database), 0)
     assert digest(database) == (0, 0, 0)
     with LiveWriter(database, threads=1) as writer:
@@ -137,7 +137,7 @@ def test_the_writer_remembers_every_row(table: str) -> None:
         assert writer.check(conn) == ALL_WELL
 
 
-def test_the_check_finds_what_is_wrong(table: str) -> None:
+def test_the_check_finds_lost_and_duplicated_rows(table: str) -> None:
     with LiveWriter(table, threads=1) as writer:
         wait_until(lambda: len(writer.commits) >= 3, TIMEOUT, "the writer has written 3 rows")
     lost, twice, repeated = writer.commits[:3]
@@ -164,7 +164,7 @@ def test_a_slow_writer_stops_at_once(table: str) -> None:
     assert len(writer.commits) == 1
 
 
-def test_what_the_server_refuses_is_an_error(table: str) -> None:
+def test_a_rejected_insert_is_an_error(table: str) -> None:
     with LiveWriter(table, threads=2) as writer:
         query(table, "ALTER TABLE webhook_log RENAME TO elsewhere")
         wait_until(lambda: len(writer.errors) >= 10, TIMEOUT, "inserts fail")
@@ -188,7 +188,7 @@ def cut_connections(url: str) -> None:
     )
 
 
-def test_a_connection_that_is_cut_is_an_error(table: str) -> None:
+def test_a_lost_connection_is_an_error(table: str) -> None:
     with LiveWriter(table, threads=2) as writer:
         writer.catch_up()
         cut_connections(table)
@@ -214,7 +214,7 @@ def test_the_writer_outlives_its_server(own_postgres: OwnPostgres) -> None:
         assert writer.check(conn) == ALL_WELL
 
 
-def test_a_commit_without_an_answer_is_in_doubt(table: str) -> None:
+def test_an_unanswered_commit_is_in_doubt(table: str) -> None:
     query(
         table,
         "CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS"
@@ -234,7 +234,7 @@ def test_a_commit_without_an_answer_is_in_doubt(table: str) -> None:
 
 
 def run_in_a_pipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The verb in this process: its exit code, what it printed, what it complained of."""
+    """Run the verb in this process: its exit code, its stdout, its stderr."""
     with pytest.raises(SystemExit) as end:
         main(["demo", *arguments])
     printed, complaints = capsys.readouterr()
@@ -242,7 +242,7 @@ def run_in_a_pipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[
     return end.value.code, printed, complaints
 
 
-def test_the_whole_demo(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_demo_runs_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     others = descendants(os.getpid())
     code, printed, complaints = run_in_a_pipe(capsys, "--rows", "3000", "--keep")
     lines = printed.splitlines()
@@ -282,7 +282,7 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 @contextmanager
 def terminal(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The demo on a terminal of 80 columns: its process, and the file to read from and to type into."""
+    """The demo on an 80-column terminal: its process, and the file to read from and type into."""
     master, slave = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "chronos", "demo", "--rows", "2000", *arguments],
@@ -300,12 +300,12 @@ def terminal(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
 
 
 def read(master: int, until: str | None = None) -> str:
-    """What the terminal shows, until this text is there or the program ends."""
+    """What the terminal shows, until this text appears or the program ends."""
     shown = b""
     while until is None or until.encode() not in shown:
         try:
             shown += os.read(master, 65_536)
-        except OSError:  # Linux's way to say that nobody holds the terminal open any more
+        except OSError:  # Linux's way to say that no process has the terminal open any more
             break
     return shown.decode().replace("\r\n", "\n")
 
@@ -326,7 +326,7 @@ def wait_for_the_end_of(servers: list[psutil.Process]) -> None:
     wait_until(lambda: all(map(is_over, servers)), TIMEOUT, "no process is left")
 
 
-def test_without_the_word_nothing_is_left() -> None:
+def test_without_the_word_the_demo_leaves_nothing() -> None:
     with terminal("--keep", NO_COLOR="1") as (process, master):
         shown = read(master, until="Type MIGRATE to go on: ")
         servers = descendants(process.pid)
@@ -368,7 +368,7 @@ def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("moment", ["Starting a PostgreSQL", "listens on port"])
-def test_ctrl_c_before_it_leaves_nothing(moment: str) -> None:
+def test_ctrl_c_before_the_migration_leaves_nothing(moment: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "chronos", "demo"],
         stdin=subprocess.DEVNULL,
@@ -385,7 +385,7 @@ def test_ctrl_c_before_it_leaves_nothing(moment: str) -> None:
     wait_for_the_end_of(servers)
 
 
-def test_bars_for_a_terminal_without_blocks() -> None:
+def test_a_terminal_without_block_characters_gets_ascii_bars() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     day = date(2026, 7, 1)
     run._chart([(day, 1_000), (day, 500)], Output(Console(file=file)))
@@ -393,7 +393,7 @@ def test_bars_for_a_terminal_without_blocks() -> None:
     assert file.read() == f"07-01     1,000 {'#' * 22}  07-01       500 {'#' * 11}\n"
 
 
-def test_what_to_do_without_the_wheels(
+def test_without_the_wheels_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("PG_BIN", raising=False)

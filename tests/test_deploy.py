@@ -1,7 +1,7 @@
-"""What is in deploy/ does what it says: its own commands, with its own environment, on real servers.
+"""The files in deploy/ do what they say: their own commands, with their own environment, on real servers.
 
-Only what a machine gives is replaced: folders, where the programs are, the addresses of the servers. The form
-of the files is checked by `make check-deploy`.
+Only what depends on the machine is replaced: folders, paths of programs, addresses of servers. The syntax of
+the files is checked by `make check-deploy`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = {path.name: path for path in sorted((DEPLOY / "systemd").glob("chronos-*"))}
 SERVICES = [name for name in UNITS if name.endswith(".service")]
 PASSWORD = "0123abcd"
-# What upkeep is called, by whatever calls it.
+# The command that every scheduler runs for upkeep.
 UPKEEP = ["chronos", "upkeep"]
 
 
@@ -81,7 +81,7 @@ def pod() -> dict[str, Any]:
 
 @cache
 def unit(name: str) -> dict[str, list[str]]:
-    """The settings of a unit, each with all its values; the sections do not matter, as no key is in two."""
+    """The settings of a unit, each with all its values; sections do not matter, as no key is in two."""
     found: dict[str, list[str]] = {}
     for line in UNITS[name].read_text("utf-8").splitlines():
         if line and line[0] not in "#[":
@@ -99,16 +99,16 @@ def image() -> list[tuple[str, str]]:
 
 
 def said_last(instruction: str) -> str:
-    """What the Dockerfile says with its last ``instruction``."""
+    """The arguments of the last ``instruction`` in the Dockerfile."""
     return [rest for name, rest in image() if name == instruction][-1]
 
 
-# Running what they say
+# Running their commands
 
 
 @dataclass
 class Machine:
-    """Stands in for the machine of a file: where its folders are, and where its servers are."""
+    """Stands in for the machine that a file expects: its folders and its servers."""
 
     folder: Path
     url: str
@@ -116,12 +116,12 @@ class Machine:
 
     @property
     def etc(self) -> Path:
-        """For /etc/chronos, the working directory everywhere."""
+        """Stands in for /etc/chronos, the working directory everywhere."""
         return self._folder("etc")
 
     @property
     def state(self) -> Path:
-        """For /var/lib/chronos."""
+        """Stands in for /var/lib/chronos."""
         return self._folder("state")
 
     def _folder(self, name: str) -> Path:
@@ -130,7 +130,7 @@ class Machine:
         return path
 
     def words(self, words: Sequence[str]) -> list[str]:
-        """A command as it is run here: the module instead of the installed program, our folders."""
+        """A command as it runs here: the module instead of the installed program, our folders."""
         program, *rest = words
         module = program.removeprefix("/opt/chronos/bin/")
         assert module in ("chronos", "celery"), program
@@ -142,11 +142,11 @@ class Machine:
         ]
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """``given`` and what any process has; none of the tests' own."""
+        """``given`` and what any process has, but nothing of the tests' environment."""
         return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **given}
 
     def start(self, words: Sequence[str], given: Mapping[str, str]) -> Process:
-        """Start a program that goes on; it ends with the test."""
+        """Start a program that keeps running; it ends with the test."""
         log = self.folder / f"{len(self.processes)}.log"
         with log.open("wb") as file:
             popen = subprocess.Popen(
@@ -186,7 +186,7 @@ def machine(tmp_path: Path, database: str) -> Iterator[Machine]:
 
 
 def of_compose(service: str, machine: Machine, broker: str) -> tuple[list[str], dict[str, str]]:
-    """What a service of compose.yaml runs, and with which environment, its servers being ours."""
+    """The command of a service in compose.yaml, and its environment, with our servers."""
     services = compose()
     given = dict(services[service]["environment"])
     server = services["postgres"]["environment"]
@@ -199,7 +199,7 @@ def of_compose(service: str, machine: Machine, broker: str) -> tuple[list[str], 
 
 
 def of_systemd(service: str, machine: Machine, broker: str) -> tuple[list[str], dict[str, str]]:
-    """What a unit runs; what it has to know is in .env, in its working directory."""
+    """The command of a unit; its settings are in .env, in its working directory."""
     found = unit(f"chronos-{service}.service")
     assert found["WorkingDirectory"] == ["/etc/chronos"]
     (machine.etc / ".env").write_text(f"DATABASE_URL={machine.url}\nREDIS_URL={broker}\n", "utf-8")
@@ -213,7 +213,7 @@ def broker() -> Iterator[EmbeddedRedis]:
 
 
 @pytest.mark.parametrize("taken_from", [of_compose, of_systemd], ids=["compose", "systemd"])
-def test_worker_and_beat_as_deployed_catch_up_with_a_night_that_was_missed(
+def test_deployed_worker_and_beat_catch_up_on_a_missed_night(
     taken_from: Any, machine: Machine, broker: EmbeddedRedis, app: Any
 ) -> None:
     migrate(machine.url, -17, 0)
@@ -236,7 +236,7 @@ def test_worker_and_beat_as_deployed_catch_up_with_a_night_that_was_missed(
         assert process.popen.returncode == 0, process.printed()
 
 
-def test_migrate_of_compose_asks_and_migrates(machine: Machine, redis_url: str) -> None:
+def test_migrate_in_compose_asks_and_migrates(machine: Machine, redis_url: str) -> None:
     create_webhook_log(connect_engine(make_url(machine.url)), 300)
     command, given = of_compose("migrate", machine, redis_url)
     plain = relations(machine.url)
@@ -254,7 +254,7 @@ def test_migrate_of_compose_asks_and_migrates(machine: Machine, redis_url: str) 
 
 
 @pytest.mark.usefixtures("client")
-def test_a_container_is_healthy_if_status_is_and_never_ends_with_what_docker_reserves(
+def test_the_health_check_follows_status_and_never_returns_dockers_reserved_code(
     machine: Machine, redis_url: str
 ) -> None:
     options, _, check = said_last("HEALTHCHECK").partition(" CMD ")
@@ -278,7 +278,7 @@ def test_a_container_is_healthy_if_status_is_and_never_ends_with_what_docker_res
     assert health("postgresql://nobody@127.0.0.1:1/none") == 1
 
 
-def test_the_servers_of_compose_are_asked_whether_they_answer(postgres: str, pg_bin: Path) -> None:
+def test_the_servers_in_compose_have_working_health_checks(postgres: str, pg_bin: Path) -> None:
     url = make_url(postgres)
     how, program, *options = compose()["postgres"]["healthcheck"]["test"]
     assert (how, program) == ("CMD", "pg_isready")
@@ -291,7 +291,7 @@ def test_the_servers_of_compose_are_asked_whether_they_answer(postgres: str, pg_
         assert needs == {server: {"condition": "service_healthy"} for server in ("postgres", "valkey")}
 
 
-def test_what_valkey_of_compose_was_told_outlives_it(tmp_path: Path) -> None:
+def test_valkey_in_compose_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
     program, *options = compose()["valkey"]["command"]
     assert program == "valkey-server"
     options = [str(tmp_path) if option == "/data" else option for option in options]
@@ -303,7 +303,7 @@ def test_what_valkey_of_compose_was_told_outlives_it(tmp_path: Path) -> None:
 
 @contextmanager
 def _redis(options: list[str]) -> Iterator[redis.Redis]:
-    """The server with ``options`` and a port of its own; it is stopped politely."""
+    """The server with ``options`` and its own port; it is shut down cleanly."""
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     with (
@@ -328,7 +328,7 @@ def _redis(options: list[str]) -> Iterator[redis.Redis]:
 # Upkeep without Celery
 
 
-def test_all_that_calls_upkeep_calls_it_by_its_name_at_one_every_night() -> None:
+def test_every_scheduler_runs_upkeep_at_one_every_night() -> None:
     [command] = unit("chronos-upkeep.service")["ExecStart"]
     assert command == f"/opt/chronos/bin/{shlex.join(UPKEEP)}"
     assert unit("chronos-upkeep.timer")["OnCalendar"] == ["*-*-* 01:00:00 UTC"]
@@ -347,7 +347,7 @@ def test_all_that_calls_upkeep_calls_it_by_its_name_at_one_every_night() -> None
 
 
 def hour_of(fields: Sequence[str]) -> int:
-    """The only hour at which the five fields of a crontab are due, every day, on the hour."""
+    """The one hour at which the five crontab fields are due, every day, on the hour."""
     read: Any = crontab(*fields)  # its types lack its fields
     assert (read.minute, len(read.day_of_month), len(read.month_of_year)) == ({0}, 31, 12)
     assert len(read.day_of_week) == 7
@@ -355,7 +355,7 @@ def hour_of(fields: Sequence[str]) -> int:
     return int(hour)
 
 
-def test_the_pod_has_no_right_that_upkeep_does_not_need() -> None:
+def test_the_pod_has_no_privilege_that_upkeep_does_not_need() -> None:
     found, [container] = pod(), pod()["containers"]
     account = int(said_last("USER").partition(":")[0])
     assert account > 0
@@ -376,7 +376,7 @@ def test_the_pod_has_no_right_that_upkeep_does_not_need() -> None:
     assert cron_job()["concurrencyPolicy"] == "Forbid"
 
 
-def test_the_pod_has_its_database_from_a_secret_and_is_not_repeated_when_refused() -> None:
+def test_the_pod_gets_its_database_url_from_a_secret_and_is_not_retried_when_refused() -> None:
     [container] = pod()["containers"]
     given = {one["name"]: one for one in container["env"]}
     assert given["DATABASE_URL"].keys() == {"name", "valueFrom"}
@@ -392,7 +392,7 @@ def test_the_pod_has_its_database_from_a_secret_and_is_not_repeated_when_refused
     }
 
 
-# What they are made of
+# Their contents
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -404,11 +404,11 @@ def test_each_unit_is_as_hardened_as_the_others(service: str) -> None:
     assert {"NoNewPrivileges", "ProtectSystem", "PrivateTmp", "CapabilityBoundingSet"} <= hardening
     assert {key: unit(service)[key] for key in hardening} == {key: other[key] for key in hardening}
     assert unit(service)["User"] == unit(service)["Group"] == ["chronos"]
-    # Nothing but beat writes a file.
+    # Only beat writes a file.
     assert ("StateDirectory" in unit(service)) == (service == "chronos-beat.service")
 
 
-def test_the_image_gets_what_it_copies_and_no_settings() -> None:
+def test_the_build_context_is_what_the_image_copies_and_no_settings() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     sent = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
@@ -422,7 +422,7 @@ def test_the_image_gets_what_it_copies_and_no_settings() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_the_image_runs_as_nobody_in_particular_and_knows_its_programs() -> None:
+def test_the_image_runs_unprivileged_with_its_programs_on_path() -> None:
     stages = [rest for name, rest in image() if name == "FROM"]
     assert len(stages) == 2
     assert all("-slim" in stage for stage in stages)
@@ -437,21 +437,21 @@ def test_every_file_names_the_image_of_this_version() -> None:
     assert set(re.findall(r"\bchronos:(\d[\w.]*)", text)) == {__version__}
 
 
-def test_containers_of_compose_may_write_nothing_but_their_state() -> None:
+def test_containers_in_compose_can_write_only_their_state() -> None:
     for service in ("worker", "beat", "migrate"):
         found = compose()[service]
         assert found["read_only"] is True
         assert found["cap_drop"] == ["ALL"]
         assert found["security_opt"] == ["no-new-privileges:true"]
         assert found["volumes"] == ["state:/var/lib/chronos"]
-        assert found["tmpfs"] == ["/tmp"]  # Celery's pool of processes does not start without one
+        assert found["tmpfs"] == ["/tmp"]  # Celery's process pool does not start without it
     for service in compose().values():
         assert "ports" not in service
         assert "privileged" not in service
 
 
 @pytest.mark.parametrize("caller", ["systemd", "kubernetes"])
-def test_upkeep_as_deployed_makes_and_drops_without_redis(caller: str, machine: Machine) -> None:
+def test_deployed_upkeep_creates_and_drops_without_redis(caller: str, machine: Machine) -> None:
     migrate(machine.url, -17, 0)
     if caller == "systemd":
         command, given = of_systemd("upkeep", machine, "")

@@ -1,4 +1,4 @@
-"""What the documents mention exists: links, commands, options, ids, files; and what exists is mentioned."""
+"""What the documents mention exists (links, commands, options, ids, files), and what exists is mentioned."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCUMENTS = sorted(
 GUIDE = Path("PARTITION_MIGRATION_GUIDE.md")
 OPERATIONS = Path("docs/OPERATIONS.md")
 
-# What people look for by the name that it has always had.
+# Headings and messages that people search for by the names they have always had.
 HEADINGS = """
 # PostgreSQL Partitioning Migration Guide
 ## Overview
@@ -93,13 +93,13 @@ def prose_of(document: Path) -> str:
 
 
 def anchors_of(document: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """The anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.+)$", prose_of(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_every_link_has_a_target(document: Path) -> None:
     text = prose_of(document)
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"^\[[^]]+\]: (\S+)", text, re.MULTILINE)
     for target in targets:
@@ -112,7 +112,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_what_is_mentioned_exists(document: Path) -> None:
+def test_everything_mentioned_exists(document: Path) -> None:
     text = text_of(document)
     assert isinstance(cli, click.Group)
     ours = {option for command in cli.commands.values() for p in command.params for option in p.opts}
@@ -130,7 +130,7 @@ def test_what_is_mentioned_exists(document: Path) -> None:
         assert one in paragraphs(), one
 
 
-def test_the_headings_and_messages_that_people_search_for_are_there() -> None:
+def test_the_guide_has_the_headings_and_messages_people_search_for() -> None:
     text = text_of(GUIDE)
     found = re.findall(r"^#+ .+$", text, re.MULTILINE)
     assert [heading for heading in found if heading in HEADINGS.split("\n")] == HEADINGS.split("\n")[1:-1]
@@ -139,7 +139,7 @@ def test_the_headings_and_messages_that_people_search_for_are_there() -> None:
 
 
 @pytest.mark.parametrize("document", MOST_LINES)
-def test_a_document_is_as_short_as_it_is_to_be(document: str) -> None:
+def test_a_document_is_no_longer_than_its_limit(document: str) -> None:
     assert len(text_of(Path(document)).splitlines()) <= MOST_LINES[document]
 
 
@@ -149,23 +149,23 @@ def test_each_option_of_migrate_is_explained() -> None:
             assert f"`{param.opts[0]}" in text_of(OPERATIONS), param.opts[0]
 
 
-# --- docs/TROUBLESHOOTING.md, and the verb that prints of it ---
+# --- docs/TROUBLESHOOTING.md, and the verb that prints from it ---
 
 
 def ids() -> set[str]:
-    """Every id that is printed behind a message."""
+    """Every id that is printed after a message."""
     found = {check.id for check in CHECKS}
     for module in (ROOT / "chronos" / "migration").glob("*.py"):
         found |= set(re.findall(r'(?:Finding|Obstacle)\(\s*"([a-z-]+)"', module.read_text("utf-8")))
     kinds = [ChronosError]
-    for kind in kinds:  # grows as it goes
+    for kind in kinds:  # grows during the loop
         kinds += kind.__subclasses__()
         if kind.id:
             found.add(kind.id)
     return found
 
 
-def test_every_id_has_a_paragraph_and_no_paragraph_is_about_an_id_that_is_gone() -> None:
+def test_every_id_has_a_paragraph_and_every_paragraph_an_id() -> None:
     codes = {*map(str, ExitCode), *(one for one in paragraphs() if len(one) == 5 and one[0].isdigit())}
     assert {"disk-full"} | ids() == set(paragraphs()) - codes
     assert codes <= set(paragraphs())
@@ -178,13 +178,13 @@ def test_explain_prints_the_paragraph_of_an_id(database: str) -> None:
     assert "`" not in shown.stdout.splitlines()[0]
 
 
-def test_explain_of_an_unknown_id_names_one_like_it(database: str) -> None:
+def test_explain_of_an_unknown_id_suggests_a_similar_one(database: str) -> None:
     shown = chronos(database, "explain", "inbound-key")
     assert shown.returncode == 2
     assert "inbound-fk" in shown.stderr
 
 
-def test_an_error_has_the_id_of_the_one_that_it_was_raised_from() -> None:
+def test_an_error_takes_the_id_of_its_cause() -> None:
     class OneError(ChronosError):
         id = "lock-unavailable"
 
@@ -194,7 +194,7 @@ def test_an_error_has_the_id_of_the_one_that_it_was_raised_from() -> None:
     assert id_of(RefusedError("alone")) is None
 
 
-# What makes PostgreSQL say what the page has under an SQLSTATE.
+# Statements that make PostgreSQL raise the error that the page has under an SQLSTATE.
 SAID_BY_POSTGRES = {
     "23514": "INSERT INTO webhook_log (status, timestamp) VALUES ('x', now() + interval '40 days')",
     "42P10": "INSERT INTO webhook_log (id, status, timestamp) VALUES (1, 'x', now())"
@@ -204,7 +204,7 @@ SAID_BY_POSTGRES = {
 }
 
 
-def test_the_page_has_the_words_of_postgres(make_database: MakeDatabase) -> None:
+def test_the_page_quotes_the_messages_of_postgres(make_database: MakeDatabase) -> None:
     url = make_database()
     create_webhook_log(create_engine(url), 100)
     assert chronos(url, "migrate", "--yes").returncode == 0

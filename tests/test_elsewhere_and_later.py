@@ -1,4 +1,4 @@
-"""A migration goes on where its dump was restored, and on another day than it began."""
+"""A migration can be resumed where its dump was restored, and on a later day than it began."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plain_url(url: str) -> str:
 
 @pytest.fixture
 def restored(make_database: MakeDatabase, pg_bin: Path, tmp_path: Path) -> Callable[[str], str]:
-    """A factory: the URL of a database into which a dump of the given one was restored."""
+    """A factory: the URL of a new database, restored from a dump of the given one."""
 
     def restore(url: str) -> str:
         file, target = tmp_path / "dump.sql", make_database()
@@ -53,7 +53,7 @@ def restored(make_database: MakeDatabase, pg_bin: Path, tmp_path: Path) -> Calla
 
 
 def stopped_while_copying(url: str) -> None:
-    """A migration that was asked to stop with some partitions filled."""
+    """A migration stopped with some partitions filled."""
     run = Run(url, "migrate", "--yes", "--rate-limit", "3000", "--workers", "1", "--batch-size", "50")
     wait_until(
         lambda: phase(url) == "copying" and value(url, "SELECT compared <> '{}' FROM webhook_log_migration"),
@@ -73,7 +73,7 @@ def migrated(url: str) -> None:
 
 
 def write(url: str) -> None:
-    """What is written after the restore must be noted there as it was at home."""
+    """Rows written after the restore must be noted there as in the original database."""
     query(url, "INSERT INTO webhook_log (status, timestamp) VALUES ('restored', now())")
     query(url, "UPDATE webhook_log SET status = 'changed' WHERE id = (SELECT max(id) - 20 FROM webhook_log)")
     query(
@@ -84,7 +84,7 @@ def write(url: str) -> None:
 
 
 @pytest.mark.parametrize("stop", [stopped_while_copying, held, migrated])
-def test_a_restored_dump_goes_on_and_back_in_each_phase(
+def test_a_restored_dump_resumes_and_rolls_back_in_each_phase(
     database: str, restored: Callable[[str], str], stop: Callable[[str], None]
 ) -> None:
     create_webhook_log(connect_engine(make_url(database)), ROWS, days=12)
@@ -117,17 +117,17 @@ def test_a_restored_dump_goes_on_and_back_in_each_phase(
 def begun_yesterday(
     conn: Connection, table: TableSpec, strategy: Strategy, accepted: frozenset[str]
 ) -> Survey:
-    """What the checks would have found a day ago."""
+    """What the survey would have found a day ago."""
     found = survey(conn, table, strategy, accepted)
     return replace(found, now=found.now - timedelta(days=1))
 
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("hold", [False, True], ids=["during the work", "while held"])
-def test_midnight_passes_and_no_row_is_missing(
+def test_no_row_is_missing_after_midnight_passes(
     database: str, monkeypatch: pytest.MonkeyPatch, hold: bool, strategy: Strategy
 ) -> None:
-    """The day that was ahead when the partitions were planned is today by now, and rows are written to it."""
+    """A day that was ahead when the partitions were planned is now today, and rows are written to it."""
     loaded = load(database, ROWS, days=13)
     monkeypatch.setattr(migration_run, "survey", begun_yesterday)
     engine = connect_engine(make_url(database))

@@ -1,4 +1,4 @@
-"""The embedded servers: they answer, they can be stopped, and they never outlive their owner."""
+"""The embedded servers answer, can be stopped, and never outlive their owner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 IS_ROOT = os.geteuid() == 0
 TIMEOUT = 60.0
 
-# A program that starts both servers, says so, and goes on until its stdin ends.
+# A program that starts both servers, says so, and runs until its stdin ends.
 OWNER = """
 import json, os, signal, sys
 from chronos.demo.embedded import EmbeddedPostgres, EmbeddedRedis
@@ -138,7 +138,7 @@ def test_a_wrong_password_is_refused(own_postgres: OwnPostgres) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_committed_rows_outlive_a_stop(own_postgres: OwnPostgres, mode: Any) -> None:
+def test_committed_rows_survive_a_stop(own_postgres: OwnPostgres, mode: Any) -> None:
     server = own_postgres()
     execute(server.url, "CREATE TABLE t (n int)", "INSERT INTO t VALUES (1), (2)")
     url, pid = server.url, server.pid
@@ -153,43 +153,45 @@ def test_committed_rows_outlive_a_stop(own_postgres: OwnPostgres, mode: Any) -> 
     assert recovered == (mode == "immediate")
 
 
-def test_starting_what_runs_does_nothing(own_postgres: OwnPostgres) -> None:
+def test_starting_a_running_server_does_nothing(own_postgres: OwnPostgres) -> None:
     server = own_postgres()
     pid = server.pid
     server.start()
     assert server.pid == pid
 
 
-def test_two_servers_at_once(own_postgres: OwnPostgres) -> None:
+def test_two_servers_run_at_once(own_postgres: OwnPostgres) -> None:
     one, other = own_postgres(), own_postgres()
     execute(one.url, "CREATE TABLE only_here (n int)")
     assert fetch(one.url, "SELECT to_regclass('only_here') IS NOT NULL")
     assert not fetch(other.url, "SELECT to_regclass('only_here') IS NOT NULL")
 
 
-def test_create_database_from_a_template(own_postgres: OwnPostgres) -> None:
+def test_a_database_is_created_from_a_template(own_postgres: OwnPostgres) -> None:
     server = own_postgres()
     execute(server.create_database("model"), "CREATE TABLE t AS SELECT 7 AS n")
     assert fetch(server.create_database("copy of it", template="model"), "SELECT n FROM t") == 7
 
 
-def test_database_fixtures(make_database: MakeDatabase, database: str) -> None:
+def test_a_test_database_is_empty_and_has_the_requested_time_zone(
+    make_database: MakeDatabase, database: str
+) -> None:
     assert fetch(make_database(timezone="Asia/Kolkata"), "SHOW timezone") == "Asia/Kolkata"
     assert fetch(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 0
 
 
-def test_redis_locks_and_restart(redis_url: str) -> None:
+def test_redis_locks_exclude_each_other(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
-        lock, rival = (client.lock("embedded-test", timeout=60) for _ in range(2))
+        lock, other = (client.lock("embedded-test", timeout=60) for _ in range(2))
         assert lock.acquire(blocking=False)
-        assert not rival.acquire(blocking=False)
+        assert not other.acquire(blocking=False)
         lock.release()
-        assert rival.acquire(blocking=False)
-        rival.release()
+        assert other.acquire(blocking=False)
+        other.release()
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_redis_comes_back_empty(kill: bool) -> None:
+def test_redis_is_empty_after_a_restart(kill: bool) -> None:
     with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as client:
         client.set("key", "value")
         server.stop(kill=kill)
@@ -200,7 +202,7 @@ def test_redis_comes_back_empty(kill: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", [EmbeddedPostgres, EmbeddedRedis])
-def test_a_taken_port_is_avoided(
+def test_a_port_in_use_is_avoided(
     kind: type[EmbeddedPostgres | EmbeddedRedis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as rival:
@@ -221,19 +223,19 @@ def test_a_server_that_cannot_start_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_nothing_outlives_the_owner(owner: Owner, number: signal.Signals) -> None:
+def test_the_servers_end_with_their_owner(owner: Owner, number: signal.Signals) -> None:
     owner.process.send_signal(number)
     owner.process.communicate(timeout=TIMEOUT)
     wait_until(owner.servers_are_gone, TIMEOUT, "the servers and their directories are gone")
 
 
-def test_nothing_is_left_after_a_good_end(owner: Owner) -> None:
+def test_nothing_is_left_after_a_normal_exit(owner: Owner) -> None:
     owner.process.communicate(timeout=TIMEOUT)
     assert owner.process.returncode == 0
     assert owner.servers_are_gone()
 
 
-def test_a_fork_that_lives_on_does_not_keep_the_servers() -> None:
+def test_a_surviving_fork_does_not_keep_the_servers_running() -> None:
     owner = start_owner("fork")
     fork = psutil.Process(owner.facts["fork"])
     try:
@@ -245,16 +247,16 @@ def test_a_fork_that_lives_on_does_not_keep_the_servers() -> None:
         owner.process.communicate(timeout=TIMEOUT)
 
 
-def test_ctrl_c_is_the_owners_to_answer(owner: Owner) -> None:
+def test_ctrl_c_is_left_to_the_owner(owner: Owner) -> None:
     os.killpg(owner.process.pid, signal.SIGINT)
     assert owner.process.stdout
     assert owner.process.stdout.readline() == "interrupted\n"
     assert fetch(owner.facts["url"], "SELECT 1") == 1
 
 
-def test_a_kept_server_stays_until_it_is_told() -> None:
+def test_a_kept_server_runs_until_it_is_stopped() -> None:
     owner = start_owner("keep")
-    # It returns: the server that goes on holds nothing of our stdout.
+    # It returns: the server that keeps running does not hold our stdout open.
     owner.process.communicate(timeout=TIMEOUT)
     try:
         assert fetch(owner.facts["url"], "SELECT 1") == 1
@@ -264,13 +266,13 @@ def test_a_kept_server_stays_until_it_is_told() -> None:
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can drop its rights")
-def test_root_runs_the_server_as_nobody(own_postgres: OwnPostgres) -> None:
+def test_as_root_the_server_runs_as_nobody(own_postgres: OwnPostgres) -> None:
     nobody = pwd.getpwnam("nobody").pw_uid
     assert psutil.Process(own_postgres().pid).uids().real == nobody
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="the whole run is that of an ordinary user")
-def test_an_ordinary_user_runs_it_as_himself() -> None:
+def test_an_ordinary_user_runs_the_server_under_their_own_account() -> None:
     nobody = pwd.getpwnam("nobody")
     account: Any = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     try:
@@ -284,7 +286,7 @@ def test_an_ordinary_user_runs_it_as_himself() -> None:
     assert owner.servers_are_gone()
 
 
-def test_binaries_in_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binaries_in_an_inaccessible_folder_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     folder = binaries.copy_postgres(binaries.find_postgres(), closed)
@@ -297,7 +299,7 @@ def test_binaries_in_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert client.ping()
 
 
-def test_a_long_temporary_path_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_temporary_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (long := tmp_path / ("x" * 80)).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     with EmbeddedPostgres() as server:
@@ -305,7 +307,7 @@ def test_a_long_temporary_path_is_no_obstacle(tmp_path: Path, monkeypatch: pytes
         assert Path(socket_folder) == server.directory
 
 
-def test_what_to_do_when_there_are_no_binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_binaries_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PG_BIN", raising=False)
     monkeypatch.delenv("REDIS_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -317,7 +319,9 @@ def test_what_to_do_when_there_are_no_binaries(tmp_path: Path, monkeypatch: pyte
         binaries.find_redis()
 
 
-def test_a_wrong_choice_of_binaries_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_choice_of_binaries_is_named_in_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PG_BIN", str(tmp_path))
     monkeypatch.setenv("REDIS_SERVER", str(tmp_path))
     with pytest.raises(EmbeddedServerError, match=f"PG_BIN={tmp_path}"):

@@ -1,4 +1,4 @@
-"""`grace_days`: an expired partition is detached first, and dropped later if nobody has touched it."""
+"""`grace_days`: an expired partition is detached first, and dropped later unless someone has changed it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tests.partitioned import (
 from tests.tables import connected, exists, holding, query, value
 
 GRACE = 7
-# What the wrapper calls, on another day.
+# The call that the wrapper makes, on another day.
 ON_DAY = "SELECT chronos_drop_partitions('public', 'webhook_log', 15, now() + %s * interval '1 day', 7)"
 
 
 @pytest.fixture
 def own(database: str) -> Iterator[connection]:
-    """A connection to a table with the partitions -18 to 0; a detached one waits for seven days."""
+    """A connection to a table with the partitions -18 to 0 and a grace of seven days."""
     with connected(database, autocommit=False) as conn:
         cur = conn.cursor()
         create_tables(cur)
@@ -60,20 +60,20 @@ def own(database: str) -> Iterator[connection]:
 
 
 def later(own: connection, days: int) -> list[str]:
-    """The names that a call drops that comes ``days`` from now, committed."""
+    """The names that a call ``days`` from now drops, committed."""
     names = column(own.cursor(), ON_DAY, days)
     own.commit()
     return names
 
 
 def detach(own: connection) -> list[str]:
-    """Have -18 to -16 detached; their names."""
+    """Have -18 to -16 detached; returns their names."""
     assert drop(own.cursor(), 15) == []
     own.commit()
     return leaves(own.cursor(), -18, -16)
 
 
-def test_an_expired_partition_is_detached_today_and_dropped_after_the_grace(own: connection) -> None:
+def test_an_expired_partition_is_detached_today_and_dropped_after_the_grace_days(own: connection) -> None:
     cur = own.cursor()
     gone = detach(own)
     due = today(cur) + timedelta(days=GRACE)
@@ -88,8 +88,8 @@ def test_an_expired_partition_is_detached_today_and_dropped_after_the_grace(own:
     assert later(own, GRACE) == []
 
 
-def test_a_detached_table_comes_back_as_it_was_and_then_stays(own: connection) -> None:
-    """Attached again, and detached by hand: by then it is somebody's, whatever its comment says."""
+def test_a_table_attached_again_is_unchanged_and_is_never_dropped(own: connection) -> None:
+    """Attached again and then detached by hand, it belongs to the user, whatever its comment says."""
     cur = own.cursor()
     [back, *others] = detach(own)
     day = today(cur) - timedelta(days=18)
@@ -119,7 +119,7 @@ def test_a_detached_table_comes_back_as_it_was_and_then_stays(own: connection) -
         "CREATE TABLE kept (LIKE {0}); ALTER TABLE {0} INHERIT kept",
     ],
 )
-def test_whoever_changes_a_detached_table_or_its_comment_keeps_it(own: connection, change: str) -> None:
+def test_a_detached_table_is_kept_once_it_or_its_comment_changes(own: connection, change: str) -> None:
     cur = own.cursor()
     [kept, *others] = detach(own)
     [oid] = column(cur, "SELECT %s::regclass::oid", kept)
@@ -129,15 +129,15 @@ def test_whoever_changes_a_detached_table_or_its_comment_keeps_it(own: connectio
     assert column(cur, "SELECT count(*) FROM pg_class WHERE oid = %s", oid) == [1]
 
 
-def test_vacuum_and_analyze_are_no_change_that_keeps_a_detached_table(database: str, own: connection) -> None:
+def test_vacuum_and_analyze_do_not_keep_a_detached_table(database: str, own: connection) -> None:
     gone = detach(own)
     for statement in ("VACUUM (FREEZE, ANALYZE) {0}", "VACUUM FULL pg_class", "VACUUM FULL pg_description"):
         query(database, statement.format(gone[0]))
     assert later(own, GRACE) == gone
 
 
-def test_a_table_that_only_looks_detached_by_its_name_or_its_comment_stays(own: connection) -> None:
-    """The comment is copied from a real one, but was written after the table was made."""
+def test_a_table_with_only_the_name_or_comment_of_a_detached_one_is_kept(own: connection) -> None:
+    """The comment is copied from a real one, but was written after the table was created."""
     cur = own.cursor()
     gone = detach(own)
     [comment] = column(cur, "SELECT obj_description(%s::regclass)", gone[0])
@@ -150,10 +150,8 @@ def test_a_table_that_only_looks_detached_by_its_name_or_its_comment_stays(own: 
         assert column(cur, "SELECT to_regclass(%s) IS NOT NULL", spared) == [True]
 
 
-def test_a_detached_table_that_a_dump_brings_back_in_one_transaction_stays(
-    database: str, own: connection, pg_bin: Path
-) -> None:
-    """Somebody has fetched it out of a backup: its comment says that it is due, and it is wanted."""
+def test_a_detached_table_restored_from_a_dump_is_kept(database: str, own: connection, pg_bin: Path) -> None:
+    """Someone restored it from a backup: its comment says that it is due, but it is wanted."""
     [back, *others] = detach(own)
     url = make_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
     dumped = subprocess.run([pg_bin / "pg_dump", "-t", back, url], capture_output=True, text=True, check=True)
@@ -164,7 +162,7 @@ def test_a_detached_table_that_a_dump_brings_back_in_one_transaction_stays(
     assert value(database, f"SELECT count(*) FROM {back}") == 1
 
 
-def test_a_detached_table_stays_for_as_long_as_a_longer_retention_keeps_its_rows(own: connection) -> None:
+def test_a_detached_table_is_kept_while_a_longer_retention_covers_its_rows(own: connection) -> None:
     cur = own.cursor()
     gone = detach(own)
     assert column(cur, ON_DAY.replace(" 15,", " 23,"), GRACE) == gone[:2]
@@ -174,8 +172,8 @@ def test_a_detached_table_stays_for_as_long_as_a_longer_retention_keeps_its_rows
     assert later(own, GRACE) == gone
 
 
-def test_detached_tables_that_a_view_needs_do_not_keep_the_others_from_their_turn(own: connection) -> None:
-    """More of them than one call drops."""
+def test_detached_tables_that_a_view_needs_do_not_block_the_others(own: connection) -> None:
+    """There are more of them than one call drops."""
     cur = own.cursor()
     add_partitions(cur, -60, -19)
     for _ in range(2):
@@ -187,12 +185,12 @@ def test_detached_tables_that_a_view_needs_do_not_keep_the_others_from_their_tur
     assert later(own, GRACE) == leaves(cur, -19, -16)
 
 
-def test_a_detached_table_keeps_no_row_that_it_refers_to(database: str, own: connection) -> None:
+def test_a_detached_table_does_not_block_deletes_of_referenced_rows(database: str, own: connection) -> None:
     detach(own)
     query(database, "DELETE FROM webhook_log; DELETE FROM webhook_endpoint")
 
 
-def test_a_partition_that_is_read_is_detached_by_a_later_call(database: str, own: connection) -> None:
+def test_a_partition_being_read_is_detached_by_a_later_call(database: str, own: connection) -> None:
     cur = own.cursor()
     [used, *others] = leaves(cur, -18, -16)
     with holding(database, f"SELECT count(*) FROM {used}"):
@@ -207,8 +205,8 @@ def test_a_partition_that_is_read_is_detached_by_a_later_call(database: str, own
         assert later(own, GRACE) == others
 
 
-def test_a_snapshot_from_before_drops_no_detached_table(database: str, own: connection) -> None:
-    """It does not see that somebody has taken the comment away."""
+def test_a_call_with_an_old_snapshot_drops_no_detached_table(database: str, own: connection) -> None:
+    """It does not see that the comment was removed."""
     gone = detach(own)
     with connected(database, autocommit=False) as old:
         run(old.cursor(), "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT 1")
@@ -229,7 +227,7 @@ def settings(database: str, redis_url: str, client: redis.Redis, own: connection
     )
 
 
-def test_the_job_detaches_a_backlog_and_status_tells_when_it_goes(
+def test_the_job_detaches_a_backlog_and_status_says_when_it_will_be_dropped(
     settings: Settings, database: str, own: connection
 ) -> None:
     add_partitions(own.cursor(), -60, -19)
@@ -252,7 +250,7 @@ def look(settings: Settings) -> Status:
 
 
 def overdue(url: str, table: str) -> None:
-    """As if it had been detached a week and a day earlier."""
+    """Make it look as if it had been detached a week and a day earlier."""
     query(
         url,
         f"DROP TABLE {table}; BEGIN; CREATE TABLE {table} (n int);"
@@ -262,7 +260,7 @@ def overdue(url: str, table: str) -> None:
     )
 
 
-def test_the_job_drops_what_is_due_and_tries_again_when_it_is_read(
+def test_the_job_drops_what_is_due_and_retries_a_table_being_read(
     settings: Settings, database: str, own: connection
 ) -> None:
     gone = detach(own)
@@ -276,7 +274,7 @@ def test_the_job_drops_what_is_due_and_tries_again_when_it_is_read(
     assert not exists(database, gone[0])
 
 
-def test_status_says_that_a_detached_table_goes_when_a_longer_retention_is_over(
+def test_status_says_a_detached_table_is_dropped_after_a_longer_retention(
     settings: Settings, own: connection
 ) -> None:
     detach(own)
@@ -285,7 +283,7 @@ def test_status_says_that_a_detached_table_goes_when_a_longer_retention_is_over(
     assert [d.drop_on for d in look(longer).detached] == [day + timedelta(days=n) for n in (73, 74, 75)]
 
 
-def test_what_too_short_a_retention_has_detached_is_attached_again_by_what_status_says(
+def test_status_names_the_attach_for_partitions_detached_too_early(
     settings: Settings, database: str, own: connection
 ) -> None:
     cur = own.cursor()
@@ -303,7 +301,7 @@ def test_what_too_short_a_retention_has_detached_is_attached_again_by_what_statu
     assert not [p for p in look(settings).problems if "within what is kept" in p]
 
 
-def test_status_says_which_detached_table_stays_because_somebody_has_changed_it(
+def test_status_names_a_detached_table_that_is_kept_because_it_changed(
     settings: Settings, database: str, own: connection
 ) -> None:
     gone = detach(own)
@@ -313,7 +311,7 @@ def test_status_says_which_detached_table_stays_because_somebody_has_changed_it(
     assert [n for n in found.notices if f"DROP TABLE public.{gone[0]};" in n]
 
 
-def test_a_function_with_another_grace_than_the_configuration_drops_nothing(
+def test_a_function_whose_grace_differs_from_the_configuration_drops_nothing(
     settings: Settings, database: str, own: connection
 ) -> None:
     longer = settings.model_copy(update={"webhook_log_grace_days": 30})
@@ -330,7 +328,7 @@ def test_a_function_with_another_grace_than_the_configuration_drops_nothing(
     assert {d.drop_on for d in look(longer).detached} == {due}
 
 
-def test_a_rollback_says_which_days_since_the_swap_are_only_detached(database: str) -> None:
+def test_a_rollback_names_days_since_the_swap_that_are_only_detached(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 100)
     assert chronos(database, "migrate", "--yes").returncode == 0
     with connected(database, autocommit=False) as conn:

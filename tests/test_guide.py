@@ -1,13 +1,13 @@
-"""Every block of README, guide and OPERATIONS is run, in the order in which they stand.
+"""Every block of README, guide and OPERATIONS is run, in order.
 
 The rules:
 
-- ``bash``: each line is run by bash, with the environment that the lines before it left. It must succeed.
-- ``sql``: run by psql, and must succeed. ``toml``: becomes chronos.toml.
-- ``text``: what the block before it printed. Dates and numbers may differ, ``...`` stands for anything.
-- ``<!-- database: STATE -->``: from here on work goes on a fresh database in this state, see ``STATES``.
-- An ``export`` with ``your-`` in it is not run: the tests have servers of their own.
-- NOT_RUN lists the lines that no test can run, and why. Blocks in other languages are for reading only.
+- ``bash``: each line is run by bash, in the environment left by the lines before it. It must succeed.
+- ``sql``: run by psql; must succeed. ``toml``: becomes chronos.toml.
+- ``text``: what the block before it printed. Dates and numbers may differ; ``...`` stands for anything.
+- ``<!-- database: STATE -->``: from here on, a fresh database in this state is used, see ``STATES``.
+- An ``export`` with ``your-`` in it is not run: the tests have their own servers.
+- NOT_RUN lists the lines that no test can run, and why. Blocks in other languages are not run.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ NOT_RUN = {
     "tail -n 100 /var/log/chronos/worker.log | grep partition": "it reads the operator's log file",
 }
 
-# After the walk that begins under a heading, this holds. `late` and `new` are written after the swap, and
-# after the walk the next row must find a new id.
+# What holds after the walk that begins under a heading. `late` and `new` are written after the swap, and
+# after the walk the next row must get a new id.
 _KEPT = "SELECT count(*) = 2 FROM webhook_log WHERE status IN ('late', 'new')"
 _PLAIN = "SELECT relkind = 'r' FROM pg_class WHERE oid = 'webhook_log'::regclass"
 _PARTITIONED = _PLAIN.replace("'r'", "'p'")
@@ -74,7 +74,7 @@ PROMISES = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``language`` is what stands behind the fence."""
+    """A fenced block; ``language`` is the word after the fence."""
 
     language: str
     text: str
@@ -83,7 +83,7 @@ class Block:
 
 @dataclass
 class Walk:
-    """What is run one after the other on one database, and the heading under which it begins."""
+    """Blocks that are run in order on one database, and the heading under which they begin."""
 
     state: str
     heading: str
@@ -91,7 +91,7 @@ class Walk:
 
 
 def walks(document: Path) -> list[Walk]:
-    """The blocks of a document, apart by database."""
+    """The blocks of a document, split by database."""
     found = [Walk("plain", "")]
     heading, language, text = "", "", [""]
     inside = False
@@ -114,9 +114,7 @@ WALKS = [(document.name, walk) for document in DOCUMENTS for walk in walks(docum
 
 
 @pytest.mark.parametrize(("name", "walk"), WALKS, ids=[f"{n}-{w.heading}-{w.state}" for n, w in WALKS])
-def test_what_the_document_says_to_type_works_and_prints_what_it_shows(
-    name: str, walk: Walk, shell: Shell
-) -> None:
+def test_documented_commands_work_and_print_what_is_shown(name: str, walk: Walk, shell: Shell) -> None:
     shell.start(walk.state)
     shown = ""
     for block in walk.blocks:
@@ -128,11 +126,11 @@ def test_what_the_document_says_to_type_works_and_prints_what_it_shows(
     if promises := PROMISES.get(walk.heading, ()):
         for promise in promises:
             assert value(url, promise), promise
-        write(url)  # the sequence goes on where it was
+        write(url)  # the sequence continues where it was
 
 
 def write(url: str) -> None:
-    """Rows of the application, one of them late."""
+    """Write rows as the application does, one of them late."""
     query(
         url,
         "INSERT INTO webhook_log (status, timestamp)"
@@ -140,7 +138,7 @@ def write(url: str) -> None:
     )
 
 
-# --- What it is run on ---
+# --- What it runs on ---
 
 
 def stop_half_way(url: str) -> None:
@@ -177,7 +175,7 @@ class Shell:
     worker: subprocess.Popen[bytes] | None = None
 
     def start(self, state: str) -> None:
-        """Work on a fresh database in this state; there is another one for a rehearsal."""
+        """Work on a fresh database in this state; a second one is for the rehearsal."""
         for variable in ("DATABASE_URL", "TEST_DATABASE_URL"):
             url = self.make()
             create_webhook_log(create_engine(url, poolclass=NullPool), ROWS)
@@ -185,7 +183,7 @@ class Shell:
         STATES[state](self.env["DATABASE_URL"])
 
     def run(self, block: Block) -> str | None:
-        """What the block printed; None when there was nothing to run."""
+        """Run a block; returns what it printed, None if there was nothing to run."""
         if block.language == "toml":
             (self.here / "chronos.toml").write_text(block.text, "utf-8")
             return None
@@ -197,7 +195,7 @@ class Shell:
         return "".join(self.line(line, block.where) for line in lines) if lines else None
 
     def line(self, line: str, where: str) -> str:
-        """Run one line, and keep the environment that it leaves; prompts are answered."""
+        """Run one line and keep the environment it leaves; prompts are answered."""
         word = re.search(r"(rollback|finalize|migrat)", line)
         answer = {"rollback": "ROLLBACK", "finalize": "FINALIZE"}.get(word[1], "MIGRATE") if word else ""
         if line.startswith("celery"):
@@ -231,10 +229,10 @@ class Shell:
         url, done = self.env["DATABASE_URL"], "SELECT count(*) FROM chronos_reports WHERE job = %s"
         wait_until(lambda: exists(url, "chronos_reports") and value(url, done, job), 60, f"{job} has run")
         with redis.Redis.from_url(self.env["REDIS_URL"]) as client:
-            wait_until(lambda: not client.exists(job), 60, f"{job} has given its lock back")
+            wait_until(lambda: not client.exists(job), 60, f"{job} has released its lock")
 
 
-# redis-cli is in no wheel: what the documents need of it.
+# redis-cli is in no wheel; this does what the documents need of it.
 REDIS_CLI = """#!{python}
 import sys, redis
 answer = redis.Redis.from_url(sys.argv[2], decode_responses=True).execute_command(*sys.argv[3:])
@@ -272,7 +270,7 @@ def as_for_psql(url: str) -> str:
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-# --- What was printed, and what the document shows ---
+# --- What was printed and what the document shows ---
 
 _DIFFERS = [
     (r"y\d{4}m\d\dd\d\d", "DAY"),
@@ -285,14 +283,14 @@ _DIFFERS = [
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that are not empty, without what differs from run to run."""
+    """The non-empty lines, without what differs between runs."""
     for pattern, replacement in _DIFFERS:
         text = "\n".join(re.sub(pattern, replacement, line) for line in text.splitlines())
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def assert_shown(block: Block, shown: str) -> None:
-    """The lines of the block stand one after another in what was printed."""
+    """The lines of the block appear, one right after another, in what was printed."""
     pattern = "".join(
         "(?:.*\n)*?" if line == "..." else ".*".join(map(re.escape, line.split("..."))) + "\n"
         for line in lines_of(block.text)

@@ -1,6 +1,6 @@
-"""Hours, days, weeks and months, through the SQL functions and the program alike, at any time of any year.
+"""Hours, days, weeks and months, in the SQL functions and in Python alike, at any time of any year.
 
-The shared SQL functions are told the time, so each test picks the instant that it is about.
+The shared SQL functions take the time as an argument, so each test picks its own instant.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.tables import query
 
 ZONES = ("Europe/Madrid", "America/New_York")
 TYPES = ("date", "timestamp(0)", "timestamptz(3)")
-# A period of less than a day is nothing for a date.
+# A date cannot have periods shorter than a day.
 KINDS = [(every, type_) for every in Interval for type_ in TYPES if (every, type_) != (Interval.HOUR, "date")]
 
 
 @pytest.fixture(scope="module", params=ZONES)
 def scratch(postgres: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty database whose time zone has daylight saving time; nothing is committed there."""
+    """The URL of an empty database whose time zone has daylight saving; nothing is committed there."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name)
     query(postgres, f"ALTER DATABASE {name} SET timezone = '{request.param}'")
@@ -40,7 +40,7 @@ def scratch(postgres: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def conn(scratch: str) -> Iterator[Connection]:
-    """A transaction, undone in the end."""
+    """A transaction that is rolled back at the end."""
     with connect_engine(make_url(scratch)).connect() as conn:
         yield conn
 
@@ -52,7 +52,7 @@ def cur(conn: Connection) -> cursor:
 
 
 def existing(conn: Connection, spec: TableSpec) -> list[Partition]:
-    """What the program makes of the partitions."""
+    """The partitions as the Python code sees them."""
     conn.exec_driver_sql("SET LOCAL timezone = 'UTC'")
     found = attached(conn, spec)
     conn.exec_driver_sql("SET LOCAL timezone TO DEFAULT")
@@ -60,7 +60,7 @@ def existing(conn: Connection, spec: TableSpec) -> list[Partition]:
 
 
 def table(cur: cursor, every: Interval, type_: str = "timestamptz") -> TableSpec:
-    """A partitioned table without partitions, and its functions."""
+    """Create a partitioned table without partitions, and its functions."""
     spec = TableSpec("events", column="at", every=every, retention_days=10, ahead_days=3).located("public")
     run(cur, f"CREATE TABLE events (at {type_} NOT NULL) PARTITION BY RANGE (at)")
     install_functions(cur, spec)
@@ -68,13 +68,13 @@ def table(cur: cursor, every: Interval, type_: str = "timestamptz") -> TableSpec
 
 
 def create(cur: cursor, spec: TableSpec, now: datetime, days_ahead: int) -> list[str]:
-    """Call the function that creates, at the instant ``now``."""
+    """Call the create function at the instant ``now``."""
     call = "SELECT chronos_create_partitions('public', 'events', %s, %s, %s)"
     return column(cur, call, spec.every.value, days_ahead, now)
 
 
 def drop(cur: cursor, now: datetime, retention_days: int) -> list[str]:
-    """Call the function that drops, at the instant ``now``, until nothing is left to be dropped."""
+    """Call the drop function at the instant ``now``, until nothing is left to drop."""
     call = "SELECT chronos_drop_partitions('public', 'events', %s, %s)"
     dropped: list[str] = []
     while names := column(cur, call, retention_days, now):
@@ -83,7 +83,7 @@ def drop(cur: cursor, now: datetime, retention_days: int) -> list[str]:
 
 
 def bounds(cur: cursor) -> list[tuple[str, datetime, datetime]]:
-    """Name and bounds (UTC) of each partition, in their order."""
+    """Name and bounds (UTC) of each partition, in order."""
     found = run(
         cur,
         "SELECT set_config('timezone', 'UTC', true);"
@@ -101,7 +101,7 @@ def expected(spec: TableSpec, periods: list[Period]) -> list[tuple[str, datetime
 
 
 def place(cur: cursor, instant: str) -> str:
-    """The name of the partition that takes a row of this instant."""
+    """The name of the partition that a row of this instant goes into."""
     [found] = column(cur, "INSERT INTO events VALUES (%s) RETURNING tableoid::regclass::text", instant)
     return str(found)
 
@@ -120,10 +120,10 @@ def place(cur: cursor, instant: str) -> str:
         (Interval.MONTH, datetime(2023, 11, 1, tzinfo=UTC), 3650),
     ],
 )
-def test_sql_and_program_agree_on_names_and_bounds(
+def test_sql_and_python_agree_on_names_and_bounds(
     cur: cursor, every: Interval, start: datetime, days: int
 ) -> None:
-    """Over changes of the clock, leap days, the turns of years, weeks 52, 53 and 1."""
+    """Across clock changes, leap days, ends of years, weeks 52, 53 and 1."""
     spec = table(cur, every)
     made = create(cur, spec, start, days)
     periods = spec.periods(start, start + timedelta(days=days + 1))
@@ -134,7 +134,7 @@ def test_sql_and_program_agree_on_names_and_bounds(
 @pytest.mark.parametrize(
     ("every", "now", "first", "second"),
     [
-        # The hour that Madrid leaves out, and the one that it has twice; then those of New York.
+        # The hour that Madrid skips, and the one that it has twice; then those of New York.
         (Interval.HOUR, "2026-03-29 01:30", "y2026m03d29h01", "y2026m03d29h02"),
         (Interval.HOUR, "2026-10-25 00:59:59.999999", "y2026m10d25h00", "y2026m10d25h01"),
         (Interval.HOUR, "2026-03-08 06:59", "y2026m03d08h06", "y2026m03d08h07"),
@@ -156,7 +156,7 @@ def test_sql_and_program_agree_on_names_and_bounds(
         (Interval.MONTH, "2026-12-31 23:59:59", "y2026m12", "y2027m01"),
     ],
 )
-def test_the_zone_of_the_server_moves_no_bound(
+def test_the_servers_time_zone_moves_no_bound(
     cur: cursor, every: Interval, now: str, first: str, second: str
 ) -> None:
     spec = table(cur, every)
@@ -173,10 +173,8 @@ def test_the_zone_of_the_server_moves_no_bound(
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
-def test_days_ahead_are_whole_days_whatever_a_partition_holds(
-    cur: cursor, every: Interval, type_: str
-) -> None:
-    """Any type of the column, whose precision does not matter to bounds that are whole seconds."""
+def test_days_ahead_are_whole_days_for_every_interval(cur: cursor, every: Interval, type_: str) -> None:
+    """For any column type: its precision does not matter, as bounds are whole seconds."""
     spec = table(cur, every, type_)
     now = datetime(2026, 12, 30, 22, 59, 59, 999999, tzinfo=UTC)
     wanted = spec.wanted(now, back=False)
@@ -187,7 +185,7 @@ def test_days_ahead_are_whole_days_whatever_a_partition_holds(
     assert place(cur, "2027-01-02 23:59:59+00") == spec.partition(wanted[-1])
 
 
-def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_place(cur: cursor) -> None:
+def test_a_time_is_rounded_to_its_columns_precision_before_it_is_routed(cur: cursor) -> None:
     spec = table(cur, Interval.WEEK, "timestamptz(3)")
     create(cur, spec, datetime(2026, 12, 28, tzinfo=UTC), 10)
     assert place(cur, "2027-01-03 23:59:59.9994+00") == "events_y2026w53"
@@ -195,7 +193,7 @@ def test_a_time_is_rounded_to_the_precision_of_its_column_before_it_finds_its_pl
 
 
 @pytest.mark.parametrize("every", ["year", "2 days", None])
-def test_another_interval_is_refused(cur: cursor, every: str | None) -> None:
+def test_an_unknown_interval_is_refused(cur: cursor, every: str | None) -> None:
     table(cur, Interval.DAY)
     call = "SELECT chronos_create_partitions('public', 'events', %s, 3, now())"
     with pytest.raises(errors.InvalidParameterValue, match=f"not {every or 'NULL'}"):
@@ -234,10 +232,10 @@ def test_a_gap_is_filled_and_nothing_else(conn: Connection, cur: cursor, every: 
         (Interval.MONTH, "2026-12-01 00:00", "2027-01-01 00:00", "2027-01-10 23:59:59"),
     ],
 )
-def test_a_partition_goes_when_its_last_instant_is_older_than_the_retention(
+def test_a_partition_is_dropped_when_its_last_instant_is_older_than_the_retention(
     cur: cursor, every: Interval, start: str, end: str, last_kept: str
 ) -> None:
-    """Ten days: the last moment at which the partition is kept, and the first at which it goes."""
+    """Ten days: the last moment at which the partition is kept, and the first at which it is dropped."""
     spec = table(cur, every)
     period = spec.period(datetime.fromisoformat(f"{start}+00:00"))
     assert period.end == datetime.fromisoformat(f"{end}+00:00")
@@ -248,7 +246,7 @@ def test_a_partition_goes_when_its_last_instant_is_older_than_the_retention(
 
 
 @pytest.mark.parametrize(("every", "type_"), KINDS)
-def test_sql_and_program_agree_on_what_has_expired(
+def test_sql_and_python_agree_on_what_has_expired(
     conn: Connection, cur: cursor, every: Interval, type_: str
 ) -> None:
     spec = table(cur, every, type_)
@@ -262,7 +260,7 @@ def test_sql_and_program_agree_on_what_has_expired(
     assert len(bounds(cur)) == 1, "the newest stays"
 
 
-def test_a_wrapper_tells_the_shared_function_the_time_of_the_transaction(cur: cursor) -> None:
+def test_a_wrapper_passes_the_time_of_the_transaction_to_the_shared_function(cur: cursor) -> None:
     spec = table(cur, Interval.WEEK)
     [now] = column(cur, "SELECT now()")
     wanted = replace(spec, ahead_days=20).wanted(now, back=False)

@@ -1,4 +1,4 @@
-"""The lease in Redis: one holder at a time, renewed while he lives, never another's."""
+"""The lease in Redis: one holder at a time, renewed while it lives, never taken from another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
         client.delete(KEY)
 
 
-def test_who_looks_sees_who_holds_it(client: redis.Redis) -> None:
+def test_the_lease_shows_its_holder(client: redis.Redis) -> None:
     with keep_lease(client, KEY):
         value = str(client.get(KEY))
         assert re.fullmatch(
@@ -53,22 +53,22 @@ def test_a_second_holder_is_told_of_the_first(client: redis.Redis) -> None:
         pass
 
 
-def test_it_is_renewed_while_the_block_runs(client: redis.Redis) -> None:
+def test_the_lease_is_renewed_while_the_block_runs(client: redis.Redis) -> None:
     with keep_lease(client, KEY, ttl_s=0.6):
         before = int(client.pttl(KEY))
-        # Left alone, it can only fall.
+        # Without renewal it can only fall.
         for _ in range(2):
             wait_until(lambda: int(client.pttl(KEY)) < before, 5, "time passes")
             wait_until(lambda: int(client.pttl(KEY)) > 400, 5, "it is renewed")
 
 
-def test_it_is_released_when_the_block_fails(client: redis.Redis) -> None:
+def test_the_lease_is_released_when_the_block_fails(client: redis.Redis) -> None:
     with pytest.raises(ZeroDivisionError), keep_lease(client, KEY):
         raise ZeroDivisionError
     assert client.get(KEY) is None
 
 
-def test_a_foreign_lease_is_left_alone(client: redis.Redis) -> None:
+def test_a_lease_of_another_holder_is_left_alone(client: redis.Redis) -> None:
     client.set(KEY, "put here by hand")
     with (
         pytest.raises(LeaseHeldError, match="put here by hand and it never expires"),
@@ -79,7 +79,7 @@ def test_a_foreign_lease_is_left_alone(client: redis.Redis) -> None:
     assert client.pttl(KEY) == -1
 
 
-def test_a_lease_that_was_taken_away_is_neither_renewed_nor_released(client: redis.Redis) -> None:
+def test_a_lease_taken_by_another_holder_is_neither_renewed_nor_released(client: redis.Redis) -> None:
     with keep_lease(client, KEY, ttl_s=0.3):
         client.set(KEY, "host=other pid=1 since=now token=0", px=5_000)
         wait_until(lambda: not renewing(), 5, "its thread has given it up")
@@ -87,7 +87,7 @@ def test_a_lease_that_was_taken_away_is_neither_renewed_nor_released(client: red
     assert int(client.pttl(KEY)) <= 5_000
 
 
-def test_a_lease_that_is_gone_is_not_made_anew(client: redis.Redis) -> None:
+def test_a_deleted_lease_is_not_created_again(client: redis.Redis) -> None:
     with keep_lease(client, KEY, ttl_s=0.3):
         client.delete(KEY)
         wait_until(lambda: not renewing(), 5, "its thread has given it up")
@@ -98,7 +98,7 @@ def renewing() -> bool:
     return any(thread.name == f"lease of {KEY}" for thread in threading.enumerate())
 
 
-def test_without_an_answer_from_redis_the_block_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_block_runs_without_a_lease_when_redis_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
     with EmbeddedRedis() as server, connect(Settings(redis_url=SecretStr(server.url))) as client:
         with keep_lease(client, KEY, ttl_s=0.3):
             server.stop()
@@ -110,13 +110,13 @@ def test_without_an_answer_from_redis_the_block_runs(caplog: pytest.LogCaptureFi
         assert f"no lease on {KEY}, it runs without: Redis does not answer" in caplog.text
 
 
-def test_without_a_url_it_says_what_to_do_instead() -> None:
+def test_without_a_url_the_error_says_what_to_do_instead() -> None:
     with pytest.raises(RefusedError, match=r"REDIS_URL is not set.*let cron run: python -m chronos upkeep"):
         connect(Settings(redis_url=SecretStr("")))
 
 
 @pytest.mark.parametrize("url", ["localhost:6379", "redis://:hush/hush@localhost:6379/0", "http://:hush@h"])
-def test_a_url_that_is_none_is_not_repeated(url: str) -> None:
+def test_an_invalid_url_is_not_repeated_in_the_error(url: str) -> None:
     with pytest.raises(RefusedError, match="REDIS_URL cannot be read") as refused:
         connect(Settings(redis_url=SecretStr(url)))
     assert "hush" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""What a nightly job does: its attempts, its reports, and what stops it. Celery comes in test_worker.py."""
+"""What a nightly job does: its attempts, its reports, and what stops it. For Celery see test_worker.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.waiting import wait_until
 
 NIGHTLY = Message("a task", nightly=True)
 
-# The real function, behind a gate that the test opens.
+# The real function behind a gate that the test opens.
 GATE = """
 ALTER FUNCTION {function}(int) RENAME TO behind_the_gate_{function};
 CREATE TABLE IF NOT EXISTS gate (opened boolean);
@@ -61,7 +61,7 @@ ASLEEP = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datn
 
 @pytest.fixture
 def settings(database: str, redis_url: str, client: redis.Redis) -> Settings:
-    """Three days ahead, five days back, and a table of the days -2 to 0 with both functions."""
+    """Three days ahead, five days back, and a table with the days -2 to 0 and both functions."""
     migrate(database, -2, 0)
     return make_settings(database, redis_url)
 
@@ -103,19 +103,19 @@ def url_of(settings: Settings) -> str:
 
 
 def history(url: str, job: Job, table: str = "webhook_log") -> History:
-    """What the database has of a job and a table of the schema public."""
+    """The reports in the database for a job and a table in the schema public."""
     with connect_engine(make_url(url)).connect() as conn, transaction(conn):
         return reports.read(conn, TableSpec(table, schema="public"), [job.name])[job.name]
 
 
 def last(url: str, job: Job, table: str = "webhook_log") -> Report:
-    """Its last report, empty when there is none."""
+    """Its last report; empty if there is none."""
     return history(url, job, table).last
 
 
 @contextmanager
 def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
-    """The job, held up in the middle of its call while the block runs; its report comes afterwards."""
+    """Run the job, held in the middle of its call while the block runs; its report follows afterwards."""
     url = url_of(settings)
     query(url, GATE.format(function=job.function(WEBHOOK_LOG)))
     with ThreadPoolExecutor() as pool:
@@ -127,10 +127,10 @@ def gated(settings: Settings, job: Job) -> Iterator[Future[Report]]:
             query(url, "INSERT INTO gate VALUES (true)")
 
 
-# What was done
+# What the jobs do
 
 
-def test_the_days_ahead_are_made_and_reported(settings: Settings, client: redis.Redis) -> None:
+def test_the_days_ahead_are_created_and_reported(settings: Settings, client: redis.Redis) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     report = attempt(CREATE, settings, NIGHTLY, 1.0)
     made = names(url_of(settings), 1, 3)
@@ -147,7 +147,7 @@ def test_the_days_ahead_are_made_and_reported(settings: Settings, client: redis.
     assert client.get(CREATE.name) is None
 
 
-def test_the_expired_day_goes(settings: Settings, client: redis.Redis) -> None:
+def test_the_expired_day_is_dropped(settings: Settings, client: redis.Redis) -> None:
     add_days(url_of(settings), -7, -3)
     report = attempt(DROP, settings, NIGHTLY, 1.0)
     assert (report["status"], report["dropped"]) == ("done", names(url_of(settings), -7, -6))
@@ -155,7 +155,7 @@ def test_the_expired_day_goes(settings: Settings, client: redis.Redis) -> None:
     assert attempt(DROP, settings, Message("by hand"), 1.0)["dropped"] == []
 
 
-def test_while_a_migration_goes_back_nothing_is_dropped_and_the_night_is_done(settings: Settings) -> None:
+def test_during_a_rollback_nothing_is_dropped_and_the_job_is_done(settings: Settings) -> None:
     url = url_of(settings)
     add_days(url, -7, -3)
     query(url, "CREATE TABLE webhook_log_migration AS SELECT 'returning' AS phase, true AS verified")
@@ -184,7 +184,7 @@ def test_both_jobs_catch_up_in_small_transactions(settings: Settings) -> None:
 # Once a night
 
 
-def test_a_night_is_done_once_whatever_the_number_of_messages(
+def test_a_job_runs_once_a_night_however_many_messages_arrive(
     settings: Settings, client: redis.Redis
 ) -> None:
     attempt(CREATE, settings, NIGHTLY, 1.0)
@@ -197,13 +197,13 @@ def test_a_night_is_done_once_whatever_the_number_of_messages(
     assert (by_hand["status"], by_hand["created"]) == ("done", [])
 
 
-def test_the_night_before_does_not_count(settings: Settings, client: redis.Redis) -> None:
+def test_a_run_of_the_night_before_does_not_count(settings: Settings, client: redis.Redis) -> None:
     attempt(CREATE, settings, NIGHTLY, 1.0)
     query(url_of(settings), "UPDATE chronos_reports SET night = night - 1")
     assert attempt(CREATE, settings, Message("tonight", nightly=True), 1.0)["status"] == "done"
 
 
-def test_a_message_leaves_the_job_to_the_one_that_is_retrying(
+def test_a_message_leaves_the_job_to_another_that_is_retrying(
     settings: Settings, client: redis.Redis
 ) -> None:
     url = url_of(settings)
@@ -217,8 +217,8 @@ def test_a_message_leaves_the_job_to_the_one_that_is_retrying(
     assert attempt(CREATE, settings, same, 60.0)["status"] == "done"
 
 
-def test_a_dead_message_does_not_keep_the_night_to_itself(settings: Settings, client: redis.Redis) -> None:
-    """The one that was to try again never did: its worker is gone."""
+def test_a_message_that_died_does_not_block_the_night(settings: Settings, client: redis.Redis) -> None:
+    """The message that should have retried never did: its worker is gone."""
     with (
         holding(url_of(settings), "LOCK TABLE webhook_log IN SHARE UPDATE EXCLUSIVE MODE"),
         pytest.raises(TryAgainError),
@@ -227,7 +227,7 @@ def test_a_dead_message_does_not_keep_the_night_to_itself(settings: Settings, cl
     assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
 
 
-def test_a_foreign_lease_is_left_alone(settings: Settings, client: redis.Redis) -> None:
+def test_a_lease_of_another_holder_is_left_alone(settings: Settings, client: redis.Redis) -> None:
     client.set(DROP.name, "host=elsewhere pid=1 since=2026-01-01T00:00:00Z token=0", px=60_000)
     report = attempt(DROP, settings, NIGHTLY, 1.0)
     assert report == {
@@ -238,7 +238,7 @@ def test_a_foreign_lease_is_left_alone(settings: Settings, client: redis.Redis) 
     assert last(url_of(settings), DROP) == {}
 
 
-def test_of_two_at_once_one_runs(settings: Settings, client: redis.Redis) -> None:
+def test_of_two_concurrent_attempts_one_runs(settings: Settings, client: redis.Redis) -> None:
     with gated(settings, CREATE) as running:
         other = attempt(CREATE, settings, Message("the other", nightly=True), 1.0)
         assert other["status"] == "skipped"
@@ -249,7 +249,7 @@ def test_of_two_at_once_one_runs(settings: Settings, client: redis.Redis) -> Non
 # Not migrated
 
 
-def test_without_the_functions_it_is_skipped(
+def test_without_the_functions_the_job_is_skipped(
     database: str, redis_url: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = make_settings(database, redis_url)
@@ -271,14 +271,14 @@ def test_without_the_functions_it_is_skipped(
             [record] = [r for r in caplog.records if r.levelno >= logging.WARNING]
             assert record.levelno == logging.WARNING
             assert record.exc_info is None
-            assert not exists(database, "chronos_reports")  # nothing is put beside a plain table
+            assert not exists(database, "chronos_reports")  # nothing is created beside a plain table
 
 
 # Several tables
 
 
 class TwoTables(Settings):
-    """An hourly table called events comes first, with two days ahead and one day back."""
+    """First an hourly table called events, with two days ahead and one day back."""
 
     @property
     def tables(self) -> tuple[TableSpec, ...]:
@@ -316,15 +316,13 @@ def test_each_table_has_its_turn(two_tables: TwoTables) -> None:
     assert attempt(DROP, two_tables, NIGHTLY, 1.0)["dropped"] == [events.partition(old)]
 
 
-def test_a_table_that_is_not_migrated_does_not_keep_another_from_its_turn(two_tables: TwoTables) -> None:
+def test_a_table_that_is_not_migrated_does_not_block_the_others(two_tables: TwoTables) -> None:
     report = attempt(CREATE, two_tables, NIGHTLY, 1.0)
     assert (report["status"], report["created"]) == ("done", names(url_of(two_tables), 1, 3))
     assert "there is no table events" in report["reason"]
 
 
-def test_the_failure_of_one_table_does_not_keep_another_from_its_turn(
-    two_tables: TwoTables, client: redis.Redis
-) -> None:
+def test_a_failing_table_does_not_block_the_others(two_tables: TwoTables, client: redis.Redis) -> None:
     url = url_of(two_tables)
     create_events(url)
     [events, _] = two_tables.tables
@@ -336,7 +334,7 @@ def test_the_failure_of_one_table_does_not_keep_another_from_its_turn(
     assert last(url, CREATE)["created"] == names(url, 1, 3)
 
 
-def test_a_table_in_use_does_not_keep_another_from_its_turn(two_tables: TwoTables) -> None:
+def test_a_table_in_use_does_not_block_the_others(two_tables: TwoTables) -> None:
     url = url_of(two_tables)
     create_events(url)
     with (
@@ -348,7 +346,7 @@ def test_a_table_in_use_does_not_keep_another_from_its_turn(two_tables: TwoTable
     assert all(name.startswith("events_y") for name in stopped.value.report["contended"])
 
 
-# Somebody is in the way
+# Lock conflicts
 
 
 def test_a_reader_is_waited_for_and_named(
@@ -391,7 +389,7 @@ def test_what_could_not_be_created_is_named(settings: Settings) -> None:
     assert report["contended"] == names(url_of(settings), 1, 3)
 
 
-def test_a_caller_by_hand_is_given_way(settings: Settings) -> None:
+def test_the_job_gives_way_to_a_call_by_hand(settings: Settings) -> None:
     with (
         holding(url_of(settings), "SELECT create_future_webhook_log_partitions(1)"),
         pytest.raises(TryAgainError, match="another session is creating or dropping"),
@@ -402,7 +400,7 @@ def test_a_caller_by_hand_is_given_way(settings: Settings) -> None:
 # Failures
 
 
-def test_a_server_that_is_away_is_tried_again_and_then_it_fails(
+def test_an_unreachable_server_is_retried_and_then_the_job_fails(
     redis_url: str, client: redis.Redis, own_postgres: OwnPostgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = own_postgres()
@@ -427,7 +425,7 @@ def test_a_server_that_is_away_is_tried_again_and_then_it_fails(
     assert attempt(CREATE, settings, Message("another", nightly=True), 1.0)["status"] == "done"
 
 
-def test_a_server_that_goes_away_in_the_middle(redis_url: str, own_postgres: OwnPostgres) -> None:
+def test_a_server_that_stops_during_the_call_is_retried(redis_url: str, own_postgres: OwnPostgres) -> None:
     server = own_postgres()
     migrate(server.url, 0, 0)
     settings = make_settings(server.url, redis_url)
@@ -444,7 +442,7 @@ def test_a_server_that_goes_away_in_the_middle(redis_url: str, own_postgres: Own
     stopping.join()
 
 
-def test_what_waiting_does_not_mend_fails_at_once(settings: Settings, client: redis.Redis) -> None:
+def test_an_error_that_waiting_cannot_fix_fails_at_once(settings: Settings, client: redis.Redis) -> None:
     url = url_of(settings)
     query(url, f"CREATE VIEW {names(url, 2, 2)[0]} AS SELECT 1")
     with pytest.raises(JobFailedError, match=r"the name webhook_log_y\w+ is taken"):
@@ -464,7 +462,7 @@ def test_a_success_is_remembered_through_failures(settings: Settings, client: re
     assert history(url_of(settings), CREATE).succeeded == succeeded
 
 
-def test_without_a_database_url_it_fails(redis_url: str, client: redis.Redis) -> None:
+def test_without_a_database_url_the_job_fails(redis_url: str, client: redis.Redis) -> None:
     with pytest.raises(JobFailedError, match="DATABASE_URL is not set"):
         attempt(CREATE, Settings(database_url=None, redis_url=SecretStr(redis_url)), NIGHTLY, 1.0)
 
@@ -472,7 +470,7 @@ def test_without_a_database_url_it_fails(redis_url: str, client: redis.Redis) ->
 # The lease
 
 
-def test_a_lease_lost_in_the_middle_stops_nothing_and_is_not_touched(
+def test_a_lease_lost_during_the_call_stops_nothing_and_is_not_touched(
     settings: Settings, client: redis.Redis
 ) -> None:
     more = make_settings(url_of(settings), settings.redis_url.get_secret_value(), ahead=20)
@@ -482,10 +480,8 @@ def test_a_lease_lost_in_the_middle_stops_nothing_and_is_not_touched(
     assert client.get(CREATE.name) == "somebody else"
 
 
-def test_without_an_answer_from_redis_the_night_is_done_all_the_same(
-    database: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """PostgreSQL's own lock guards the table, and the database remembers the night."""
+def test_the_job_runs_when_redis_does_not_answer(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A PostgreSQL lock guards the table, and the database remembers the night."""
     migrate(database, 0, 0)
     with EmbeddedRedis() as server:
         settings = make_settings(database, server.url)
@@ -517,7 +513,9 @@ def test_without_an_answer_from_redis_the_night_is_done_all_the_same(
         ("Europe/Madrid", DROP, "2026-10-25T01:30:00", "2026-10-25T00:00", "2026-10-26T01:00"),
     ],
 )
-def test_when_a_job_is_due(zone: str, job: Job, now: str, last: str, following: str) -> None:
+def test_last_and_next_due_times_follow_the_time_zone(
+    zone: str, job: Job, now: str, last: str, following: str
+) -> None:
     settings = Settings(beat_timezone=zone)
     at = datetime.fromisoformat(f"{now}+00:00")
     assert last_due(job, settings, at) == datetime.fromisoformat(f"{last}+00:00")

@@ -1,4 +1,4 @@
-"""Roles that may do what they must and no more: the owner of a table, a worker for the nightly upkeep."""
+"""Roles with the least privileges they need: the owner of a table, a worker for the nightly upkeep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 
 @dataclass(frozen=True)
 class Roles:
-    """A database by three of its roles; the table is app.webhook_log, and webhook_log is found in app."""
+    """URLs of a database for three roles; the table is app.webhook_log, and app is on their search path."""
 
     superuser: str
     owner: str
@@ -32,8 +32,8 @@ class Roles:
     names: tuple[str, str, str]
 
 
-# What stands around a table in a production database: privileges by default, an event trigger, row security
-# that binds the owner as well, a view.
+# What surrounds a table in a production database: default privileges, an event trigger, row security that
+# applies to the owner too, a view.
 _AROUND = """
 CREATE ROLE {owner} LOGIN PASSWORD 'x' BYPASSRLS;
 CREATE ROLE {worker} LOGIN PASSWORD 'x';
@@ -75,13 +75,13 @@ def roles(make_database: MakeDatabase) -> Iterator[Roles]:
 
     yield Roles(superuser, by(owner), by(worker), names)
     query(superuser, "DROP EVENT TRIGGER kept")
-    for name in names:  # one at a time: a default privilege is of two of them
+    for name in names:  # one at a time: a default privilege involves two of them
         query(superuser, f"DROP OWNED BY {name} CASCADE")
     query(superuser, f"DROP ROLE {', '.join(names)}")
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
+def test_an_owner_without_superuser_can_migrate_roll_back_and_finalize(
     roles: Roles, pg_bin: Path, strategy: str
 ) -> None:
     before = dump(roles.superuser, pg_bin)
@@ -98,13 +98,13 @@ def test_an_owner_without_superuser_goes_there_and_back_and_to_the_end(
         roles.names[2],
     )
     kept = "webhook_log_old" if strategy == "copy" else "webhook_log_history"
-    assert given == [("latest",), ("webhook_log",), (kept,)]  # no partition, and nothing of chronos' own
+    assert given == [("latest",), ("webhook_log",), (kept,)]  # no partition, and nothing of chronos
     assert value(roles.owner, "SELECT count(*) FROM app.webhook_log") == 100
     result = chronos(roles.owner, "finalize", "app.webhook_log", "--yes")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
+def test_an_owner_without_superuser_can_use_grace_days(
     roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     listed = tmp_path / "chronos.toml"
@@ -123,7 +123,7 @@ def test_an_owner_without_superuser_has_grace_days_installed_and_obeyed(
     assert "grace_days" not in chronos(roles.owner, "status").stdout
 
 
-def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) -> None:
+def test_a_lock_holder_whose_query_is_hidden_is_named_by_its_pid(roles: Roles) -> None:
     with holding(roles.superuser, "SELECT FROM app.webhook_log LIMIT 1") as other:
         run = Run(roles.owner, "migrate", "app.webhook_log", "--yes")
         pid = other.info.backend_pid
@@ -135,13 +135,13 @@ def test_a_holder_whose_query_may_not_be_seen_is_named_by_its_pid(roles: Roles) 
     assert "pg_monitor" in named
 
 
-def test_a_worker_that_may_only_call_the_functions_does_the_nightly_upkeep(
+def test_a_worker_that_can_only_call_the_functions_does_the_nightly_upkeep(
     roles: Roles, redis_url: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert chronos(roles.owner, "migrate", "app.webhook_log", "--yes").returncode == 0
     create, drop = TableSpec("webhook_log").functions
     query(roles.owner, f"GRANT EXECUTE ON FUNCTION app.{create}, app.{drop} TO {roles.names[1]}")
-    # An upgrade keeps what was granted.
+    # An upgrade keeps the grants.
     assert chronos(roles.owner, "upgrade-functions", "app.webhook_log").returncode == 0
     listed = tmp_path / "chronos.toml"
     spec = TableSpec("webhook_log", retention_days=2, ahead_days=35, schema="app")
@@ -163,7 +163,7 @@ def test_a_worker_that_may_only_call_the_functions_does_the_nightly_upkeep(
         cur.execute("SELECT FROM app.webhook_log")
 
 
-def test_a_worker_is_told_what_it_lacks_to_keep_its_reports_and_the_grant_is_enough(
+def test_a_worker_is_told_which_grant_its_reports_need_and_that_is_enough(
     roles: Roles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     listed = tmp_path / "chronos.toml"

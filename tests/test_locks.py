@@ -1,4 +1,4 @@
-"""Attempts at strong locks: how long each may wait, and what is said about whoever is in the way."""
+"""Attempts at strong locks: how long each may wait, and what is said about the sessions in the way."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_attempts_wait_longer_only_when_short_ones_fail_for_long() -> None:
 
 
 @pytest.mark.parametrize("longest_s", [0.05, 0.1])
-def test_attempts_do_not_grow_beyond_the_longest(longest_s: float) -> None:
+def test_attempts_never_wait_longer_than_the_limit(longest_s: float) -> None:
     patience = Patience(longest_s=longest_s)
     assert {patience.wait_s(attempt) for attempt in range(1, 100)} == {longest_s}
 
 
-def test_pauses_double_up_to_the_longest_and_are_jittered() -> None:
+def test_pauses_double_up_to_a_limit_and_are_jittered() -> None:
     patience = Patience(first_pause_s=0.1, longest_pause_s=5.0)
     for attempt, ceiling in [(1, 0.1), (2, 0.2), (3, 0.4), (6, 3.2), (7, 5.0), (1_000, 5.0)]:
         pauses = {patience.pause_s(attempt) for _ in range(50)}
@@ -48,7 +48,7 @@ def lock_held(locks: Locks, conn: Connection) -> None:
 
 
 def held_messages(url: str, attempts: int = 3) -> list[str]:
-    """What is said when ``held`` cannot be locked; the last message is that of the error."""
+    """What is said when ``held`` cannot be locked; the last message is the error's."""
     messages: list[str] = []
     locks = Locks(
         Patience(shortest_s=0.02, attempts=attempts, sleep=lambda seconds: None),
@@ -57,14 +57,14 @@ def held_messages(url: str, attempts: int = 3) -> list[str]:
     with connect_engine(make_url(url)).connect() as conn:
         with pytest.raises(LockUnavailableError) as raised:
             lock_held(locks, conn)
-        # Nothing of ours is left behind, and the connection can be used.
+        # No lock is left behind, and the connection is usable.
         with transaction(conn):
             assert lock_holders(conn, [("public", "other")]) == []
     assert len(messages) == attempts - 1
     return [*messages, str(raised.value)]
 
 
-def test_the_message_names_the_session_and_what_would_end_it(database: str) -> None:
+def test_the_message_names_the_session_and_the_command_that_ends_it(database: str) -> None:
     query(database, HELD)
     with connected(database, autocommit=False) as reader, reader.cursor() as cursor:
         cursor.execute("SET application_name = 'nightly report'")
@@ -83,7 +83,7 @@ def test_the_message_names_the_session_and_what_would_end_it(database: str) -> N
     assert messages[-1].endswith("(3 attempts)")
 
 
-def test_the_message_tells_the_terminal_nothing_that_a_query_says(database: str) -> None:
+def test_control_characters_of_a_query_do_not_reach_the_terminal(database: str) -> None:
     query(database, HELD)
     with holding(database, "SELECT /* \x1b[2J\x07\r\x9b2J */ FROM held"):
         [message] = held_messages(database, attempts=1)
@@ -103,11 +103,11 @@ def test_the_message_names_a_prepared_transaction(database: str) -> None:
         assert f"prepared transaction '{gid}', open for " in message
         assert f"{remedy} would end it" in message
     finally:
-        query(database, remedy)  # which works as it was printed
+        query(database, remedy)  # works as printed
 
 
-def test_the_message_quotes_no_value_whose_end_was_cut_off(database: str) -> None:
-    """The server keeps the first kilobyte of a query."""
+def test_the_message_quotes_no_truncated_value(database: str) -> None:
+    """The server keeps only the first kilobyte of a query."""
     query(database, HELD)
     with connected(database, autocommit=False) as reader, reader.cursor() as cursor:
         cursor.execute(f"SELECT FROM held WHERE 'secret {'x' * 2_000}' <> ''")
@@ -116,7 +116,7 @@ def test_the_message_quotes_no_value_whose_end_was_cut_off(database: str) -> Non
     assert "query: SELECT FROM held WHERE '...';" in message
 
 
-def test_the_oldest_three_are_named(database: str) -> None:
+def test_the_three_oldest_sessions_are_named(database: str) -> None:
     query(database, HELD)
     with ExitStack() as stack:
         pids = [

@@ -1,4 +1,4 @@
-"""A real subscriber: whatever happens to the table, it gets each row once, and every change of it."""
+"""A real subscriber: whatever happens to the table, it gets each row once, and every change to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.waiting import wait_until
 
 @contextmanager
 def subscribed(publisher: str, subscriber: str, publication: str) -> Iterator[None]:
-    """The subscriber's tables follow the publisher's, in two databases of one server."""
+    """A subscriber whose tables follow the publisher's, in two databases on one server."""
     url = make_url(publisher)
     slot = f"chronos_{url.database}"
     query(publisher, "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", slot)
@@ -46,16 +46,16 @@ def subscribed(publisher: str, subscriber: str, publication: str) -> Iterator[No
 
 
 def follows(table: Live, subscriber: str) -> None:
-    """The subscriber comes to have what the application's model has, no row twice and none missing."""
+    """Wait until the subscriber has what the application's model has, no row twice and none missing."""
     wait_until(
         lambda: not table.application.compare(subscriber),
         60,
-        "the subscriber has it all",
+        "the subscriber has every row",
     )
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_a_subscriber_of_a_publication_by_table_goes_on_undisturbed_there_and_back(
+def test_a_subscriber_of_a_publication_by_table_follows_migration_and_rollback(
     make_database: MakeDatabase, strategy: str
 ) -> None:
     publisher, subscriber = make_database(), make_database()
@@ -80,7 +80,7 @@ def test_a_subscriber_of_a_publication_by_table_goes_on_undisturbed_there_and_ba
             follows(table, subscriber)
 
 
-def test_a_publication_that_would_send_rows_of_partitions_is_refused_where_somebody_subscribes(
+def test_a_subscribed_publication_that_would_send_rows_of_partitions_is_refused(
     make_database: MakeDatabase,
 ) -> None:
     publisher, subscriber = make_database(), make_database()

@@ -1,4 +1,4 @@
-"""`status --prometheus`: what the file says, and that the rules and the dashboard ask for nothing else."""
+"""`status --prometheus`: what the file says, and that the rules and the dashboard use nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def asked_for(text: str) -> set[str]:
     return set(re.findall(r"\bchronos_\w+", text))
 
 
-def test_the_file_says_what_status_says_and_the_deployed_rules_ask_for_nothing_else(
+def test_the_file_matches_status_and_the_deployed_rules_use_only_its_metrics(
     database: str, tmp_path: Path
 ) -> None:
     migrate(database, -6, 0)
@@ -88,11 +88,11 @@ def test_the_file_says_what_status_says_and_the_deployed_rules_ask_for_nothing_e
         assert any(re.search(rf"{re.escape(name)} {bound}$", expression) for expression in expressions), name
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert asked_for(json.dumps(targets)) == written  # it shows all there is
+    assert asked_for(json.dumps(targets)) == written  # it shows every metric
     assert asked_for(json.dumps(dashboard["templating"])) <= written
 
 
-def test_the_file_of_a_database_that_does_not_answer_says_so_and_nothing_of_its_tables(
+def test_the_file_of_an_unreachable_database_says_only_that(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "chronos.prom"
@@ -102,8 +102,8 @@ def test_the_file_of_a_database_that_does_not_answer_says_so_and_nothing_of_its_
     assert parsed(file)["chronos_database_up", ()] == 0
 
 
-def test_the_file_is_exchanged_whole_and_is_one_that_others_may_read(database: str, tmp_path: Path) -> None:
-    """Whoever has the old file open reads that to its end."""
+def test_the_file_is_replaced_atomically_and_readable_by_others(database: str, tmp_path: Path) -> None:
+    """A reader that has the old file open can read it to the end."""
     migrate(database, 0, 3)
     file = tmp_path / "chronos.prom"
     file.write_text("chronos_of_old 1\n")
@@ -115,7 +115,7 @@ def test_the_file_is_exchanged_whole_and_is_one_that_others_may_read(database: s
     assert stat.S_IMODE(file.stat().st_mode) & 0o044
 
 
-def test_a_file_that_cannot_be_written_is_refused_and_named(database: str, tmp_path: Path) -> None:
+def test_an_unwritable_file_is_refused_and_named(database: str, tmp_path: Path) -> None:
     migrate(database, 0, 3)
     file = tmp_path / "no such folder" / "chronos.prom"
     done = chronos(database, "status", "--prometheus", str(file), env=CRON)

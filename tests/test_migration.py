@@ -1,4 +1,4 @@
-"""The migration through its command line: what it prints, what it leaves, what it refuses."""
+"""The migration through its command line: what it prints, what it leaves behind, what it refuses."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def fill(
 
 
 def window(url: str) -> str:
-    """The condition that the rows of the window meet, from the persisted cutoff."""
+    """The condition for the rows of the window, from the stored cutoff."""
     cutoff = planned(url, "cutoff").astimezone(UTC).replace(tzinfo=None)
     return f"extract(epoch FROM timestamp) >= extract(epoch FROM timestamp '{cutoff}')"
 
 
 def state(url: str) -> tuple[str, bool] | None:
-    """The phase of the migration, and whether what was noted was compared after the swap."""
+    """The phase of the migration, and whether the noted rows were compared after the swap."""
     if not exists(url, "webhook_log_migration"):
         return None
     [[phase, verified]] = query(url, "SELECT phase, verified FROM webhook_log_migration")
@@ -92,7 +92,7 @@ CROSS JOIN LATERAL (
 
 
 def add_awkward_rows(url: str, timestamp_type: TimestampType) -> None:
-    """5,000 rows on one instant, rows on each midnight and just before it, 5 MB of JSON, a day far ahead."""
+    """5,000 rows at one instant, rows at each midnight and just before it, 5 MB of JSON, a day far ahead."""
     utc = "utc" if timestamp_type == "timestamp" else "utc AT TIME ZONE 'UTC'"
     query(url, AWKWARD_ROWS.format(utc_as_column=utc))
 
@@ -101,7 +101,7 @@ def add_awkward_rows(url: str, timestamp_type: TimestampType) -> None:
     ("timestamp_type", "timezone"),
     [("timestamptz", "Asia/Kolkata"), ("timestamp", "America/New_York"), ("timestamptz", None)],
 )
-def test_live_table_with_awkward_rows(
+def test_a_live_table_with_awkward_rows_is_migrated_whole(
     make_database: MakeDatabase, tmp_path: Path, timestamp_type: TimestampType, timezone: str | None
 ) -> None:
     url = make_database(timezone)
@@ -113,7 +113,7 @@ def test_live_table_with_awkward_rows(
         wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
         result = chronos(url, "migrate", "--report", str(report_file), answer="MIGRATE\n")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert_nothing_lost(url, writer)
@@ -129,7 +129,7 @@ def test_live_table_with_awkward_rows(
     assert [step["step"] for step in report["steps"]] == [1, 2, 3, 4, 5, 6]
     assert (report["table"], report["strategy"]) == ("public.webhook_log", "copy")
     assert report["happened"]["wal_bytes"] > 0
-    # Each bound is a UTC midnight, whatever the server's zone.
+    # Each bound is a UTC midnight, whatever the server's time zone.
     with connected(url) as conn, conn.cursor() as cursor:
         cursor.execute("SET timezone = 'UTC'")
         cursor.execute(
@@ -141,7 +141,7 @@ def test_live_table_with_awkward_rows(
             assert f"FROM ('{year}-{month}-{day} 00:00:00" in bound
 
 
-def test_prints_what_the_guide_shows(database: str) -> None:
+def test_migrate_prints_what_the_guide_shows(database: str) -> None:
     fill(database)
 
     result = chronos(database, "migrate", "--yes")
@@ -201,7 +201,7 @@ def test_prints_what_the_guide_shows(database: str) -> None:
     assert (today - first).days == 15
 
 
-def test_keeps_names_constraints_and_sequence(database: str) -> None:
+def test_migrate_keeps_names_constraints_and_sequence(database: str) -> None:
     fill(database)
     shape = (
         "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,"
@@ -229,7 +229,7 @@ def test_keeps_names_constraints_and_sequence(database: str) -> None:
     assert value(
         database, "SELECT bool_and(indisvalid) FROM pg_index WHERE indrelid = 'webhook_log'::regclass"
     )
-    # The parent's foreign key has adopted each partition's; none is left that stands alone.
+    # The parent's foreign key has adopted each partition's; none stands alone.
     assert (
         value(
             database,
@@ -261,7 +261,7 @@ def test_retention_of_ninety_days_copies_ninety_days(database: str) -> None:
 
 
 @pytest.mark.parametrize("rows_are", ["none", "all too old"])
-def test_nothing_to_copy(database: str, rows_are: str) -> None:
+def test_a_table_with_nothing_to_copy_is_migrated(database: str, rows_are: str) -> None:
     fill(database, 0)
     if rows_are == "all too old":
         query(
@@ -325,7 +325,7 @@ CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()
 """
 
 
-# How to make each step fail, for real.
+# Ways to make each step really fail.
 @pytest.mark.parametrize(
     ("step", "conflict"),
     [
@@ -348,7 +348,7 @@ CREATE EVENT TRIGGER refuse ON ddl_command_start EXECUTE FUNCTION refuse()
         (6, REFUSE.format(pattern="'%RENAME TO \"webhook_log_old\"%'")),
     ],
 )
-def test_a_failing_step_puts_everything_back(database: str, step: int, conflict: str) -> None:
+def test_a_failing_step_is_rolled_back(database: str, step: int, conflict: str) -> None:
     fill(database)
     query(database, conflict)
     before = relations(database)
@@ -357,7 +357,7 @@ def test_a_failing_step_puts_everything_back(database: str, step: int, conflict:
         wait_until(lambda: len(writer.commits) > 20, 20, "the writer writes")
         result = chronos(database, "migrate", "--yes")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"step {step} " in result.stderr
@@ -366,8 +366,8 @@ def test_a_failing_step_puts_everything_back(database: str, step: int, conflict:
     assert_plain_again(database, before, writer)
 
 
-def test_a_disk_that_fills_up_in_the_copy_puts_everything_back_and_names_the_way_out(database: str) -> None:
-    """The server is made to say so: no test can fill a disk that others use."""
+def test_a_full_disk_during_the_copy_is_rolled_back_with_a_remedy(database: str) -> None:
+    """The server is made to raise the error: no test can fill a disk that others use."""
     fill(database)
     query(
         database,
@@ -391,7 +391,7 @@ def test_a_disk_that_fills_up_in_the_copy_puts_everything_back_and_names_the_way
     assert (relations(database), digest(database)) == (before, rows)
 
 
-def test_the_model_is_found_by_both_parts_of_its_key(database: str) -> None:
+def test_the_model_is_looked_up_by_both_parts_of_its_key(database: str) -> None:
     fill(database, 100)
     assert chronos(database, "migrate", "--yes").returncode == 0
     with Session(connect_engine(make_url(database))) as session:
@@ -403,8 +403,8 @@ def test_the_model_is_found_by_both_parts_of_its_key(database: str) -> None:
             session.get(WebhookLog, row.id)
 
 
-def test_a_backend_killed_in_the_copy_keeps_what_is_copied(database: str) -> None:
-    """A lost connection costs nobody the hours that a copy took."""
+def test_a_backend_killed_during_the_copy_keeps_what_is_copied(database: str) -> None:
+    """A lost connection does not cost the hours that a copy took."""
     fill(database)
     before = {*relations(database), ("function", "passes_gate(bigint)"), ("function", "at_the_gate()")}
     with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
@@ -423,7 +423,7 @@ def test_a_backend_killed_in_the_copy_keeps_what_is_copied(database: str) -> Non
 
 
 def test_a_backend_killed_while_it_waits_for_the_swap_keeps_the_copy(database: str) -> None:
-    """What is copied and compared is not thrown away because a connection was lost."""
+    """What is copied and compared is not discarded because a connection was lost."""
     fill(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
         with (
@@ -439,13 +439,13 @@ def test_a_backend_killed_while_it_waits_for_the_swap_keeps_the_copy(database: s
         resumed = chronos(database, "migrate", "--yes", "--resume")
         assert resumed.returncode == 0, resumed.stderr
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
     assert writer.errors == []
     assert state(database) == ("migrated", True)
 
 
 def waiting_for_the_swap(url: str) -> int:
-    """The pid of the session that waits for ACCESS EXCLUSIVE on the table in use, to swap."""
+    """The pid of the session that waits for ACCESS EXCLUSIVE on the table in use, for the swap."""
     [[pid]] = wait_until(
         lambda: query(
             url,
@@ -460,7 +460,7 @@ def waiting_for_the_swap(url: str) -> int:
 
 
 class Stopped(NamedTuple):
-    """A running migration that waits at a gate, and how to let it go on."""
+    """A running migration that waits at a gate, and how to release it."""
 
     process: subprocess.Popen[str]
     release: Callable[[], None]
@@ -468,7 +468,7 @@ class Stopped(NamedTuple):
 
 @contextmanager
 def stopped_in_the_copy(url: str, *options: str) -> Iterator[Stopped]:
-    """A migration that has copied the newer days, and stands before a row of an older one."""
+    """A migration that has copied the newer days and waits before a row of an older one."""
     gate_in_the_copy(url)
     small = ("--workers", "1", "--batch-size", "50")
     with closed_gate(url) as release, started(url, "migrate", "--yes", *small, *options) as process:
@@ -477,7 +477,7 @@ def stopped_in_the_copy(url: str, *options: str) -> Iterator[Stopped]:
 
 
 def assert_nothing_lost(url: str, writer: LiveWriter) -> None:
-    """Every commit that the writer was told of is there once, and it met no error."""
+    """Every commit acknowledged to the writer is there once, and it got no error."""
     assert writer.errors == []
     with create_engine(url, poolclass=NullPool).connect() as conn:
         presence = writer.check(conn)
@@ -485,7 +485,7 @@ def assert_nothing_lost(url: str, writer: LiveWriter) -> None:
 
 
 def assert_plain_again(url: str, before: set[tuple[str, str]], writer: LiveWriter) -> None:
-    """The table, its rows and the writer's are as if nobody had tried."""
+    """The table, its rows and the writer's are as if no migration had been tried."""
     assert relations(url) == before
     assert_nothing_lost(url, writer)
     ids = [row[0] for row in query(url, "SELECT id FROM webhook_log")]
@@ -493,8 +493,8 @@ def assert_plain_again(url: str, before: set[tuple[str, str]], writer: LiveWrite
     assert value(url, "SELECT pg_get_serial_sequence('webhook_log', 'id')") == "public.webhook_log_id_seq"
 
 
-def test_a_reader_of_the_output_who_leaves_ends_nothing(database: str) -> None:
-    """As under ``| head``: what was begun is brought to its end."""
+def test_a_closed_output_pipe_does_not_stop_the_migration(database: str) -> None:
+    """As with ``| head``: a migration that has begun runs to its end."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
         assert migration.process.stdout is not None
@@ -504,15 +504,15 @@ def test_a_reader_of_the_output_who_leaves_ends_nothing(database: str) -> None:
     assert state(database) == ("migrated", True)
 
 
-def test_a_cancelled_round_loses_and_doubles_nothing(database: str) -> None:
-    """By an administrator, or by a statement_timeout of the role: the round is tried again."""
+def test_a_cancelled_round_neither_loses_nor_duplicates_rows(database: str) -> None:
+    """By an administrator, or by a statement_timeout of the role: the round is retried."""
     fill(database)
     at_it = "SELECT query_start FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
     with stopped_in_the_copy(database) as migration:
         pid = pid_at_the_gate(database)
         first = query(database, at_it, pid)
         query(database, "SELECT pg_cancel_backend(%s)", pid)
-        wait_until(lambda: query(database, at_it, pid) not in ([], first), 20, "the round is tried again")
+        wait_until(lambda: query(database, at_it, pid) not in ([], first), 20, "the round is retried")
         migration.release()
         output, errors = migration.process.communicate(timeout=60)
 
@@ -546,8 +546,8 @@ def _has_committed(writer: LiveWriter, enough: int) -> bool:
     ],
     ids=["isolation", "messages", "log", "search path"],
 )
-def test_whatever_the_database_has_as_its_defaults(database: str, setting: str) -> None:
-    """There and back, the application writing; a check may call functions by their bare names."""
+def test_migrate_and_rollback_work_with_any_database_defaults(database: str, setting: str) -> None:
+    """The application writes meanwhile; a check constraint may call functions by unqualified names."""
     fill(database)
     query(database, setting.format(make_url(database).database))
 
@@ -564,8 +564,8 @@ def test_whatever_the_database_has_as_its_defaults(database: str, setting: str) 
 
 
 @pytest.mark.parametrize("precision", [0, 3])
-def test_coarse_timestamps(database: str, precision: int) -> None:
-    """A day begins with the rows at its midnight, whatever fraction of a second the column can hold."""
+def test_coarse_timestamps_fall_into_the_right_day(database: str, precision: int) -> None:
+    """A day starts with the rows at its midnight, whatever the precision of the column."""
     fill(database)
     add_awkward_rows(database, "timestamptz")
     query(database, f"ALTER TABLE webhook_log ALTER timestamp TYPE timestamptz({precision})")
@@ -576,8 +576,8 @@ def test_coarse_timestamps(database: str, precision: int) -> None:
     assert digest(database, "webhook_log_old", window(database)) == digest(database)
 
 
-def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
-    """As under ``2>&1 | tee``, whose end comes first."""
+def test_a_stop_works_when_the_output_is_closed(database: str) -> None:
+    """As with ``2>&1 | tee`` when tee ends first."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
         assert migration.process.stdout is not None
@@ -591,8 +591,8 @@ def test_a_stop_that_nobody_can_be_told_of_is_one(database: str) -> None:
     assert chronos(database, "migrate", "--yes", "--resume").returncode == 0
 
 
-def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Path) -> None:
-    """As on a disk that runs full: the file takes the first lines and no more."""
+def test_unwritable_output_does_not_stop_the_migration(database: str, tmp_path: Path) -> None:
+    """As on a full disk: the file takes the first lines and no more."""
     fill(database)
     command = 'ulimit -f 2; exec "$0" -m chronos migrate --yes > "$1"'
     migration = subprocess.run(
@@ -608,10 +608,10 @@ def test_output_that_cannot_be_written_ends_nothing(database: str, tmp_path: Pat
     assert state(database) == ("migrated", True)
 
 
-def test_a_migration_that_was_complete_is_not_undone(
+def test_a_completed_migration_is_not_undone_by_a_lost_connection(
     database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last commit made, and the connection lost before we were told."""
+    """Its last commit succeeded, and the connection was lost before the answer came."""
     fill(database)
     refresh = Migration.refresh
 
@@ -632,8 +632,8 @@ def test_a_migration_that_was_complete_is_not_undone(
     assert state(database) == ("migrated", True)
 
 
-def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
-    """It would hold a lock that the migration needs; afterwards it may do as before."""
+def test_autovacuum_is_off_until_the_partitions_are_in_place(database: str) -> None:
+    """It would hold a lock that the migration needs; afterwards it is allowed again."""
     fill(database)
     kept_away = (
         "SELECT count(*) FROM pg_class"
@@ -647,8 +647,8 @@ def test_autovacuum_stays_away_until_all_is_in_place(database: str) -> None:
     assert value(database, kept_away) == 0
 
 
-def test_a_mismatch_names_the_period(database: str) -> None:
-    """A row that was changed in its copy, before this is compared, is found, by its day."""
+def test_a_mismatch_is_reported_with_its_period(database: str) -> None:
+    """A row whose copy was changed before the comparison is found and reported with its day."""
     fill(database)
     with stopped_in_the_copy(database) as migration:
         [[leaf]] = wait_until(
@@ -677,8 +677,8 @@ def test_a_mismatch_names_the_period(database: str) -> None:
 
 
 @pytest.mark.parametrize("then", ["go on", "stop and resume", "stop and roll back"])
-def test_what_the_application_does_to_todays_copied_rows_holds(database: str, then: str) -> None:
-    """Changed, moved and deleted while other days are copied: so it stays, on whichever way it ends."""
+def test_changes_to_rows_already_copied_are_kept(database: str, then: str) -> None:
+    """Rows changed, moved and deleted while other days are copied stay so, however the migration ends."""
     fill(database)
     with stopped_in_the_copy(database) as migration:  # newest day first: today's rows are copied
         today = planned(database, "started_at").astimezone(UTC).date()
@@ -708,7 +708,7 @@ def test_what_the_application_does_to_todays_copied_rows_holds(database: str, th
     assert rows == ids
 
 
-def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
+def test_a_long_reader_is_named_and_blocks_nobody(database: str) -> None:
     fill(database, 100)
     with (
         LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer,
@@ -727,7 +727,7 @@ def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
             if len(attempts) == 3:
                 break
         assert all(f"pid {reader.get_backend_pid()}" in line for line in attempts)
-        # No attempt stands in the queue for longer than its lock_timeout.
+        # No attempt waits in the lock queue for longer than its lock_timeout.
         assert value(
             database,
             "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - waitstart)), 0) < 1 FROM pg_locks"
@@ -739,8 +739,8 @@ def test_a_long_reader_is_named_and_stops_nobody(database: str) -> None:
     assert_nothing_lost(database, writer)
 
 
-def test_held_before_the_swap(database: str) -> None:
-    """Prepared at noon, swapped at night: what piles up is replayed whenever that is asked for."""
+def test_held_before_the_swap_later_writes_are_replayed(database: str) -> None:
+    """Prepared at noon, swapped at night: what piles up is replayed on request."""
     fill(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
         held = chronos(database, "migrate", "--yes", "--hold")
@@ -766,7 +766,7 @@ def test_held_before_the_swap(database: str) -> None:
         assert "[Step 6/6]" in resumed.stdout
         assert state(database) == ("migrated", True)
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
     assert_nothing_lost(database, writer)
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id <= %s AND id %% 10 = 1", ROWS) == 0
     assert digest(database, "webhook_log_old", window(database)) == digest(
@@ -774,7 +774,7 @@ def test_held_before_the_swap(database: str) -> None:
     )
 
 
-def test_a_held_migration_is_undone_like_any_other(database: str) -> None:
+def test_a_held_migration_can_be_rolled_back(database: str) -> None:
     fill(database)
     before = relations(database), digest(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -790,11 +790,11 @@ def test_a_held_migration_is_undone_like_any_other(database: str) -> None:
 
 @pytest.mark.parametrize("when", ["during the copy", "while it is held", "while the swap waits"])
 def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str) -> None:
-    """There is nothing left to migrate, and what was copied must not come back."""
+    """Nothing is left to migrate, and what was copied must not come back."""
     fill(database)
     if when == "during the copy":
         with stopped_in_the_copy(database) as migration:
-            # TRUNCATE itself waits for the batch that is under way.
+            # TRUNCATE itself waits for the running batch.
             with connected(database) as conn, conn.cursor() as cursor:
                 pid = conn.get_backend_pid()
                 truncating = threading.Thread(
@@ -821,7 +821,7 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
         code, output, errors = result.returncode, result.stdout, result.stderr
     else:
         with ExitStack() as reader:
-            # It waits for this old snapshot, which has no lock on the table.
+            # The swap waits for this old snapshot, which holds no lock on the table.
             reader.enter_context(connected_repeatable(database))
             process = reader.enter_context(started(database, "migrate", "--yes"))
             assert process.stdout is not None
@@ -843,7 +843,7 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
 
 @contextmanager
 def connected_repeatable(url: str) -> Iterator[connection]:
-    """A transaction whose snapshot is as old as it, with no lock on any table of the application."""
+    """A transaction with a snapshot from its start, and no lock on any table of the application."""
     with connected(url, autocommit=False) as conn:
         conn.set_session(isolation_level="REPEATABLE READ")
         with conn.cursor() as cursor:
@@ -854,7 +854,7 @@ def connected_repeatable(url: str) -> Iterator[connection]:
 
 
 @pytest.mark.parametrize("verb", ["migrate", "rollback"])
-def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, verb: str) -> None:
+def test_an_old_snapshot_delays_the_swap_and_misses_no_row(database: str, verb: str) -> None:
     fill(database)
     if verb == "rollback":
         assert chronos(database, "migrate", "--yes").returncode == 0
@@ -867,7 +867,7 @@ def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, ve
         pid = reader.get_backend_pid()
         assert f"pid {pid} (nightly report)" in waiting
         assert f"SELECT pg_terminate_backend({pid}) would end it" in waiting
-        # Nobody stands behind us meanwhile.
+        # No session queues behind us meanwhile.
         written = query(
             database,
             "SET lock_timeout = '2s'; INSERT INTO webhook_log (status, timestamp)"
@@ -884,8 +884,8 @@ def test_an_old_snapshot_holds_the_swap_back_and_misses_no_row(database: str, ve
 
 
 @pytest.mark.parametrize("end", ["killed", "cut off"])
-def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> None:
-    """The partitioned table is in use by then, and complete; --resume compares what is left to compare."""
+def test_a_run_that_ends_before_the_last_comparison_is_resumed(database: str, end: str) -> None:
+    """The partitioned table is in use by then, and complete; --resume makes the remaining comparisons."""
     fill(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
     gate_before_the_last_word(database)
@@ -918,8 +918,8 @@ def test_between_the_swap_and_the_last_comparison(database: str, end: str) -> No
     assert chronos(database, "finalize", "--yes").returncode == 0
 
 
-def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
-    """A row of the new table that was replayed is changed there behind its back: it is found, and undone."""
+def test_a_difference_after_the_swap_causes_a_rollback(database: str) -> None:
+    """A replayed row is changed by hand in the new table: it is found, and the swap is undone."""
     fill(database)
     before = relations(database)
     assert chronos(database, "migrate", "--yes", "--hold").returncode == 0
@@ -930,7 +930,7 @@ def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
     with LiveWriter(database, threads=2, rate=200, past_share=0.2) as writer:
         result = chronos(database, "migrate", "--yes", "--resume")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 1, result.stdout + result.stderr
     assert "step 6 " in result.stderr
@@ -941,7 +941,7 @@ def test_a_difference_after_the_swap_takes_the_way_back(database: str) -> None:
     assert value(database, "SELECT count(*) FROM webhook_log WHERE status = 'noted'") == 10
 
 
-def test_models_before_and_after(database: str) -> None:
+def test_models_work_before_and_after_the_migration(database: str) -> None:
     engine = create_engine(database, poolclass=NullPool)
     WebhookLog.metadata.create_all(engine)
     written = []

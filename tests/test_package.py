@@ -1,4 +1,4 @@
-"""What pip installs, and what make does with the environment that a worker runs from."""
+"""What pip installs, and what make does to the environment that a worker runs from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def pinned(file: str) -> dict[str, str]:
-    """The distributions that a file of requirements pins, each with its version."""
+    """The distributions that a requirements file pins, each with its version."""
     lines = (ROOT / file).read_text("utf-8").splitlines()
     return dict(line.lower().split("==") for line in lines if "==" in line)
 
@@ -43,7 +43,7 @@ def ranges(requirements: list[str]) -> dict[str, Requirement]:
 # Requirements
 
 
-def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() -> None:
+def test_the_pins_are_the_base_dependencies_and_satisfy_their_ranges() -> None:
     wanted, pins = ranges(PROJECT["dependencies"]), pinned("requirements.txt")
     assert set(wanted) == set(pins)
     for name, requirement in wanted.items():
@@ -51,7 +51,7 @@ def test_the_pinned_set_is_the_base_dependencies_and_satisfies_their_ranges() ->
 
 
 @pytest.mark.parametrize("extra", ["demo", "plan", "alembic"])
-def test_an_extra_takes_what_the_tests_run_on(extra: str) -> None:
+def test_the_test_pins_satisfy_each_extra(extra: str) -> None:
     pins = pinned("requirements-dev.txt")
     for name, requirement in ranges(PROJECT["optional-dependencies"][extra]).items():
         assert requirement.specifier.contains(pins[name]), requirement
@@ -61,7 +61,7 @@ def test_an_extra_takes_what_the_tests_run_on(extra: str) -> None:
 
 
 def run(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-    """What a command prints; it is to succeed."""
+    """What a command prints; it must succeed."""
     done = subprocess.run(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -70,14 +70,14 @@ def run(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -
 
 
 def borrow_packages(environment: Path) -> None:
-    """Let an environment see what is installed here, so that nothing needs to be fetched."""
+    """Let an environment see what is installed here, so that nothing has to be downloaded."""
     [folder] = environment.glob("lib/python*/site-packages")
     (folder / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n", "utf-8")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist."""
+    """The folder with the wheel and the sdist."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "hatchling", "build", "-d", folder, cwd=ROOT)
     return folder
@@ -85,13 +85,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
 def installed(request: pytest.FixtureRequest, built: Path, tmp_path: Path) -> Path:
-    """The folder of the commands of an environment in which chronos is installed."""
+    """The bin folder of an environment in which chronos is installed."""
     [file] = built.glob(request.param)
     return install(file, tmp_path)
 
 
 def install(file: Path, tmp_path: Path) -> Path:
-    """The folder of the commands of a new environment in which ``file`` is installed."""
+    """The bin folder of a new environment in which ``file`` is installed."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     borrow_packages(environment)
@@ -100,14 +100,16 @@ def install(file: Path, tmp_path: Path) -> Path:
     return environment / "bin"
 
 
-def test_installed_it_works_from_any_directory(installed: Path, database: str, tmp_path: Path) -> None:
+def test_the_installed_package_works_from_any_directory(
+    installed: Path, database: str, tmp_path: Path
+) -> None:
     env = chronos_environment(database)
     assert run(installed / "chronos", "--version", cwd=tmp_path, env=env) == f"chronos {__version__}\n"
     python = installed / "python"
     where = "import chronos; print(chronos.__file__)"
     assert Path(run(python, "-c", where, cwd=tmp_path).strip()).is_relative_to(tmp_path)
     run(python, "-c", _CREATE_TABLE, cwd=tmp_path, env=env)
-    # The functions come from the SQL files of the package.
+    # The functions come from the package's SQL files.
     said = run(installed / "chronos", "migrate", "--yes", cwd=tmp_path, env=env)
     assert "\n  chronos finalize " in said
     for command in ([installed / "chronos"], [python, "-m", "chronos"]):
@@ -127,7 +129,7 @@ conn.commit()
 """
 
 
-# What somebody else's program may look like.
+# What a program that uses chronos may look like.
 _PROGRAM = """
 from __future__ import annotations
 
@@ -180,9 +182,7 @@ CREATE TABLE webhook_log (id bigserial PRIMARY KEY, "timestamp" timestamptz NOT 
 """
 
 
-def test_a_program_elsewhere_has_the_types_and_nothing_on_its_screen(
-    built: Path, database: str, tmp_path: Path
-) -> None:
+def test_another_program_gets_the_types_and_no_output(built: Path, database: str, tmp_path: Path) -> None:
     [wheel] = built.glob("*.whl")
     python = install(wheel, tmp_path) / "python"
     (tmp_path / "night.py").write_text(_PROGRAM, "utf-8")
@@ -220,8 +220,8 @@ def test_a_message_names_the_command_that_was_typed(installed: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_gets_its_completion(tmp_path: Path, shell: str) -> None:
-    """As the documents say: the script for the shell, and what it asks for when TAB is pressed."""
+def test_the_shell_gets_completion(tmp_path: Path, shell: str) -> None:
+    """As documented: the script for the shell, and what it asks for when TAB is pressed."""
     command = tmp_path / "chronos"
     command.write_text(f"#!{sys.executable}\nfrom chronos.__main__ import run\nrun()\n", "utf-8")
     command.chmod(0o755)
@@ -239,7 +239,7 @@ def test_the_shell_gets_its_completion(tmp_path: Path, shell: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what make needs."""
+    """A copy of the files that make needs."""
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "chronos", tmp_path / "chronos", ignore=shutil.ignore_patterns("__pycache__"))
@@ -252,7 +252,7 @@ def make(checkout: Path, *arguments: str) -> str:
 
 @contextmanager
 def made_worker(checkout: Path, database: str, broker: str) -> Iterator[Callable[[], int]]:
-    """A worker by ``make run-worker``; the function tells its process, once it takes messages."""
+    """A worker from ``make run-worker``; the function returns its pid, once it takes messages."""
     log = checkout / "worker.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -283,7 +283,7 @@ def made_worker(checkout: Path, database: str, broker: str) -> Iterator[Callable
         process.wait(60)
 
 
-def test_setting_up_again_leaves_a_running_worker_running(
+def test_running_setup_again_does_not_stop_a_worker(
     checkout: Path, database: str, redis_url: str, client: redis.Redis
 ) -> None:
     migrate(database, -2, 0)
@@ -301,7 +301,7 @@ def test_setting_up_again_leaves_a_running_worker_running(
         assert pid() == before
         with Celery(broker=redis_url, set_as_current=False) as app:
             app.send_task(CREATE.name, queue="chronos", kwargs={"pauses": []})
-        # The child that runs it is forked now, and imports what it needs from there.
+        # The child that runs the job is forked now, and imports what it needs from the environment.
         wait_until(
             lambda: (
                 exists(database, "chronos_reports")
@@ -312,11 +312,11 @@ def test_setting_up_again_leaves_a_running_worker_running(
         )
 
 
-def test_a_newer_file_of_requirements_is_installed_in_place(checkout: Path) -> None:
+def test_a_newer_requirements_file_is_installed_in_place(checkout: Path) -> None:
     for name in ("bin/pip", ".runtime", ".ready"):
         (checkout / ".venv" / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / ".venv" / name).touch()
-    os.utime(checkout / ".venv" / ".runtime", (0, 0))  # older than the file, so this is to be installed
+    os.utime(checkout / ".venv" / ".runtime", (0, 0))  # older than the file, so it must be installed
     for target in ("run-worker", "run-beat", "setup-runtime", "setup", "test", "demo", "clean"):
         recipe = make(checkout, "--dry-run", target)
         assert not re.search(r"--clear|\brm\b[^;\n]*\.venv|-m venv", recipe), recipe

@@ -1,7 +1,7 @@
 """The two SQL functions, as a DBA calls them by hand.
 
-Each test takes today from the transaction that calls the function, or is about days so far from today
-that midnight makes no difference.
+Each test takes today from the transaction that calls the function, or uses days so far from today that
+midnight makes no difference.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Call = Callable[[cursor, int | None], list[str]]
 
 @pytest.fixture
 def role(postgres: str) -> Iterator[str]:
-    """A role that owns nothing in the end."""
+    """A role that owns nothing when the test ends."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     query(postgres, f"CREATE ROLE {name}")
     yield name
@@ -63,14 +63,14 @@ def scratch(postgres: str) -> Iterator[str]:
 
 @pytest.fixture
 def conn(scratch: str) -> Iterator[connection]:
-    """A transaction on an empty database, undone in the end."""
+    """A transaction on an empty database, rolled back at the end."""
     with connected(scratch, autocommit=False) as conn:
         yield conn
 
 
 @pytest.fixture
 def own(database: str) -> Iterator[connection]:
-    """A connection to a database of the test's own."""
+    """A connection to the test's own database."""
     with connected(database, autocommit=False) as conn:
         yield conn
 
@@ -86,7 +86,7 @@ def cur(conn: connection) -> cursor:
 # Creating
 
 
-def test_create_makes_today_and_the_days_ahead(cur: cursor) -> None:
+def test_create_creates_today_and_the_days_ahead(cur: cursor) -> None:
     assert create(cur, 3) == leaves(cur, 0, 3) == attached(cur)
     assert create(cur, 3) == []
     assert create(cur, 4) == leaves(cur, 4, 4)
@@ -99,7 +99,7 @@ def test_create_fills_gaps(cur: cursor) -> None:
     assert attached(cur) == leaves(cur, -2, -2) + leaves(cur, 0, 4)
 
 
-def test_create_goes_by_bounds_and_not_by_names(cur: cursor) -> None:
+def test_create_goes_by_bounds_not_names(cur: cursor) -> None:
     day = today(cur)
     add_partition(cur, "wide", -20, 2)
     add_partition(cur, "another_name", 3, 4)
@@ -125,15 +125,15 @@ def test_create_refuses_a_name_that_is_taken(cur: cursor, kind: str) -> None:
     assert attached(cur) == []
 
 
-def test_create_refuses_a_name_that_another_day_has(cur: cursor) -> None:
+def test_create_refuses_a_name_that_another_day_uses(cur: cursor) -> None:
     [taken] = leaves(cur, 2, 2)
     add_partition(cur, taken, 7, 8)
     with pytest.raises(errors.DuplicateTable, match=f"the name {taken} is taken"):
         create(cur, 5)
 
 
-def test_create_makes_nothing_by_halves(cur: cursor) -> None:
-    """Of the third day the morning has a partition, so the fourth day's is not reached."""
+def test_create_creates_all_or_nothing(cur: cursor) -> None:
+    """The morning of the third day already has a partition, so the fourth day is not reached."""
     day = today(cur) + timedelta(days=2)
     run(
         cur,
@@ -147,7 +147,7 @@ def test_create_makes_nothing_by_halves(cur: cursor) -> None:
     assert column(cur, "SELECT count(*) FROM pg_class WHERE relname LIKE 'webhook_log_y%%'") == [0]
 
 
-def test_create_beside_a_default_partition(cur: cursor) -> None:
+def test_create_fails_only_when_the_default_partition_has_rows_of_the_period(cur: cursor) -> None:
     run(cur, "CREATE TABLE rest PARTITION OF webhook_log DEFAULT")
     assert create(cur, 1) == leaves(cur, 0, 1)
     run(cur, "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() + interval '3 days')")
@@ -158,7 +158,7 @@ def test_create_beside_a_default_partition(cur: cursor) -> None:
     assert attached(cur) == ["rest", *leaves(cur, 0, 1)]
 
 
-def test_a_new_partition_is_like_its_siblings(role: str, conn: connection) -> None:
+def test_a_new_partition_matches_its_siblings(role: str, conn: connection) -> None:
     cur = conn.cursor()
     create_tables(cur)
     add_partitions(cur, -1, 0)
@@ -193,7 +193,7 @@ def test_a_new_partition_is_like_its_siblings(role: str, conn: connection) -> No
 # Dropping
 
 
-def test_drop_keeps_the_day_that_is_exactly_as_old_as_retention(cur: cursor) -> None:
+def test_drop_keeps_the_day_exactly_as_old_as_the_retention(cur: cursor) -> None:
     add_partitions(cur, -17, 1)
     assert drop(cur, 15) == leaves(cur, -17, -16)
     assert drop(cur, 15) == []
@@ -202,8 +202,8 @@ def test_drop_keeps_the_day_that_is_exactly_as_old_as_retention(cur: cursor) -> 
     assert attached(cur) == leaves(cur, 0, 1)
 
 
-def test_drop_takes_real_partitions_of_this_table_only(cur: cursor) -> None:
-    """By their bounds: what only looks like an expired partition by its name is somebody's data."""
+def test_drop_drops_only_real_partitions_of_this_table(cur: cursor) -> None:
+    """By their bounds: a table whose name only looks like an expired partition is user data."""
     add_partitions(cur, -40, -38)
     add_partition(cur, "webhook_log_yearly", -365, -40)
     add_partition(cur, "wide_and_still_needed", -37, -10)
@@ -224,7 +224,7 @@ def test_drop_takes_real_partitions_of_this_table_only(cur: cursor) -> None:
         assert column(cur, "SELECT to_regclass(%s) IS NOT NULL", spared) == [True]
 
 
-def test_an_unattached_yearly_table_stays(cur: cursor) -> None:
+def test_drop_keeps_an_unattached_yearly_table(cur: cursor) -> None:
     add_partitions(cur, -20, 0)
     run(cur, "CREATE TABLE webhook_log_yearly (LIKE webhook_log)")
     assert drop(cur, 15) == leaves(cur, -20, -16)
@@ -232,7 +232,7 @@ def test_an_unattached_yearly_table_stays(cur: cursor) -> None:
 
 
 @pytest.mark.parametrize("with_default", [False, True])
-def test_the_newest_partition_stays(cur: cursor, with_default: bool) -> None:
+def test_drop_keeps_the_newest_partition(cur: cursor, with_default: bool) -> None:
     add_partitions(cur, -40, -30)
     if with_default:
         run(cur, "CREATE TABLE rest PARTITION OF webhook_log DEFAULT")
@@ -240,7 +240,7 @@ def test_the_newest_partition_stays(cur: cursor, with_default: bool) -> None:
     assert drop(cur, 15) == []
 
 
-def test_bounds_without_end(cur: cursor) -> None:
+def test_drop_handles_minvalue_and_maxvalue_bounds(cur: cursor) -> None:
     run(
         cur,
         "CREATE TABLE lowest PARTITION OF webhook_log FOR VALUES FROM (MINVALUE) TO ('2020-01-01 00:00+00');"
@@ -252,7 +252,7 @@ def test_bounds_without_end(cur: cursor) -> None:
     assert drop(cur, 0) == []
 
 
-def test_a_day_that_is_partitioned_itself_goes_whole(cur: cursor) -> None:
+def test_a_day_that_is_itself_partitioned_is_dropped_whole(cur: cursor) -> None:
     day = today(cur) - timedelta(days=20)
     run(
         cur,
@@ -265,7 +265,9 @@ def test_a_day_that_is_partitioned_itself_goes_whole(cur: cursor) -> None:
     assert column(cur, "SELECT to_regclass('morning')") == [None]
 
 
-def test_what_depends_on_a_partition_is_named_and_the_others_go(conn: connection, cur: cursor) -> None:
+def test_a_dependent_of_a_partition_is_named_and_the_others_are_dropped(
+    conn: connection, cur: cursor
+) -> None:
     add_partitions(cur, -22, 0)
     run(cur, f"CREATE VIEW report AS SELECT count(*) FROM {leaves(cur, -20, -20)[0]}")
     needed = leaves(cur, -20, -20)
@@ -277,7 +279,7 @@ def test_what_depends_on_a_partition_is_named_and_the_others_go(conn: connection
         drop(cur, 15)
 
 
-def test_a_backlog_goes_31_at_a_time(own: connection) -> None:
+def test_a_backlog_is_dropped_31_at_a_time(own: connection) -> None:
     cur = own.cursor()
     run(cur, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz) PARTITION BY RANGE (timestamp)")
     install_functions(cur)
@@ -369,8 +371,8 @@ def test_a_day_is_a_utc_day_wherever_the_server_is(
 
 
 @pytest.mark.parametrize("schema", ["logs", 'It\'s "My" Schema', "webhook_log"])
-def test_any_schema(conn: connection, schema: str) -> None:
-    """Whoever calls, from whatever search path, meets the table of the functions' own schema."""
+def test_the_functions_use_their_own_schema(conn: connection, schema: str) -> None:
+    """Any caller, with any search path, gets the table in the functions' own schema."""
     cur = conn.cursor()
     create_tables(cur)
     add_partitions(cur, -20, -15)
@@ -402,8 +404,8 @@ def test_any_schema(conn: connection, schema: str) -> None:
         (Interval.MONTH, "timestamp"),
     ],
 )
-def test_any_interval_and_any_name(conn: connection, every: Interval, type_: str) -> None:
-    """What the functions make and drop is what the program says should be there."""
+def test_any_interval_and_any_name_work(conn: connection, every: Interval, type_: str) -> None:
+    """What the functions create and drop matches what Python says should exist."""
     cur = conn.cursor()
     ahead, retention, back = (3, 2, 4) if every is Interval.HOUR else (40, 60, 95)
     spec = TableSpec('It\'s 100% "Odd"', column="at time", every=every, ahead_days=ahead).located("public")
@@ -446,8 +448,8 @@ def test_any_interval_and_any_name(conn: connection, every: Interval, type_: str
     assert dropped == [spec.partition(period) for period in past if period.end <= cutoff]
 
 
-def test_nobody_elses_operator_is_called(cur: cursor) -> None:
-    """It matches better than any of the server's own, and whoever calls has it on the search path."""
+def test_no_look_alike_operator_is_called(cur: cursor) -> None:
+    """It matches better than any built-in operator, and is on the caller's search path."""
     run(
         cur,
         "CREATE FUNCTION public.trap(integer, interval) RETURNS interval LANGUAGE plpgsql AS"
@@ -474,7 +476,7 @@ def test_a_partition_in_another_schema_is_dropped_there(cur: cursor) -> None:
 # Installing
 
 
-def test_only_the_owner_may_call(role: str, conn: connection) -> None:
+def test_only_the_owner_can_call_the_functions(role: str, conn: connection) -> None:
     cur = conn.cursor()
     create_tables(cur)
     run(cur, "SAVEPOINT before")
@@ -485,7 +487,7 @@ def test_only_the_owner_may_call(role: str, conn: connection) -> None:
         run(cur, "ROLLBACK TO before")
 
 
-def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
+def test_the_functions_have_the_documented_signatures_and_settings(cur: cursor) -> None:
     found = run(
         cur,
         "SELECT proname, pg_get_function_result(oid), proargnames, proconfig,"
@@ -511,11 +513,11 @@ def test_what_the_catalog_says_of_the_functions(cur: cursor) -> None:
         if function.startswith("chronos_"):
             assert {"search_path=pg_catalog, pg_temp", "lock_timeout=200ms", "TimeZone=UTC"} <= set(settings)
         assert comment.startswith(f"chronos {VERSION}: ")
-        # Those of a table run as its owner, whoever was granted them; the shared pair as whoever calls it.
+        # A table's functions run as its owner, whoever calls them; the shared pair runs as the caller.
         assert runs_as_owner is not function.startswith("chronos_")
 
 
-def test_a_second_installation_changes_nothing(role: str, conn: connection) -> None:
+def test_installing_again_changes_nothing(role: str, conn: connection) -> None:
     cur = conn.cursor()
     create_tables(cur)
     run(cur, f"GRANT EXECUTE ON FUNCTION drop_old_webhook_log_partitions(int) TO {role}")
@@ -548,11 +550,11 @@ def test_an_older_version_is_replaced(conn: connection, older: str) -> None:
     assert column(cur, "SELECT drop_old_webhook_log_partitions('somebody''s own'::text)") == [1]
 
 
-# Together with others
+# Concurrent sessions
 
 
 def committed(own: connection, first: int, last: int) -> cursor:
-    """A table that others can see, with the partitions of these days and of today."""
+    """Commit a table with the partitions of these days and of today."""
     cur = own.cursor()
     create_tables(cur)
     add_partitions(cur, first, last)
@@ -561,7 +563,7 @@ def committed(own: connection, first: int, last: int) -> cursor:
     return cur
 
 
-def test_a_partition_that_is_read_stays_while_the_others_go(database: str, own: connection) -> None:
+def test_a_partition_being_read_is_kept_and_the_others_are_dropped(database: str, own: connection) -> None:
     cur = committed(own, -40, -31)
     [used] = leaves(cur, -35, -35)
     with holding(database, f"SELECT count(*) FROM {used}"):
@@ -574,9 +576,7 @@ def test_a_partition_that_is_read_stays_while_the_others_go(database: str, own: 
     assert drop(cur, 15) == [used]
 
 
-def test_a_table_that_takes_the_name_of_a_partition_that_is_waited_for_is_not_dropped(
-    database: str, own: connection
-) -> None:
+def test_a_table_that_takes_an_awaited_partitions_name_is_not_dropped(database: str, own: connection) -> None:
     cur = committed(own, -33, -31)
     [name, *others] = leaves(cur, -33, -31)
     own.commit()
@@ -598,10 +598,10 @@ def test_a_table_that_takes_the_name_of_a_partition_that_is_waited_for_is_not_dr
     assert drop(cur, 15) == ["kept"]
 
 
-def test_a_partition_of_another_owner_is_named_and_the_others_go(
+def test_a_partition_of_another_owner_is_named_and_the_others_are_dropped(
     database: str, own: connection, role: str
 ) -> None:
-    """As one that a superuser has made by hand."""
+    """Such as one that a superuser created by hand."""
     cur = committed(own, -33, -31)
     [theirs, *others] = leaves(cur, -33, -31)
     run(cur, f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
@@ -619,7 +619,7 @@ def test_a_partition_of_another_owner_is_named_and_the_others_go(
     own.commit()
 
 
-def test_however_many_are_in_use_the_wait_is_one(database: str, own: connection) -> None:
+def test_many_partitions_in_use_cause_only_one_wait(database: str, own: connection) -> None:
     cur = committed(own, -60, -31)
     with holding(database, "SELECT count(*) FROM webhook_log"):
         started = time.monotonic()
@@ -630,9 +630,7 @@ def test_however_many_are_in_use_the_wait_is_one(database: str, own: connection)
     assert len(drop(cur, 15)) == 30
 
 
-def test_a_writer_in_a_long_transaction_stops_the_drop_but_not_the_creation(
-    database: str, own: connection
-) -> None:
+def test_a_long_writing_transaction_blocks_drop_but_not_create(database: str, own: connection) -> None:
     cur = committed(own, -33, -31)
     with holding(database, "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now())"):
         with pytest.raises(errors.LockNotAvailable):
@@ -643,8 +641,8 @@ def test_a_writer_in_a_long_transaction_stops_the_drop_but_not_the_creation(
     assert len(drop(cur, 15)) == 3
 
 
-def test_inserts_go_on_while_partitions_are_made(database: str, own: connection) -> None:
-    """With a foreign key, the creator locks the table it refers to, but not against its use by inserts."""
+def test_inserts_continue_while_partitions_are_created(database: str, own: connection) -> None:
+    """With a foreign key, the creator locks the referenced table, but not against inserts that use it."""
     cur = committed(own, -1, -1)
     create(cur, 3)
     query(
@@ -654,7 +652,7 @@ def test_inserts_go_on_while_partitions_are_made(database: str, own: connection)
     )
 
 
-def test_dropping_leaves_the_referred_table_alone(own: connection) -> None:
+def test_dropping_does_not_lock_the_referenced_table(own: connection) -> None:
     cur = committed(own, -33, -31)
     assert len(drop(cur, 15)) == 3
     locked = column(cur, "SELECT relation::regclass::text FROM pg_locks WHERE pid = pg_backend_pid()")
@@ -663,7 +661,7 @@ def test_dropping_leaves_the_referred_table_alone(own: connection) -> None:
 
 @pytest.mark.parametrize("first", [create, drop])
 @pytest.mark.parametrize("second", [create, drop])
-def test_of_two_callers_the_second_is_refused(
+def test_of_two_concurrent_callers_the_second_is_refused(
     database: str, own: connection, first: Call, second: Call
 ) -> None:
     cur = committed(own, -33, -31)
@@ -676,8 +674,10 @@ def test_of_two_callers_the_second_is_refused(
         assert second(other.cursor(), 5) or (first, second) == (drop, drop)
 
 
-def test_a_partition_detached_half_way(database: str, own: connection) -> None:
-    """DETACH CONCURRENTLY, cut off while it waits for a reader, leaves the partition in between."""
+def test_a_half_detached_partition_is_skipped_by_drop_and_blocks_create(
+    database: str, own: connection
+) -> None:
+    """DETACH CONCURRENTLY, cut off while it waits for a reader, leaves the partition half detached."""
     cur = committed(own, -33, -31)
     [pending], [coming] = leaves(cur, -32, -32), leaves(cur, 2, 2)
     add_partitions(cur, 2, 2)
@@ -698,10 +698,10 @@ def test_a_partition_detached_half_way(database: str, own: connection) -> None:
 
 
 def detach_half_way(url: str, name: str) -> None:
-    """Begin to detach ``name``, and be cut off once the first of the two transactions is through."""
+    """Begin to detach ``name``, and be cut off after the first of the two transactions."""
     with holding(url, f"SELECT count(*) FROM {name}"), connected(url) as detaching:
         detaching.cursor().execute("SET lock_timeout = '50ms'")
         with pytest.raises(psycopg2.Error):
             detaching.cursor().execute(f"ALTER TABLE webhook_log DETACH PARTITION {name} CONCURRENTLY")
     pending = "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = %s::regclass"
-    wait_until(lambda: value(url, pending, name), 5, "the detaching is pending")
+    wait_until(lambda: value(url, pending, name), 5, "the detach is pending")

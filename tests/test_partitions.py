@@ -29,7 +29,7 @@ HOURLY = TableSpec("events", every=Interval.HOUR)
 
 
 def partition(lower: float | None, upper: float | None, *, detach_pending: bool = False) -> Partition:
-    """A partition from the day ``lower`` up to the day ``upper``, counted from today."""
+    """A partition from the day ``lower`` up to the day ``upper``, relative to today."""
     start, end = (n if n is None else midnight(TODAY) + timedelta(days=n) for n in (lower, upper))
     return Partition(f"from {lower} to {upper}", start, end, detach_pending, 0, 0, "public")
 
@@ -40,7 +40,7 @@ def conn(database: str) -> Iterator[Connection]:
         yield conn
 
 
-def test_a_period_is_missing_unless_all_of_it_has_a_place() -> None:
+def test_a_period_is_missing_unless_it_is_fully_covered() -> None:
     existing = [
         partition(0, 1),
         partition(1, 1.5),
@@ -75,14 +75,14 @@ def test_the_runway_of_an_hourly_table_begins_with_the_current_hour() -> None:
     assert runway([partition(0.6, 3)], HOURLY, NOON) == 0
 
 
-def test_what_ends_before_the_oldest_day_to_keep_has_expired() -> None:
+def test_a_partition_that_ends_before_the_oldest_day_to_keep_has_expired() -> None:
     existing = [partition(None, -20), partition(-16, -15), partition(-15, -14), partition(None, None)]
     assert expired(existing, TODAY, 15) == existing[:2]
     assert expired(existing, TODAY, None) == []
 
 
 @pytest.mark.parametrize("hours", [0, 1, 23])
-def test_the_day_on_which_a_partition_expires_is_foretold(hours: int) -> None:
+def test_the_day_a_partition_expires_is_known_in_advance(hours: int) -> None:
     found = partition(None, hours / 24)
     assert found.upper is not None
     day = expires_on(found.upper, 15)
@@ -92,13 +92,13 @@ def test_the_day_on_which_a_partition_expires_is_foretold(hours: int) -> None:
     assert expires_on(found.upper, None) is None
 
 
-def test_the_newest_partition_is_not_droppable_nor_one_detached_half_way() -> None:
+def test_neither_the_newest_nor_a_half_detached_partition_is_droppable() -> None:
     existing = [partition(-22, -21), partition(-21, -20, detach_pending=True), partition(-17, -16)]
     assert droppable(existing, TODAY, 15) == existing[:1]
     assert droppable([*existing, partition(0, None)], TODAY, 15) == [existing[0], existing[2]]
 
 
-def test_the_partitions_of_any_table(database: str, conn: Connection) -> None:
+def test_the_partitions_of_any_table_are_listed(database: str, conn: Connection) -> None:
     with connected(database, autocommit=False) as other:
         cur = other.cursor()
         create_tables(cur, "timestamp")
@@ -117,9 +117,7 @@ def test_the_partitions_of_any_table(database: str, conn: Connection) -> None:
     assert runway(found, WEBHOOK_LOG, found[1].lower or now) == 1
 
 
-def test_a_table_is_where_the_search_path_finds_it_or_in_the_only_place(
-    database: str, conn: Connection
-) -> None:
+def test_a_table_is_found_on_the_search_path_or_where_it_is_unique(database: str, conn: Connection) -> None:
     spec = TableSpec("events")
     assert locate(conn, spec) is None
     query(database, "CREATE SCHEMA one; CREATE SCHEMA two; CREATE VIEW events AS SELECT 1")
@@ -135,7 +133,7 @@ def test_a_table_is_where_the_search_path_finds_it_or_in_the_only_place(
     assert conn.exec_driver_sql("SHOW search_path").scalar_one() == "two, one"
 
 
-def test_a_table_that_names_its_schema_is_nowhere_else(database: str, conn: Connection) -> None:
+def test_a_table_with_a_schema_is_only_found_there(database: str, conn: Connection) -> None:
     query(database, "CREATE SCHEMA one; CREATE TABLE one.events (n int)")
     assert locate(conn, TableSpec("events", schema="one")) == TableSpec("events", schema="one")
     assert locate(conn, TableSpec("events", schema="public")) is None

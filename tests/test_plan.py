@@ -1,4 +1,4 @@
-"""The dry run: changes nothing, says all, and its SQL does what the migration does."""
+"""The dry run changes nothing, says everything, and its SQL does what the migration does."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def psql(url: str, pg_bin: Path, script: str) -> subprocess.CompletedProcess[str
 
 
 def dump_without_fence(url: str, pg_bin: Path) -> str:
-    """The dump, but for the instant of the swap."""
+    """The dump without the instant of the swap."""
     return re.sub(r"(RETURN \(written <= )'[^']*'", r"\1...", dump(url, pg_bin))
 
 
@@ -101,7 +101,7 @@ def test_the_sql_gives_the_same_catalog_as_the_migration(make_database: MakeData
         assert by_hand_state[3].keys() == by_program_state[3].keys()
         assert by_hand_state[4:6] == by_program_state[4:6] == (0, 0)
         assert by_hand_state[6] == sum(found["new_rows"] for found in by_hand_state[3].values())
-        # What was migrated by hand goes back by the program.
+        # What was migrated by hand can be rolled back by chronos.
         back = chronos(by_hand, "rollback", "--yes")
         assert back.returncode == 0, back.stdout + back.stderr
         assert dump(by_hand, pg_bin) == before
@@ -115,7 +115,7 @@ def test_the_sql_of_attach_gives_the_same_catalog_as_the_migration(
     by_program, by_hand = make_database(), make_database()
     for url in (by_program, by_hand):
         kitchen_sink(url, identity="bigserial")
-        # Adopted as it is, so every row has to have been checked.
+        # Attached as it is, so every row must have been checked.
         for [check] in query(
             url,
             "SELECT format('ALTER TABLE %s VALIDATE CONSTRAINT %I', conrelid::regclass, conname)"
@@ -138,7 +138,7 @@ def test_the_sql_of_attach_gives_the_same_catalog_as_the_migration(
             ' FROM "Hooks".webhook_log_migration'
         )
         assert query(by_hand, state) == query(by_program, state)
-        # What was migrated by hand goes back by the program.
+        # What was migrated by hand can be rolled back by chronos.
         back = chronos(by_hand, "rollback", "--yes")
         assert back.returncode == 0, back.stdout + back.stderr
         assert dump(by_hand, pg_bin) == before
@@ -150,7 +150,7 @@ _ATTACH = ("--strategy", "attach")
 
 
 @pytest.mark.parametrize("command", ["migrate --resume", "rollback"])
-def test_a_script_of_attach_that_was_cut_off_anywhere_is_resumed_or_undone(
+def test_an_attach_script_interrupted_anywhere_is_resumed_or_undone(
     make_database: MakeDatabase, pg_bin: Path, command: str
 ) -> None:
     content = (
@@ -178,7 +178,7 @@ def test_a_script_of_attach_that_was_cut_off_anywhere_is_resumed_or_undone(
 
 
 @pytest.mark.parametrize("days", [7, 8])
-def test_the_script_of_attach_refuses_rows_beyond_its_bound(database: str, pg_bin: Path, days: int) -> None:
+def test_the_attach_script_refuses_rows_beyond_its_bound(database: str, pg_bin: Path, days: int) -> None:
     query(database, _PLAIN)
     before = dump(database, pg_bin)
     script = script_of_plan(database, *_ATTACH)
@@ -193,7 +193,7 @@ def test_the_script_of_attach_refuses_rows_beyond_its_bound(database: str, pg_bi
     assert dump(database, pg_bin) == before
 
 
-def test_the_script_of_attach_refuses_to_begin_when_its_bound_is_near(database: str, pg_bin: Path) -> None:
+def test_the_attach_script_refuses_to_start_when_its_bound_is_near(database: str, pg_bin: Path) -> None:
     query(database, _PLAIN)
     before = dump(database, pg_bin)
     script = script_of_plan(database, *_ATTACH)
@@ -218,7 +218,7 @@ def test_finalize_works_after_the_sql(database: str, pg_bin: Path) -> None:
 
 
 def half_of_the_script(url: str, pg_bin: Path) -> str:
-    """Run the script up to the first foreign keys; returns the rest of it."""
+    """Run the script up to the first foreign keys; returns the rest."""
     query(
         url,
         _PLAIN + "CREATE TABLE endpoint (id bigint PRIMARY KEY); INSERT INTO endpoint VALUES (1), (2);"
@@ -249,7 +249,7 @@ def check_writes(url: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["migrate --resume", "rollback"])
-def test_a_script_that_was_cut_off_is_resumed_or_undone(database: str, pg_bin: Path, command: str) -> None:
+def test_an_interrupted_script_is_resumed_or_undone(database: str, pg_bin: Path, command: str) -> None:
     half_of_the_script(database, pg_bin)
     query(database, _WRITES)
     went_on = chronos(database, *command.split(), "--yes")
@@ -259,7 +259,7 @@ def test_a_script_that_was_cut_off_is_resumed_or_undone(database: str, pg_bin: P
     assert exists(database, "webhook_log_migration") == (command != "rollback")
 
 
-def test_the_script_replays_what_was_written_meanwhile(database: str, pg_bin: Path) -> None:
+def test_the_script_replays_rows_written_meanwhile(database: str, pg_bin: Path) -> None:
     rest = half_of_the_script(database, pg_bin)
     query(database, _WRITES)
     done = psql(database, pg_bin, rest)
@@ -269,7 +269,7 @@ def test_the_script_replays_what_was_written_meanwhile(database: str, pg_bin: Pa
     check_writes(database)
 
 
-def test_the_script_refuses_to_go_on_after_a_truncate(database: str, pg_bin: Path) -> None:
+def test_the_script_refuses_to_continue_after_a_truncate(database: str, pg_bin: Path) -> None:
     rest = half_of_the_script(database, pg_bin)
     query(database, "TRUNCATE webhook_log")
     done = psql(database, pg_bin, rest)
@@ -279,7 +279,7 @@ def test_the_script_refuses_to_go_on_after_a_truncate(database: str, pg_bin: Pat
     assert value(database, "SELECT count(*) FROM webhook_log") == 0
 
 
-def test_the_script_refuses_rows_that_its_plan_did_not_know(database: str, pg_bin: Path) -> None:
+def test_the_script_refuses_rows_outside_its_plan(database: str, pg_bin: Path) -> None:
     query(database, _PLAIN)
     before = dump(database, pg_bin)
     script = script_of_plan(database)
@@ -290,7 +290,7 @@ def test_the_script_refuses_rows_that_its_plan_did_not_know(database: str, pg_bi
     assert dump(database, pg_bin) == before
 
 
-def test_a_table_of_another_kind(database: str, pg_bin: Path) -> None:
+def test_a_plan_for_an_unusual_table_runs(database: str, pg_bin: Path) -> None:
     query(database, _ANOTHER_TABLE)
     before = dump(database, pg_bin)
     engine, printed = connect_engine(postgres_url(database)), StringIO()
@@ -369,7 +369,7 @@ def test_the_plan_recommends_attach_where_a_copy_takes_too_much(
     assert re.search(r"-- recommended: attach, for a copy takes \d+ kB of disk", printed.getvalue())
 
 
-def test_the_plan_recommends_what_would_not_be_refused(database: str) -> None:
+def test_the_plan_recommends_the_strategy_that_is_not_refused(database: str) -> None:
     query(
         database,
         _PLAIN + "ALTER TABLE webhook_log ADD CONSTRAINT usual CHECK (status IS NULL) NOT VALID",
@@ -383,7 +383,7 @@ def test_the_plan_recommends_what_would_not_be_refused(database: str) -> None:
 
 
 @pytest.mark.parametrize("fill_factor", [90, 60])
-def test_the_size_of_the_new_index_is_told_before_it_is_built(database: str, fill_factor: int) -> None:
+def test_the_size_of_the_new_index_is_estimated_before_it_is_built(database: str, fill_factor: int) -> None:
     query(
         database,
         "CREATE TABLE webhook_log (id bigserial, timestamp timestamptz NOT NULL, status text);"
@@ -441,7 +441,7 @@ def test_a_blocker_gives_commands_and_statements_whole(database: str) -> None:
 
 
 def on_a_terminal(url: str, **more: Any) -> list[str]:
-    """The lines of a dry run on a terminal of 80 columns."""
+    """The lines of a dry run on an 80-column terminal."""
     printed = StringIO()
     terminal = Console(file=printed, force_terminal=True, width=80, color_system=None)
     plan.dry_run(connect_engine(postgres_url(url)), WEBHOOK_LOG, terminal, **more)
@@ -493,7 +493,7 @@ def test_on_a_terminal_a_blocker_is_a_line_of_its_own(database: str) -> None:
     assert re.search(r"Blockers    1; .*\n  [a-z-]+  materialized view public.stale", printed.getvalue())
 
 
-def test_the_sql_goes_to_a_file_and_runs_from_there(database: str, pg_bin: Path, tmp_path: Path) -> None:
+def test_the_sql_is_written_to_a_file_and_runs_from_it(database: str, pg_bin: Path, tmp_path: Path) -> None:
     query(database, _PLAIN)
     file = tmp_path / "plan.sql"
     found = chronos(database, "migrate", "--dry-run", "--sql", str(file))
@@ -513,7 +513,7 @@ def test_the_sql_goes_to_a_file_and_runs_from_there(database: str, pg_bin: Path,
         (("--verbose", "--yes"), "--sql and --verbose are for --dry-run"),
     ],
 )
-def test_sql_that_has_nowhere_to_go_is_refused_and_nothing_is_changed(
+def test_sql_without_a_dry_run_or_a_writable_file_is_refused(
     database: str, tmp_path: Path, options: tuple[str, ...], said: str
 ) -> None:
     query(database, _PLAIN)
@@ -533,7 +533,7 @@ def test_no_sql_is_written_when_there_is_a_blocker(database: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_wal_is_told_before_it_is_written(database: str) -> None:
+def test_the_wal_is_estimated_before_it_is_written(database: str) -> None:
     engine = connect_engine(postgres_url(database))
     create_webhook_log(engine, 40_000)
     found = script_of_plan(database)

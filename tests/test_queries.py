@@ -1,4 +1,4 @@
-"""Which statements suffer: a labelled workload, each label checked against what PostgreSQL plans."""
+"""Which statements suffer: a labelled workload, with each label checked against PostgreSQL's plans."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOG = WEBHOOK_LOG.located("public")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A statement as a client sends it, whether it leaves partitions out, and how often it is called.
+    """A statement as a client sends it, whether it prunes partitions, and how often it is called.
 
     ``prepared`` are the values of a statement with parameters, which is planned once for all of them.
     """
@@ -82,7 +82,7 @@ WORKLOAD = [
     scans_all("SELECT * FROM webhook_log WHERE timestamp >= now() OR status = 'failed'"),
     scans_all("SELECT * FROM webhook_log WHERE timestamp >= clock_timestamp()"),
     scans_all("SELECT * FROM webhook_log WHERE timestamp <> now()"),
-    # Prepared: what a parameter leaves out, is left out when the plan starts.
+    # Prepared: partitions that a parameter rules out are pruned when the plan starts.
     prunes("SELECT * FROM webhook_log WHERE timestamp >= $1 AND timestamp < $2", 2_000, "now(), now()"),
     prunes("SELECT * FROM webhook_log WHERE id = $1 AND timestamp = $2", 3_000, "5, now()"),
     prunes("SELECT * FROM webhook_log WHERE timestamp IN ($1, $2)", 50, "now(), now()"),
@@ -154,7 +154,7 @@ WORKLOAD = [
 
 @contextmanager
 def partitioned(url: str) -> Iterator[None]:
-    """A partitioned webhook_log and what the workload names beside it."""
+    """A partitioned webhook_log, and the other objects that the workload names."""
     with connected(url, autocommit=False) as conn, conn.cursor() as cursor:
         create_tables(cursor)
         add_partitions(cursor, -15, 30)
@@ -172,7 +172,7 @@ def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def scanned(url: str) -> dict[Labelled, int]:
-    """How many partitions the plan of each statement of the workload has once it starts."""
+    """How many partitions remain in the plan of each workload statement once it starts."""
     found: dict[Labelled, int] = {}
     with connected(url) as conn, conn.cursor() as cursor:
         cursor.execute("SET plan_cache_mode = force_generic_plan; SET TimeZone = 'UTC'")
@@ -190,18 +190,18 @@ def scanned(url: str) -> dict[Labelled, int]:
 
 @contextmanager
 def reading(url: str) -> Iterator[Connection]:
-    """A connection as the plan has it."""
+    """A connection like the one the plan uses."""
     with opened(connect_engine(postgres_url(url))) as conn, transaction(conn):
         execute(conn, statement("SET TRANSACTION READ ONLY"))
         yield conn
 
 
 def rows_of(texts: list[str]) -> list[tuple[str, int, float, float]]:
-    """What pg_stat_statements would have of these."""
+    """What pg_stat_statements would show for these."""
     return [(text, 1, 1.0, 1 / len(texts)) for text in texts]
 
 
-def test_statements_that_leave_no_partition_out_are_named_and_others_are_not(database: str) -> None:
+def test_only_statements_that_prune_no_partition_are_named(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         for labelled, partitions in scanned(database).items():
@@ -266,11 +266,11 @@ def test_each_statement_gets_advice_that_names_what_is_wrong() -> None:
         ("COPY webhook_log FROM STDIN", []),
     ],
 )
-def test_what_fails_or_means_something_else_on_partitions_is_found(text: str, facts: list[Fact]) -> None:
+def test_statements_that_fail_or_change_meaning_on_partitions_are_found(text: str, facts: list[Fact]) -> None:
     assert sorted(read(text, SUBJECT).facts, key=str) == facts
 
 
-def test_a_table_of_the_same_name_elsewhere_is_not_meant(database: str) -> None:
+def test_a_table_with_the_same_name_elsewhere_is_ignored(database: str) -> None:
     query(database, 'CREATE SCHEMA shop; CREATE TABLE shop.webhook_log (id int, "timestamp" timestamptz)')
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
@@ -299,7 +299,7 @@ CREATE TABLE defaulting (id bigint, f boolean DEFAULT trapped(1));
 CREATE TABLE counted (id bigint, at timestamptz);
 CREATE STATISTICS trapped_statistics ON (trapped(id::int)), (id + 1) FROM counted;
 """
-# The traps are set only once everything stands on them.
+# The traps are set only once everything depends on them.
 _SET = """
 CREATE OR REPLACE FUNCTION trap(x timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a trap was run'; END $$;
@@ -327,11 +327,11 @@ _TRAPPED = [
     "SELECT table_to_xml('webhook_log', true, true, '') FROM webhook_log",
     "SELECT * FROM webhook_log; SELECT trap(now())",
 ]
-# Those that spring a trap as soon as anybody plans them; the others would when they run.
+# Those that spring a trap as soon as they are planned; the others would when they run.
 _SPRUNG = [_TRAPPED[0], _TRAPPED[6], _TRAPPED[8]]
 
 
-def test_planning_runs_nothing_of_anybody_else(database: str) -> None:
+def test_planning_runs_no_user_function(database: str) -> None:
     with partitioned(database):
         query(database, _TRAPS + _SET)
         for text in _SPRUNG:
@@ -345,7 +345,7 @@ def test_planning_runs_nothing_of_anybody_else(database: str) -> None:
     assert "a trap was run" not in " ".join(found.notes)
 
 
-def test_planning_keeps_no_lock_and_leaves_no_statement_prepared(database: str) -> None:
+def test_planning_leaves_no_lock_and_no_prepared_statement(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         texts = ["UPDATE webhook_log SET status = $1 WHERE id = $2", "SELECT nothing FROM webhook_log"]
@@ -375,7 +375,7 @@ def test_statements_that_are_hidden_or_cut_off_are_counted(database: str) -> Non
     assert "1 statement could not be read" in found.notes[1]
 
 
-def test_a_statement_that_is_nested_too_deep_is_counted_as_unread(database: str) -> None:
+def test_a_statement_nested_too_deep_is_counted_as_unread(database: str) -> None:
     with partitioned(database), reading(database) as conn:
         subject, _ = queries._subject(conn, _LOG)
         deep = " UNION ALL ".join(["SELECT id FROM webhook_log"] * 2_000)
@@ -384,7 +384,7 @@ def test_a_statement_that_is_nested_too_deep_is_counted_as_unread(database: str)
     assert "1 statement could not be read" in found.notes[0]
 
 
-def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postgres: OwnPostgres) -> None:
+def test_the_extension_is_read_or_the_plan_says_how_to_get_it(own_postgres: OwnPostgres) -> None:
     there = {"shared_preload_libraries": "pg_stat_statements"}
     has_it = (find_postgres().parent / "lib" / "pg_stat_statements.so").exists()
     url = own_postgres(there if has_it else {}).url
@@ -407,7 +407,9 @@ def test_the_extension_is_read_where_it_is_or_it_is_said_how_to_get_it(own_postg
         assert "CREATE EXTENSION pg_stat_statements" in found.notes[0]
 
 
-def test_without_the_parser_one_line_asks_for_it(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_parser_one_line_says_how_to_install_it(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pglast", None)
     with partitioned(database), reading(database) as conn:
         found = workload(conn, _LOG, _PARTITIONS)

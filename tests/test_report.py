@@ -1,4 +1,4 @@
-"""The report of a run: the same facts as a page and as JSON, whatever becomes of the run."""
+"""The report of a run: the same facts as a page and as JSON, however the run ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class _Page(HTMLParser):
-    """Checks that each element is closed in its turn; keeps tags, attributes and text."""
+    """Checks that elements are closed in order; keeps tags, attributes and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Page(HTMLParser):
 
 
 def page(path: Path) -> _Page:
-    """The report, having made sure that it needs nothing and nobody."""
+    """The report, after checking that it is self-contained."""
     text = path.read_text("utf-8")
     found = _Page(text)
     assert path.stat().st_size < 300_000
@@ -71,7 +71,7 @@ def page(path: Path) -> _Page:
 
 
 def opened_by_a_browser(path: Path) -> None:
-    """Where there is a headless browser: it draws both charts, and has nothing to complain of."""
+    """If there is a headless browser: it draws both charts and reports no error."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
         return  # the parser has read the page; CI has no browser
@@ -89,7 +89,9 @@ def opened_by_a_browser(path: Path) -> None:
     assert "<svg" in found.stdout or "<svg" not in path.read_text("utf-8")
 
 
-def test_a_complete_run_reports_who_where_when_what_and_how_to_go_back(database: str, tmp_path: Path) -> None:
+def test_a_complete_run_reports_who_where_when_what_and_how_to_roll_back(
+    database: str, tmp_path: Path
+) -> None:
     fill(database)
     path = tmp_path / "ticket.html"
 
@@ -149,10 +151,10 @@ def test_json_has_the_facts_of_the_page_under_documented_keys(database: str, tmp
             "why": "the plain table again, with every row that was written since; until finalize",
         }
     ]
-    # The page is made of nothing but these.
+    # The page uses only these.
     (tmp_path / "again.html").write_text(html(found), "utf-8")
     assert "counts equal" in page(tmp_path / "again.html").text
-    # Nor does it outgrow a ticket when a migration of an hourly table of years was held up all night.
+    # It still fits into a ticket when a migration of years of hourly partitions was blocked all night.
     busy = {"old_rows": 1_234_567, "new_rows": 1_234_567}
     many = {
         "periods": [{**period, **busy} for period in found["periods"] * 200],
@@ -163,7 +165,7 @@ def test_json_has_the_facts_of_the_page_under_documented_keys(database: str, tmp
     assert "and 4980 more" in page(tmp_path / "large.html").text
 
 
-def test_an_attach_reports_that_nothing_was_copied_and_how_not_to_go_back(
+def test_an_attach_reports_that_nothing_was_copied_and_how_not_to_roll_back(
     database: str, tmp_path: Path
 ) -> None:
     fill(database)
@@ -228,7 +230,7 @@ def test_a_failed_run_writes_a_partial_report_that_says_so(database: str, tmp_pa
     assert (found["watch"], found["go_back"]) == ([], [])
 
 
-def test_who_was_waited_for_is_reported(database: str, tmp_path: Path) -> None:
+def test_sessions_that_were_waited_for_are_reported(database: str, tmp_path: Path) -> None:
     fill(database, 100)
     path = tmp_path / "ticket.json"
     with holding(
@@ -263,7 +265,7 @@ def chronos_stopped_at_the_lock(url: str, path: Path) -> int:
         ("folder.json", "Is a directory"),
     ],
 )
-def test_a_report_that_could_not_be_written_is_refused_before_anything_happens(
+def test_an_unwritable_report_is_refused_before_anything_happens(
     database: str, tmp_path: Path, name: str, why: str
 ) -> None:
     fill(database, 10)
@@ -276,7 +278,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_happens(
     assert relations(database) == before
 
 
-def test_a_report_that_is_there_is_kept_when_the_word_is_not_typed(database: str, tmp_path: Path) -> None:
+def test_an_existing_report_is_kept_when_the_word_is_not_typed(database: str, tmp_path: Path) -> None:
     fill(database, 10)
     path = tmp_path / "ticket.json"
     path.write_text("of last time")
@@ -287,7 +289,7 @@ def test_a_report_that_is_there_is_kept_when_the_word_is_not_typed(database: str
     assert not path.exists()
 
 
-def test_charts_of_thousands_of_periods_and_no_seconds_stay_small() -> None:
+def test_charts_of_thousands_of_periods_stay_small() -> None:
     def period(number: int, new: int) -> dict[str, Any]:
         start = f"2026-01-{1 + number // 24 % 28:02}T{number % 24:02}:00:00+00:00"
         return {"start": start, "end": start, "old_rows": 10, "new_rows": new, "alike": True}
@@ -301,13 +303,13 @@ def test_charts_of_thousands_of_periods_and_no_seconds_stay_small() -> None:
     assert rate_chart([{"seconds": 0.0, "rows": 0}], []) is None
 
 
-def test_statistics_are_of_the_whole_and_of_today_and_say_how_long_they_took(database: str) -> None:
+def test_statistics_cover_the_whole_table_and_today_and_their_time_is_reported(database: str) -> None:
     create_webhook_log(connect_engine_of(database), 2_000)
     result = chronos(database, "migrate", "--yes")
     assert result.returncode == 0, result.stderr
     assert "Gathering statistics..." in result.stdout
     assert "✓ Statistics gathered in " in result.stdout
-    # Large columns are left to this step: all tables that have statistics of one are those that it analyzed.
+    # Large columns are left to this step: only tables that it analyzed have statistics on one.
     of = query(
         database,
         "SELECT tablename, bool_or(inherited) FROM pg_stats WHERE attname = 'request_body' GROUP BY 1",

@@ -18,8 +18,8 @@ def read(name: str) -> str:
     return (ROOT / name).read_text("utf-8")
 
 
-def test_the_changelog_keeps_its_manner() -> None:
-    """Keep a Changelog: what is not released yet on top, then the versions with their dates, newest first."""
+def test_the_changelog_keeps_its_format() -> None:
+    """Keep a Changelog: unreleased changes on top, then the versions with their dates, newest first."""
     headings = re.findall(r"^#.*$", read("CHANGELOG.md"), re.MULTILINE)
     assert headings[:2] == ["# Changelog", "## [Unreleased]"]
     released = []
@@ -50,7 +50,7 @@ def test_the_hooks_run_what_make_check_runs() -> None:
     assert mypy.endswith(f" mypy {sources}")
 
 
-def test_a_report_cannot_be_filed_without_what_an_answer_needs() -> None:
+def test_the_issue_form_requires_what_an_answer_needs() -> None:
     form = yaml.safe_load(read(".github/ISSUE_TEMPLATE/report.yml"))
     fields: dict[str, dict[str, Any]] = {field["id"]: field for field in form["body"] if "id" in field}
     needed = {key for key, field in fields.items() if field.get("validations", {}).get("required")}

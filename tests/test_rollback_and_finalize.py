@@ -44,7 +44,7 @@ def migrate(url: str) -> None:
 
 
 def shape(url: str) -> list[tuple[object, ...]]:
-    """Columns, defaults, indexes, constraints, owner of the plain table and its sequence."""
+    """Columns, defaults, indexes, constraints and owner of the plain table and its sequence."""
     return query(
         url,
         "SELECT attname::text, format_type(atttypid, atttypmod), attnotnull::text, attidentity::text,"
@@ -59,7 +59,7 @@ def shape(url: str) -> list[tuple[object, ...]]:
 
 
 def kill_when_built(url: str) -> None:
-    """Leave a migration behind whose process was killed before the swap."""
+    """Leave behind a migration whose process was killed before the swap."""
     with holding(url, "SELECT FROM webhook_log LIMIT 1"), started(url, "migrate", "--yes"):
         wait_until(lambda: exists(url, "webhook_log_migration"), 30, "the new table is built")
     wait_until(lambda: operator_pid(url) is None, 30, "its sessions are gone")
@@ -67,13 +67,13 @@ def kill_when_built(url: str) -> None:
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> None:
-    """Old and new rows, explicit ids, changed, moved and deleted ones: as they were left."""
+    """Old and new rows, explicit ids, changed, moved and deleted rows are as they were left."""
     fill(database, key_type)
     before = relations(database), shape(database)
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
         migrate(database)
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 50, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 50, 20, "the writer keeps writing")
         explicit = "INSERT INTO webhook_log (id, status, timestamp) OVERRIDING SYSTEM VALUE VALUES "
         query(database, explicit + "(-7, 'explicit', now()), (-8, 'explicit', now() - interval '3 days')")
         query(database, "UPDATE webhook_log SET status = 'changed' WHERE id % 10 = 0 AND id > 500")
@@ -88,7 +88,7 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
 
         result = chronos(database, "rollback", answer="ROLLBACK\n")
         seen = len(writer.commits)
-        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer writes on")
+        wait_until(lambda: len(writer.commits) > seen + 20, 20, "the writer keeps writing")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert (relations(database), shape(database)) == before
@@ -108,8 +108,8 @@ def test_rollback_brings_every_row_back(database: str, key_type: KeyType) -> Non
     assert value(database, INSERT) > highest
 
 
-def test_rollback_after_nights_of_retention(database: str) -> None:
-    """Expired days of history may have gone, days written after the swap may not."""
+def test_rollback_after_nights_of_retention_keeps_later_rows(database: str) -> None:
+    """Expired days of history may have been dropped, days written after the swap may not."""
     fill(database)
     before = digest(database, where=f"id <= {ROWS}")
     migrate(database)
@@ -123,7 +123,7 @@ def test_rollback_after_nights_of_retention(database: str) -> None:
     assert digest(database)[0] == ROWS + 1
 
 
-def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
+def test_rollback_refuses_when_rows_would_be_lost(database: str) -> None:
     fill(database)
     migrate(database)
     new = value(database, INSERT)
@@ -142,8 +142,8 @@ def test_rollback_refuses_where_rows_would_be_lost(database: str) -> None:
     assert value(database, "SELECT count(*) FROM webhook_log") == ROWS
 
 
-def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
-    """What an earlier attempt had carried is brought to what it is by now."""
+def test_rollback_repeated_after_a_stop_carries_later_changes(database: str) -> None:
+    """Rows that an earlier attempt carried back are brought up to date."""
     fill(database)
     migrate(database)
     moved, changed, gone = (value(database, INSERT) for _ in range(3))
@@ -165,8 +165,8 @@ def test_rollback_stopped_and_taken_again_after_a_change(database: str) -> None:
     assert {row[0] for row in expected} == {moved, changed}
 
 
-def test_rollback_replays_what_came_while_it_waited(database: str) -> None:
-    """A reader is in the way for long, thousands of rows are written meanwhile: all come along."""
+def test_rollback_replays_rows_written_while_it_waited(database: str) -> None:
+    """A reader blocks it for long while thousands of rows are written: all are carried back."""
     fill(database)
     migrate(database)
     with ExitStack() as reader:
@@ -200,7 +200,7 @@ def test_each_verb_asks_for_its_word(database: str, verb: str, word: str) -> Non
     assert relations(database) == before
 
 
-def test_nothing_to_undo_or_finish(database: str) -> None:
+def test_verbs_refuse_when_there_is_nothing_to_undo_or_finish(database: str) -> None:
     fill(database)
     for verb in ("rollback", "finalize"):
         result = chronos(database, verb, "--yes")
@@ -212,7 +212,7 @@ def test_nothing_to_undo_or_finish(database: str) -> None:
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_finalize(database: str, key_type: KeyType) -> None:
+def test_finalize_drops_the_old_table(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     migrate(database)
     kept = digest(database)
@@ -247,7 +247,7 @@ def test_finalize(database: str, key_type: KeyType) -> None:
 
 
 @pytest.mark.parametrize("reason", ["a row is missing", "a view", "not complete", "not compared"])
-def test_finalize_refuses(database: str, reason: str) -> None:
+def test_finalize_refuses_when_it_is_not_safe(database: str, reason: str) -> None:
     fill(database)
     if reason == "not complete":
         kill_when_built(database)
@@ -261,7 +261,7 @@ def test_finalize_refuses(database: str, reason: str) -> None:
             query(database, "CREATE VIEW still_reads AS SELECT id FROM webhook_log_old")
             expected = "still_reads"
         else:
-            # Nothing notes what is done behind the table's back.
+            # TRUNCATE of a single partition is not noted.
             leaf = value(
                 database, "SELECT tableoid::regclass::text FROM webhook_log WHERE id = %s", ROWS - 300
             )
@@ -299,7 +299,7 @@ def test_finalize_refuses_when_the_old_table_has_another_name(database: str) -> 
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+def test_manual_rollback_from_the_guide_works(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     before = relations(database), shape(database)
     migrate(database)
@@ -322,7 +322,7 @@ def test_manual_rollback_as_the_guide_prints_it(database: str, key_type: KeyType
     assert (relations(database), shape(database)) == before
 
 
-def test_rollback_after_one_by_hand_says_what_was_there_and_removes_what_is_left(database: str) -> None:
+def test_rollback_after_a_manual_one_reports_and_removes_what_is_left(database: str) -> None:
     fill(database)
     before = relations(database), shape(database)
     migrate(database)
@@ -343,7 +343,7 @@ def test_rollback_after_one_by_hand_says_what_was_there_and_removes_what_is_left
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_manual_clean_up_as_the_guide_prints_it(database: str, key_type: KeyType) -> None:
+def test_manual_clean_up_from_the_guide_works(database: str, key_type: KeyType) -> None:
     fill(database, key_type)
     migrate(database)
     last = value(database, INSERT)
@@ -359,7 +359,7 @@ def test_manual_clean_up_as_the_guide_prints_it(database: str, key_type: KeyType
     assert not exists(database, "webhook_log_migration")
 
 
-def test_second_operator_is_told_who_holds_it(database: str) -> None:
+def test_a_second_operator_is_told_who_is_running(database: str) -> None:
     fill(database)
     with ExitStack() as lock:
         lock.enter_context(holding(database, "LOCK TABLE webhook_endpoint IN ACCESS EXCLUSIVE MODE"))
@@ -381,7 +381,7 @@ def test_second_operator_is_told_who_holds_it(database: str) -> None:
 
 
 def operator_pid(url: str) -> int | None:
-    """The backend that holds the operator's lock."""
+    """The backend that holds the operator lock."""
     found = query(
         url,
         "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database"
@@ -392,7 +392,7 @@ def operator_pid(url: str) -> int | None:
     return found[0][0] if found else None
 
 
-def test_half_done_is_refused_with_both_commands(database: str) -> None:
+def test_a_half_done_migration_is_refused_with_both_commands(database: str) -> None:
     fill(database)
     kill_when_built(database)
 
@@ -411,8 +411,8 @@ def phase(url: str) -> str | None:
     return found[0][0] if found else None
 
 
-def test_rollback_carries_what_a_replication_role_wrote(database: str) -> None:
-    """As a logical subscriber writes, or a restore: no ordinary trigger fires for it."""
+def test_rollback_carries_rows_written_by_a_replication_role(database: str) -> None:
+    """As a logical subscriber or a restore writes: no ordinary trigger fires for it."""
     fill(database)
     migrate(database)
     query(
@@ -432,7 +432,7 @@ def test_rollback_carries_what_a_replication_role_wrote(database: str) -> None:
 
 
 def test_rollback_carries_a_truncate(database: str) -> None:
-    """The window is empty then, but for what was written afterwards; what was not copied is still there."""
+    """The window then holds only rows written afterwards; rows that were not copied are still there."""
     fill(database)
     migrate(database)
     cutoff = planned(database, "cutoff")
@@ -457,7 +457,7 @@ def test_rollback_carries_a_truncate_while_it_waits(database: str) -> None:
         database, "SELECT count(*) FROM webhook_log_old WHERE timestamp < %s", planned(database, "cutoff")
     )
     with ExitStack() as reader:
-        # A reader of the old table alone: TRUNCATE need not wait for it, the swap must.
+        # A reader of only the old table: TRUNCATE need not wait for it, but the swap must.
         reader.enter_context(holding(database, "SELECT FROM webhook_log_old LIMIT 1"))
         with started(database, "rollback", "--yes") as process:
             assert process.stdout is not None
@@ -477,7 +477,7 @@ def test_rollback_carries_a_truncate_while_it_waits(database: str) -> None:
 BY_HAND = "INSERT INTO webhook_log_old (status, timestamp) VALUES ('by hand', now()) RETURNING id"
 
 
-def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> None:
+def test_finalize_refuses_when_the_old_table_was_written_to(database: str) -> None:
     fill(database)
     migrate(database)
     late = value(database, BY_HAND)
@@ -500,7 +500,7 @@ def test_finalize_refuses_while_somebody_writes_the_old_table(database: str) -> 
     assert value(database, "SELECT count(*) FROM webhook_log WHERE id = %s", late) == 1
 
 
-def test_rollback_keeps_a_row_that_was_written_by_hand(database: str) -> None:
+def test_rollback_keeps_a_row_written_by_hand(database: str) -> None:
     fill(database)
     migrate(database)
     new, late = value(database, INSERT), value(database, BY_HAND)
@@ -515,8 +515,8 @@ def test_rollback_keeps_a_row_that_was_written_by_hand(database: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["new", "old"])
-def test_rollback_refuses_when_both_tables_have_a_row_under_a_key(database: str, key: str) -> None:
-    """One was written by hand, the other by the application: nobody but a person knows which is right."""
+def test_rollback_refuses_when_both_tables_have_a_row_with_the_same_key(database: str, key: str) -> None:
+    """One was written by hand, the other by the application: only a person knows which is right."""
     fill(database)
     migrate(database)
     if key == "new":
@@ -543,7 +543,7 @@ def test_rollback_refuses_when_both_tables_have_a_row_under_a_key(database: str,
     assert digest(database)[0] == ROWS + (key == "new")
 
 
-def test_a_row_that_was_deleted_from_the_old_table_by_hand_comes_back(database: str) -> None:
+def test_a_row_deleted_from_the_old_table_by_hand_is_restored(database: str) -> None:
     fill(database)
     before = digest(database)
     migrate(database)
@@ -555,8 +555,8 @@ def test_a_row_that_was_deleted_from_the_old_table_by_hand_comes_back(database: 
     assert digest(database) == before
 
 
-def test_rollback_after_the_old_table_was_emptied_by_hand(database: str) -> None:
-    """The partitioned table has the only copies: they may not go with it."""
+def test_rollback_after_the_old_table_was_emptied_by_hand_loses_no_row(database: str) -> None:
+    """The partitioned table has the only copies: they must not be dropped with it."""
     fill(database)
     migrate(database)
     query(database, "TRUNCATE webhook_log_old")
@@ -570,7 +570,7 @@ def test_rollback_after_the_old_table_was_emptied_by_hand(database: str) -> None
 
 
 def delete_endpoint(url: str) -> int:
-    """As the application deletes an endpoint that has rows of every day: in one transaction, at once."""
+    """Delete an endpoint that has rows of every day, as the application does: in one transaction."""
     with connected(url, autocommit=False) as conn, conn.cursor() as cursor:
         cursor.execute("SET lock_timeout = '5s'")
         cursor.execute(
@@ -623,8 +623,8 @@ def test_the_application_can_delete_an_endpoint_in_every_phase(database: str) ->
     gone.append(delete_endpoint(database))
     assert len(set(gone)) == 5
     left = query(database, "SELECT timestamp FROM webhook_log WHERE webhook_endpoint_id = ANY (%s)", gone)
-    # The application did not see rows from before the window, and so did not delete them; they are all that
-    # is left, and whoever went back is told.
+    # The application did not see rows from before the window, and so did not delete them; only they are left,
+    # and the rollback says so.
     assert left
     assert max(left)[0] < cutoff
     assert "refer to rows of webhook_endpoint that were deleted since the swap" in result.stdout

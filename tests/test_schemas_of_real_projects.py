@@ -1,4 +1,4 @@
-"""Tables of real projects: there and back beside their applications, or refused by name."""
+"""Tables of real projects: migrated and rolled back under their applications, or refused by id."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def operator() -> Operator:
 
 
 def create(url: str, table: Real) -> Schema:
-    """Create it, and put right what it is refused for."""
+    """Create it, and fix what it is refused for."""
     assert table.live
     for statements in (table.ddl, *table.way_out):
         query(url, statements)
@@ -38,14 +38,14 @@ def create(url: str, table: Real) -> Schema:
 
 
 def untouched(url: str, schema: Schema) -> list[str]:
-    """The rows that nobody touches, with all their columns."""
+    """The untouched rows, with all their columns."""
     mark = schema.marks.untouched
     rows = query(url, f'SELECT t::text FROM {schema.name} t WHERE "{schema.mark}" = %s', mark)
     return sorted(row[0] for row in rows)
 
 
 def check(application: Application, readers: Readers, since: datetime | None = None) -> None:
-    """All go on, nobody has missed anything, and each row is what the application has made of it."""
+    """All sessions carry on, none has missed anything, and each row is as the application left it."""
     application.go_on(5)
     readers.go_on(2)
     assert not application.errors, application.errors[:3]
@@ -56,7 +56,9 @@ def check(application: Application, readers: Readers, since: datetime | None = N
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.live], ids=str)
-def test_there_and_back_beside_its_application(database: str, pg_bin: Path, table: Real) -> None:
+def test_migrate_and_rollback_under_its_application_lose_no_row(
+    database: str, pg_bin: Path, table: Real
+) -> None:
     schema, spec = create(database, table), table.spec
     loaded = fill(database, schema, ROWS)
     before, rows = dump(database, pg_bin), untouched(database, schema)
@@ -81,7 +83,9 @@ def test_there_and_back_beside_its_application(database: str, pg_bin: Path, tabl
 
 
 @pytest.mark.parametrize("table", [table for table in ALL if table.refused], ids=str)
-def test_refused_by_name_before_anything_changes(database: str, pg_bin: Path, table: Real) -> None:
+def test_an_obstacle_is_refused_by_id_before_anything_changes(
+    database: str, pg_bin: Path, table: Real
+) -> None:
     query(database, table.ddl)
     before = dump(database, pg_bin)
     engine = connect_engine(make_url(database))
@@ -92,14 +96,14 @@ def test_refused_by_name_before_anything_changes(database: str, pg_bin: Path, ta
     message = str(refused.value)
     assert set(re.findall(r"\[([a-z-]+)\]", message)) == set(table.refused)
     assert dump(database, pg_bin) == before
-    # What it says to type works as it stands.
+    # What it says to type works as written.
     for statement in re.findall(r"CREATE INDEX CONCURRENTLY ON \S+ \([^)]*\)", message):
         query(database, statement)
 
 
 @pytest.mark.parametrize("table", [OPENFGA, TIMESCALE, DISCOURSE], ids=str)
-def test_a_row_that_is_gone_or_changed_is_noticed(database: str, table: Real) -> None:
-    """With a key of several columns, with the time in it, with a date: what all of the above rests on."""
+def test_a_missing_or_changed_row_is_noticed(database: str, table: Real) -> None:
+    """With a key of several columns, with the time in it, with a date: the tests above rely on this."""
     schema = create(database, table)
     loaded = fill(database, schema, ROWS)
     with (

@@ -1,7 +1,7 @@
-"""No password reaches anybody: not through output, logs, spans, reports or tracebacks, whatever goes wrong.
+"""No password is shown in output, logs, spans, reports or tracebacks, whatever goes wrong.
 
-The URLs of PostgreSQL and Redis have passwords, spans go to a collector of ours, and the traceback of each
-exception is printed where the program hides it.
+The URLs of PostgreSQL and Redis have passwords, spans go to our own collector, and tracebacks that the
+program hides are printed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.tables import holding, query, waiting_pid
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
-# With what must be percent-encoded in a URL: neither that nor the plain form may show.
+# With characters that must be percent-encoded in a URL: neither form may show.
 PASSWORD = "Tr0ub4dor&3/corn@se"
 ENCODED = "Tr0ub4dor%263%2Fcorn%40se"
 REDIS_PASSWORD = "c0rrect-h0rse"
 SECRETS = (PASSWORD, ENCODED, "Tr0ub4dor", "corn@se", REDIS_PASSWORD)
-# A command line that prints the whole of each exception before it makes a line of it.
+# A command line that prints each exception in full before it turns it into one line.
 NOISY = """
 import runpy, sys
 from tests import test_secrets
@@ -56,7 +56,7 @@ runpy.run_module("chronos", run_name="__main__", alter_sys=True)
 
 
 def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, str]:
-    """``python -m WORDS`` in this process, where tracebacks are shown: exit code, and what it printed."""
+    """Run ``python -m WORDS`` in this process, with tracebacks shown: exit code, and what it printed."""
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
         for variable in [one for one in os.environ if one.lower() in Settings.model_fields]:
@@ -78,7 +78,7 @@ def run_module(words: list[str], env: dict[str, str], here: Path) -> tuple[int, 
 
 
 def show_tracebacks() -> Callable[[], AbstractContextManager[None]]:
-    """Have the command line print them; returns what it had instead."""
+    """Make the command line print them; returns the handler it replaced."""
     hide = cli._errors_as_lines
 
     @contextmanager
@@ -101,7 +101,7 @@ def tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Collector(ThreadingHTTPServer):
-    """An OpenTelemetry backend that keeps all that it is sent."""
+    """An OpenTelemetry backend that keeps everything it is sent."""
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
@@ -135,7 +135,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def url(database: str) -> Iterator[str]:
-    """A small webhook_log, in the name of a role with a password."""
+    """A small webhook_log, owned by a role with a password."""
     create_webhook_log(create_engine(database, poolclass=NullPool), 300)
     role = f"chronos_secret_{os.getpid()}"
     query(database, f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{PASSWORD}'")
@@ -146,7 +146,7 @@ def url(database: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded_redis() -> Iterator[str]:
-    """A Redis of our own whose password we choose."""
+    """Our own Redis, with a password we chose."""
     with EmbeddedRedis() as server:
         with redis.Redis.from_url(server.url) as client:
             client.config_set("requirepass", REDIS_PASSWORD)
@@ -167,7 +167,7 @@ def environment(url: str, redis_url: str, collector: Collector | None = None) ->
 
 
 def run(env: Mapping[str, str], *arguments: str) -> tuple[int, str]:
-    """A verb in a process of its own: exit code, and all that it printed."""
+    """Run a verb in its own process: exit code, and everything it printed."""
     done = subprocess.run(
         [sys.executable, "-c", NOISY, *arguments],
         env=dict(env),
@@ -187,7 +187,7 @@ def assert_secret(*texts: str | bytes) -> None:
         assert not found, f"{found} in {text!r}"
 
 
-def test_a_migration_there_and_back(
+def test_migrate_and_rollback_reveal_no_password(
     url: str, guarded_redis: str, collector: Collector, tmp_path: Path, tracebacks: None
 ) -> None:
     env = environment(url, guarded_redis)
@@ -213,7 +213,7 @@ def test_a_migration_there_and_back(
     assert_secret(*shown, text, report.read_text(), *collector.received)
 
 
-def test_a_migration_that_fails(url: str, guarded_redis: str, collector: Collector) -> None:
+def test_a_failing_migration_reveals_no_password(url: str, guarded_redis: str, collector: Collector) -> None:
     query(
         url,
         "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS"
@@ -227,8 +227,8 @@ def test_a_migration_that_fails(url: str, guarded_redis: str, collector: Collect
     assert_secret(shown, *collector.received)
 
 
-def test_a_backend_that_is_killed(url: str, guarded_redis: str, collector: Collector) -> None:
-    """In the middle, while it waits for a lock, to give the partitions their foreign keys."""
+def test_a_killed_backend_reveals_no_password(url: str, guarded_redis: str, collector: Collector) -> None:
+    """In the middle, while it waits for a lock to add foreign keys to the partitions."""
     with subprocess.Popen(
         [sys.executable, "-c", NOISY, "migrate", "--yes"],
         env=environment(url, guarded_redis, collector),
@@ -261,7 +261,7 @@ def test_a_backend_that_is_killed(url: str, guarded_redis: str, collector: Colle
     ],
 )
 @pytest.mark.parametrize("arguments", ["migrate --yes", "migrate --dry-run", "rollback --yes", "status"])
-def test_a_connection_that_fails(
+def test_a_failing_connection_reveals_no_password(
     url: str,
     guarded_redis: str,
     tmp_path: Path,
@@ -289,14 +289,18 @@ def test_a_connection_that_fails(
         f"postgresql://me:an@{ENCODED}?unencoded@host/db",
     ],
 )
-def test_a_url_that_cannot_be_read(guarded_redis: str, tmp_path: Path, tracebacks: None, text: str) -> None:
+def test_an_unreadable_url_reveals_no_password(
+    guarded_redis: str, tmp_path: Path, tracebacks: None, text: str
+) -> None:
     code, shown = run_module(["chronos", "migrate"], environment(text, guarded_redis), tmp_path)
     assert code == 2
     assert "Traceback" in shown
     assert_secret(shown)
 
 
-def test_a_redis_that_refuses(url: str, guarded_redis: str, tmp_path: Path, tracebacks: None) -> None:
+def test_a_redis_that_refuses_reveals_no_password(
+    url: str, guarded_redis: str, tmp_path: Path, tracebacks: None
+) -> None:
     wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
     code, shown = run_module(["chronos", "status"], environment(url, wrong), tmp_path)
     assert code == 1
@@ -304,7 +308,7 @@ def test_a_redis_that_refuses(url: str, guarded_redis: str, tmp_path: Path, trac
     assert_secret(shown)
 
 
-def test_the_parameters_of_the_url_reach_libpq(url: str) -> None:
+def test_url_parameters_reach_libpq(url: str) -> None:
     wanted = {"application_name": "chronos", "sslmode": "prefer", "options": "-c work_mem=5MB"}
     spelled = f"{url}?sslmode=prefer&options=-c%20work_mem%3D5MB"
     with connect_engine(postgres_url(spelled)).connect() as conn:
@@ -319,7 +323,7 @@ def test_the_parameters_of_the_url_reach_libpq(url: str) -> None:
 
 @contextmanager
 def worker(env: Mapping[str, str], log: Path) -> Iterator[Callable[[str], bool]]:
-    """A worker under way; the function tells whether it has said something."""
+    """A running worker; the function tells whether it has printed something."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "chronos.worker", "worker", "--pool=solo"],
@@ -336,7 +340,9 @@ def worker(env: Mapping[str, str], log: Path) -> Iterator[Callable[[str], bool]]
             process.wait()
 
 
-def test_a_worker_whose_job_fails(url: str, guarded_redis: str, collector: Collector, tmp_path: Path) -> None:
+def test_a_worker_whose_job_fails_reveals_no_password(
+    url: str, guarded_redis: str, collector: Collector, tmp_path: Path
+) -> None:
     wrong = make_url(url).set(password=f"wrong-{PASSWORD}").render_as_string(hide_password=False)
     log = tmp_path / "log"
     with worker(environment(wrong, guarded_redis, collector), log) as has_said:
@@ -349,7 +355,9 @@ def test_a_worker_whose_job_fails(url: str, guarded_redis: str, collector: Colle
     assert_secret(said, *collector.received)
 
 
-def test_a_worker_that_redis_refuses(url: str, guarded_redis: str, tmp_path: Path) -> None:
+def test_a_worker_that_redis_refuses_reveals_no_password(
+    url: str, guarded_redis: str, tmp_path: Path
+) -> None:
     wrong = guarded_redis.replace(REDIS_PASSWORD, f"wrong-{REDIS_PASSWORD}")
     log = tmp_path / "log"
     with worker(environment(url, wrong), log) as has_said:
@@ -357,7 +365,7 @@ def test_a_worker_that_redis_refuses(url: str, guarded_redis: str, tmp_path: Pat
     assert_secret(log.read_text())
 
 
-def test_a_worker_with_a_url_that_cannot_be_read(url: str, tmp_path: Path) -> None:
+def test_a_worker_with_an_unreadable_url_reveals_no_password(url: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     wrong = f"redis://:{REDIS_PASSWORD}@127.0.0.1:not-a-port/0"
     with worker(environment(url, wrong), log) as has_said:
@@ -366,7 +374,7 @@ def test_a_worker_with_a_url_that_cannot_be_read(url: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("password", ["s3cr@et", "s3cr@et?x", "s3cr@et/x?y", "s3@cr@et"])
-def test_an_unencoded_at_in_a_password_is_refused_and_no_part_of_it_is_shown(password: str) -> None:
+def test_a_password_with_an_unencoded_at_is_refused_and_no_part_of_it_is_shown(password: str) -> None:
     with pytest.raises(RefusedError, match=r"DATABASE_URL has more than one @.*Write %40") as refused:
         postgres_url(f"postgresql://app:{password}@127.0.0.1:5432/chronos")
     assert "cr" not in str(refused.value).replace("password", "")

@@ -1,4 +1,4 @@
-"""The pair of functions that all tables of a schema share: whose it is, when it comes and when it goes."""
+"""The pair of functions that all tables of a schema share: who owns it, when it is created and dropped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHARED = (
     "SELECT p.proname, pg_get_userbyid(p.proowner) FROM pg_proc p WHERE p.proname LIKE 'chronos_%' ORDER BY 1"
 )
 
-# As version 2 installed them: everything in the table's own pair.
+# As version 2 installed them: all code in the table's own pair.
 VERSION_2 = """
 CREATE FUNCTION create_future_{table}_partitions(days_ahead integer) RETURNS SETOF text LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' SET timezone = 'UTC'
@@ -69,7 +69,7 @@ def roles(postgres: str) -> Iterator[tuple[str, str, str]]:
 
 @pytest.fixture
 def shop(roles: tuple[str, str, str], database: str) -> str:
-    """The URL of a database with the schema ``shop``, where both have a partitioned table."""
+    """The URL of a database with the schema ``shop``, in which both have a partitioned table."""
     home, alice, bob = roles
     query(
         database,
@@ -82,7 +82,7 @@ def shop(roles: tuple[str, str, str], database: str) -> str:
 
 
 def install(url: str, spec: TableSpec, owner: str, *, by: str | None = None) -> None:
-    """Install the functions of a table in ``shop``, as the role ``by``; by default as a superuser."""
+    """Install the functions of a table in ``shop``, as the role ``by`` or, by default, a superuser."""
     spec = spec.located("shop")
     with connected(url, autocommit=False) as conn, conn.cursor() as cur:
         if by:
@@ -105,10 +105,10 @@ def engine_for(url: str) -> Engine:
     return connect_engine(make_url(url))
 
 
-# Whose the shared pair is
+# Who owns the shared pair
 
 
-def test_installed_by_a_superuser_the_shared_pair_belongs_to_the_owner_of_the_schema(
+def test_a_shared_pair_installed_by_a_superuser_belongs_to_the_schema_owner(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
     home, alice, bob = roles
@@ -121,7 +121,7 @@ def test_installed_by_a_superuser_the_shared_pair_belongs_to_the_owner_of_the_sc
         call(shop, EVENTS.drop_function, 1, by=bob)
 
 
-def test_the_shared_pair_gives_nobody_a_right_on_the_tables_of_others(
+def test_the_shared_pair_gives_no_privilege_on_other_owners_tables(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
     _, alice, bob = roles
@@ -132,7 +132,7 @@ def test_the_shared_pair_gives_nobody_a_right_on_the_tables_of_others(
             call(shop, function, 0, by=bob)
 
 
-def test_a_pair_of_another_tables_owner_is_refused_until_a_superuser_has_taken_it_over(
+def test_a_pair_of_another_tables_owner_is_refused_until_a_superuser_takes_it_over(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
     home, alice, bob = roles
@@ -152,7 +152,7 @@ def test_a_pair_of_another_tables_owner_is_refused_until_a_superuser_has_taken_i
     assert len(call(shop, EVENTS.create_function, 0, by=alice)) >= 1
 
 
-def test_what_somebody_has_put_under_the_name_beforehand_is_replaced_or_refused(
+def test_an_existing_function_with_the_name_is_replaced_or_refused(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
     home, alice, bob = roles
@@ -169,10 +169,10 @@ def test_what_somebody_has_put_under_the_name_beforehand_is_replaced_or_refused(
     assert len(call(shop, EVENTS.create_function, 0, by=alice)) >= 1
 
 
-def test_a_superusers_table_calls_no_function_of_the_owner_of_the_schema(
+def test_a_superusers_table_calls_no_function_of_the_schema_owner(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
-    """Who would become a superuser by it: the wrapper runs as the owner of the table."""
+    """The wrapper runs as the owner of the table, so the schema owner would become a superuser."""
     home, alice, _ = roles
     install(shop, EVENTS, alice)
     [(_, before), _] = query(shop, SHARED)
@@ -189,7 +189,7 @@ def test_a_superusers_table_calls_no_function_of_the_owner_of_the_schema(
         query(shop, f"SET ROLE {home}; ALTER FUNCTION shop.chronos_drop_partitions RENAME TO mine")
 
 
-def test_a_function_that_a_stranger_has_put_there_leaves_nobody_a_right_to_call_ours(
+def test_a_replaced_function_of_another_role_leaves_no_execute_privilege(
     shop: str, roles: tuple[str, str, str]
 ) -> None:
     home, alice, bob = roles
@@ -204,9 +204,7 @@ def test_a_function_that_a_stranger_has_put_there_leaves_nobody_a_right_to_call_
         call(shop, EVENTS.drop_function, 0, by=home)
 
 
-def test_no_other_function_of_the_name_takes_the_place_of_the_shared_one(
-    shop: str, roles: tuple[str, str, str]
-) -> None:
+def test_no_overload_is_called_instead_of_the_shared_function(shop: str, roles: tuple[str, str, str]) -> None:
     _, alice, bob = roles
     trap = (
         f"SET ROLE {bob}; CREATE FUNCTION shop.chronos_drop_partitions({{}}) RETURNS SETOF text"
@@ -257,7 +255,9 @@ def test_the_owner_of_the_database_shares_the_pair_of_the_public_schema(
     query(database, f"ALTER DATABASE {name} OWNER TO CURRENT_USER; DROP OWNED BY {owner}")
 
 
-def test_two_installations_in_one_schema_wait_for_each_other(shop: str, roles: tuple[str, str, str]) -> None:
+def test_concurrent_installations_in_one_schema_wait_for_each_other(
+    shop: str, roles: tuple[str, str, str]
+) -> None:
     _, alice, bob = roles
     waiting = (
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = %s::oid"
@@ -295,7 +295,7 @@ def test_an_upgrade_from_version_2_says_what_it_did(database: str) -> None:
     assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"Installed {functions}"]
 
 
-def test_an_upgrade_that_is_refused_changes_nothing(shop: str, roles: tuple[str, str, str]) -> None:
+def test_a_refused_upgrade_changes_nothing(shop: str, roles: tuple[str, str, str]) -> None:
     _, alice, bob = roles
     install(shop, EVENTS, alice, by=alice)
     metrics = METRICS.located("shop")
@@ -310,7 +310,7 @@ def test_an_upgrade_that_is_refused_changes_nothing(shop: str, roles: tuple[str,
         assert "let a superuser install them" in str(distrusted(conn, read(conn, metrics, "metrics")))
 
 
-# There and back
+# Migrate and roll back
 
 
 def plain_tables(url: str) -> None:
@@ -335,7 +335,7 @@ def back(url: str, spec: TableSpec) -> None:
     undo(engine_for(url), spec, operator(), lambda found, by_hand: None)
 
 
-def test_the_shared_pair_stays_until_the_last_table_has_gone_back(database: str, pg_bin: Path) -> None:
+def test_the_shared_pair_stays_until_the_last_table_is_rolled_back(database: str, pg_bin: Path) -> None:
     plain_tables(database)
     before = dump(database, pg_bin)
     go(database, METRICS)
@@ -349,7 +349,7 @@ def test_the_shared_pair_stays_until_the_last_table_has_gone_back(database: str,
     assert dump(database, pg_bin) == before
 
 
-def test_functions_that_stood_there_come_back_with_owner_privileges_and_comment(
+def test_rollback_restores_earlier_functions_with_owner_privileges_and_comment(
     roles: tuple[str, str, str], database: str, pg_bin: Path
 ) -> None:
     _, alice, bob = roles
@@ -367,7 +367,7 @@ def test_functions_that_stood_there_come_back_with_owner_privileges_and_comment(
     assert dump(database, pg_bin) == before
 
 
-def test_a_table_migrates_and_goes_back_beside_one_that_uses_the_shared_pair(
+def test_a_table_migrates_and_rolls_back_beside_another_that_uses_the_shared_pair(
     database: str, pg_bin: Path
 ) -> None:
     plain_tables(database)
@@ -384,7 +384,7 @@ def test_a_table_migrates_and_goes_back_beside_one_that_uses_the_shared_pair(
 
 @pytest.fixture
 def cur(database: str) -> Iterator[cursor]:
-    """A table with expired partitions, of a migration that is over but for what is left of the state."""
+    """A table with expired partitions, whose migration is over except for what is left of its state."""
     with connected(database) as conn, conn.cursor() as cur:
         create_tables(cur)
         add_partitions(cur, -17, 1)
@@ -419,12 +419,12 @@ def test_nothing_is_dropped_while_rows_are_still_to_be_compared(
 
 
 @pytest.mark.parametrize("phase", ["migrated", "finalizing"])
-def test_expired_partitions_are_dropped_once_all_is_compared(cur: cursor, phase: str) -> None:
+def test_expired_partitions_are_dropped_once_every_row_is_compared(cur: cursor, phase: str) -> None:
     set_phase(cur, phase)
     assert drop(cur, 15) == leaves(cur, -17, -16)
 
 
-def test_a_way_back_that_begins_meanwhile_is_noticed(database: str, cur: cursor) -> None:
+def test_a_rollback_that_starts_meanwhile_is_noticed(database: str, cur: cursor) -> None:
     with connected(database, autocommit=False) as other, other.cursor() as operating:
         run(operating, "LOCK TABLE webhook_log IN SHARE ROW EXCLUSIVE MODE")
         set_phase(operating, "returning")
@@ -435,7 +435,7 @@ def test_a_way_back_that_begins_meanwhile_is_noticed(database: str, cur: cursor)
     assert attached(cur) == leaves(cur, -17, 1)
 
 
-def test_a_snapshot_that_may_be_older_than_the_way_back_is_refused(cur: cursor) -> None:
+def test_a_snapshot_that_may_be_older_than_the_rollback_is_refused(cur: cursor) -> None:
     run(cur, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT now()")
     with pytest.raises(errors.InvalidTransactionState, match="READ COMMITTED transactions only"):
         drop(cur, 15)
@@ -454,7 +454,7 @@ def test_a_snapshot_that_may_be_older_than_the_way_back_is_refused(cur: cursor) 
         "GRANT SELECT ON webhook_log_migration TO PUBLIC",
     ],
 )
-def test_what_somebody_else_calls_the_state_is_not_read(
+def test_another_roles_object_with_the_states_name_is_not_read(
     roles: tuple[str, str, str], database: str, trap: str
 ) -> None:
     _, alice, bob = roles
@@ -474,10 +474,10 @@ def test_what_somebody_else_calls_the_state_is_not_read(
         assert drop(cur, 15) == leaves(cur, -17, -16)
 
 
-def test_the_owner_may_call_while_the_state_belongs_to_the_operator(
+def test_the_owner_can_call_while_the_state_belongs_to_the_operator(
     roles: tuple[str, str, str], database: str
 ) -> None:
-    """A superuser migrates, and the owner of the table drops partitions before that is finalized."""
+    """A superuser migrates, and the owner of the table drops partitions before finalize."""
     _, alice, _ = roles
     plain_tables(database)
     query(

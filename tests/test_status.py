@@ -1,4 +1,4 @@
-"""`status`: what it says of each state, and that it finds each of its problems when it is really made."""
+"""`status`: what it says about each state, and that it finds each problem once it really exists."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPERATORS_LOCK = (
 
 @pytest.fixture(scope="module")
 def migrated_once(postgres: str) -> Iterator[str]:
-    """The name of a database with a few rows, really migrated, to be cloned."""
+    """The name of a database with a few rows that was really migrated, to be cloned."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name)
     url = make_url(postgres).set(database=name).render_as_string(hide_password=False)
@@ -58,7 +58,7 @@ def migrated_once(postgres: str) -> Iterator[str]:
 
 @pytest.fixture
 def migrated(migrated_once: str, postgres: str) -> Iterator[str]:
-    """The URL of a migrated database of the test's own."""
+    """The URL of the test's own migrated database."""
     name = f"chronos_test_{uuid.uuid4().hex}"
     create_database(postgres, name, migrated_once)
     yield make_url(postgres).set(database=name).render_as_string(hide_password=False)
@@ -79,7 +79,7 @@ def settings_for(url: str, redis_url: str) -> Settings:
 
 
 def the_problem(status: Status, pattern: str) -> str:
-    """The only problem there is, which matches ``pattern``."""
+    """The only problem, which matches ``pattern``."""
     assert not status.healthy
     [problem] = status.problems
     assert re.search(pattern, problem), problem
@@ -95,7 +95,7 @@ def today(url: str) -> date:
 # States
 
 
-def test_after_the_migration_all_is_well(migrated: str, redis_url: str, look: Look) -> None:
+def test_after_the_migration_status_is_healthy(migrated: str, redis_url: str, look: Look) -> None:
     status = look(migrated)
     assert status.problems == ()
     assert (status.state, status.healthy, status.runway_days, status.missing) == ("migrated", True, 30, [])
@@ -126,7 +126,7 @@ def test_after_the_migration_all_is_well(migrated: str, redis_url: str, look: Lo
     )
 
 
-def test_a_plain_table_is_told_what_to_do_next(database: str, look: Look) -> None:
+def test_a_plain_table_is_shown_with_the_next_command(database: str, look: Look) -> None:
     query(database, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz)")
     status = look(database)
     the_problem(status, r"plain table.*migrate_to_partitioned_webhook_log$")
@@ -136,7 +136,7 @@ def test_a_plain_table_is_told_what_to_do_next(database: str, look: Look) -> Non
     assert found["functions_installed"] is False
 
 
-def test_after_finalize(migrated: str, look: Look) -> None:
+def test_after_finalize_only_the_jobs_are_a_problem(migrated: str, look: Look) -> None:
     result = chronos(migrated, "finalize", "--yes")
     assert result.returncode == 0, result.stderr
     status = look(migrated)
@@ -155,7 +155,7 @@ def test_after_finalize(migrated: str, look: Look) -> None:
         ("finalizing", "finalizing", "Finish with: python -m chronos finalize"),
     ],
 )
-def test_a_migration_that_nobody_is_at(
+def test_an_abandoned_migration_is_a_problem(
     migrated: str, look: Look, phase: str, state: str, command: str
 ) -> None:
     query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase}'")
@@ -174,7 +174,7 @@ def test_a_migration_that_nobody_is_at(
         (Phase.FINALIZING, ("finalize",)),
     ],
 )
-def test_half_done_is_a_problem_while_somebody_sits_at_a_prompt(
+def test_a_half_done_migration_is_a_problem_while_an_operator_sits_at_a_prompt(
     migrated: str, look: Look, phase: Phase, verb: tuple[str, ...]
 ) -> None:
     query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase.value}'")
@@ -196,7 +196,7 @@ def test_half_done_is_a_problem_while_somebody_sits_at_a_prompt(
     assert process.returncode == 2
 
 
-def test_rows_that_were_not_compared_after_the_swap(migrated: str, look: Look) -> None:
+def test_rows_not_compared_after_the_swap_are_a_problem(migrated: str, look: Look) -> None:
     query(migrated, "UPDATE webhook_log_migration SET verified = false")
     status = look(migrated)
     assert status.state == "migrated"
@@ -206,7 +206,7 @@ def test_rows_that_were_not_compared_after_the_swap(migrated: str, look: Look) -
 
 
 def begin(url: str, phase: Phase) -> Plan:
-    """A plain table, and beside it the state and the notes of a migration in ``phase``."""
+    """Create a plain table, and with it the state and the notes of a migration in ``phase``."""
     query(url, "CREATE TABLE webhook_log (id bigint, timestamp timestamptz)")
     table = WEBHOOK_LOG.located("public")
     now = datetime.now(UTC)
@@ -236,7 +236,7 @@ def begin(url: str, phase: Phase) -> Plan:
 
 @pytest.fixture
 def held(database: str) -> str:
-    """A database in which ``migrate --strategy attach`` has ended before the swap."""
+    """A database in which ``migrate --strategy attach`` stopped before the swap."""
     create_webhook_log(connect_engine(make_url(database)), 200)
     result = chronos(database, "migrate", "--strategy", "attach", "--hold", "--yes")
     assert result.returncode == 0, result.stderr
@@ -244,7 +244,7 @@ def held(database: str) -> str:
 
 
 def bound_in(url: str, away: timedelta) -> datetime:
-    """Let the bound of a migration that is half done be ``away`` from now; returns it."""
+    """Set the bound of a half-done migration to ``away`` from now; returns it."""
     bound = value(url, "SELECT now()").astimezone(UTC) + away
     query(
         url,
@@ -255,7 +255,7 @@ def bound_in(url: str, away: timedelta) -> datetime:
     return bound
 
 
-def test_an_attached_table_says_what_it_holds_and_when_it_goes(database: str, look: Look) -> None:
+def test_an_attached_table_is_shown_with_its_range_and_drop_date(database: str, look: Look) -> None:
     create_webhook_log(connect_engine(make_url(database)), 200)
     result = chronos(database, "migrate", "--strategy", "attach", "--yes")
     assert result.returncode == 0, result.stderr
@@ -287,7 +287,7 @@ def test_an_attached_table_says_what_it_holds_and_when_it_goes(database: str, lo
             line,
         ), line
         assert len(line) <= 80
-    # It goes on that day, and not the day before.
+    # It is dropped on that day, and not the day before.
     [history] = [p for p in status.partitions if p.name == "webhook_log_history"]
     goes = bound + timedelta(days=15)
     assert droppable(status.partitions, goes, 15) == [history]
@@ -319,7 +319,7 @@ def test_a_held_attach_is_a_notice_that_names_its_bound(held: str, look: Look) -
     assert f"inserts into webhook_log fail from {bound}" in chronos(held, "status").stdout
 
 
-def test_a_half_done_attach_says_from_when_inserts_fail(held: str, look: Look) -> None:
+def test_a_half_done_attach_says_when_inserts_will_start_to_fail(held: str, look: Look) -> None:
     query(held, "UPDATE webhook_log_migration SET phase = 'copying'")
     problem = the_problem(look(held), "is half done, and nobody is at it")
     bound = today(held) + timedelta(days=7)
@@ -334,7 +334,7 @@ def test_a_half_done_attach_says_from_when_inserts_fail(held: str, look: Look) -
 
 @pytest.mark.parametrize("phase", ["copying", "ready"])
 @pytest.mark.parametrize("running", [False, True])
-def test_a_bound_that_comes_near_is_a_problem(held: str, look: Look, phase: str, running: bool) -> None:
+def test_an_approaching_bound_is_a_problem(held: str, look: Look, phase: str, running: bool) -> None:
     query(held, f"UPDATE webhook_log_migration SET phase = '{phase}'")
     with holding(held, OPERATORS_LOCK if running else "SELECT 1"):
         bound = bound_in(held, timedelta(days=2, hours=23))
@@ -350,7 +350,7 @@ def test_a_bound_that_comes_near_is_a_problem(held: str, look: Look, phase: str,
             )
 
 
-def test_what_is_said_of_a_bound_that_has_passed_helps(held: str, look: Look) -> None:
+def test_the_remedy_for_a_passed_bound_works(held: str, look: Look) -> None:
     bound_in(held, timedelta(hours=-1))
     refused = chronos(held, "migrate", "--resume", "--yes")
     assert refused.returncode == 2, "so it is not named"
@@ -361,7 +361,7 @@ def test_what_is_said_of_a_bound_that_has_passed_helps(held: str, look: Look) ->
     the_problem(look(held), "is a plain table")
 
 
-def test_foreign_keys_that_the_whole_has_not_adopted(database: str, look: Look) -> None:
+def test_foreign_keys_that_the_parent_has_not_adopted_are_a_problem(database: str, look: Look) -> None:
     create_webhook_log(connect_engine(make_url(database)), 200)
     result = chronos(database, "migrate", "--strategy", "attach", "--yes")
     assert result.returncode == 0, result.stderr
@@ -380,7 +380,7 @@ def add_notes(url: str, number: int, origin: str) -> None:
     query(url, notes, origin, number)
 
 
-def test_how_far_the_copy_has_come(database: str, look: Look) -> None:
+def test_status_shows_how_far_the_copy_has_come(database: str, look: Look) -> None:
     plan = begin(database, Phase.COPYING)
     filled = {p.start.isoformat(): {"old_rows": 1, "new_rows": 1, "alike": True} for p in plan.periods[:3]}
     query(database, "UPDATE webhook_log_migration SET compared = %s", json.dumps(filled))
@@ -429,7 +429,7 @@ def test_a_million_notes_are_a_problem(database: str, look: Look) -> None:
     the_problem(look(database), "^ready since .* UTC, 1,000,000 or more notes wait")
 
 
-def test_the_old_table_was_renamed_back_by_hand(migrated: str, look: Look) -> None:
+def test_an_old_table_renamed_back_by_hand_is_a_problem(migrated: str, look: Look) -> None:
     query(migrated, "DROP TABLE webhook_log CASCADE")
     the_problem(look(migrated), "was renamed back .* by hand.*python -m chronos rollback")
     query(migrated, "ALTER TABLE webhook_log_old RENAME TO webhook_log")
@@ -438,14 +438,14 @@ def test_the_old_table_was_renamed_back_by_hand(migrated: str, look: Look) -> No
     the_problem(status, "was renamed back .* by hand.*python -m chronos rollback")
 
 
-def test_the_old_table_was_dropped_by_hand(migrated: str, look: Look) -> None:
+def test_an_old_table_dropped_by_hand_is_a_problem(migrated: str, look: Look) -> None:
     query(migrated, "DROP TABLE webhook_log_old CASCADE")
     status = look(migrated)
     assert (status.state, status.old_table) == ("migrated", None)
     the_problem(status, "was dropped by hand.*python -m chronos finalize")
 
 
-def test_no_table(database: str, look: Look) -> None:
+def test_a_missing_table_is_an_error(database: str, look: Look) -> None:
     with pytest.raises(ChronosError, match="there is no table webhook_log in database chronos_test_"):
         look(database)
 
@@ -459,7 +459,7 @@ def drop_days(url: str, first: int, last: int) -> list[Period]:
     return WEBHOOK_LOG.periods(start + timedelta(days=first), start + timedelta(days=last + 1))
 
 
-def test_a_short_runway(migrated: str, redis_url: str, look: Look) -> None:
+def test_a_short_runway_is_a_problem(migrated: str, redis_url: str, look: Look) -> None:
     gone = drop_days(migrated, 7, 30)
     status = look(migrated)
     assert (status.runway_days, status.missing) == (6, gone)
@@ -471,7 +471,7 @@ def test_a_short_runway(migrated: str, redis_url: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-def test_a_day_is_missing_ahead(migrated: str, look: Look) -> None:
+def test_a_missing_day_ahead_is_a_problem(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, 10, 10)
     status = look(migrated)
     assert (status.runway_days, status.missing) == (9, gone)
@@ -480,7 +480,7 @@ def test_a_day_is_missing_ahead(migrated: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-def test_days_in_a_partition_without_end_are_not_missing(migrated: str, look: Look) -> None:
+def test_days_covered_by_an_open_ended_partition_are_not_missing(migrated: str, look: Look) -> None:
     [first, *_] = drop_days(migrated, 10, 30)
     endless = f"FOR VALUES FROM ('{first} 00:00+00') TO (MAXVALUE)"
     query(migrated, f"CREATE TABLE endless PARTITION OF webhook_log {endless}")
@@ -489,14 +489,14 @@ def test_days_in_a_partition_without_end_are_not_missing(migrated: str, look: Lo
     assert status.missing == []
 
 
-def test_today_is_missing(migrated: str, look: Look) -> None:
+def test_a_missing_today_is_a_problem(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, 0, 0)
     status = look(migrated)
     assert (status.runway_days, status.missing) == (0, gone)
     assert len(status.problems) == 2
 
 
-def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
+def test_a_missing_past_day_is_a_problem(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, -9, -9)
     status = look(migrated)
     assert status.missing == gone
@@ -505,10 +505,10 @@ def test_a_day_is_missing_in_the_past(migrated: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
+def test_work_due_since_midnight_is_no_problem_before_the_jobs_have_run(
     migrated: str, look: Look, redis_url: str
 ) -> None:
-    """At 00:30 a day has expired and another is to be made; both wait for the jobs at 01:00 and 02:00."""
+    """At 00:30 one day has expired and another must be created: both wait for the jobs at 01:00 and 02:00."""
     settings = settings_for(migrated, redis_url)
     status = look(migrated)
     tomorrow = midnight(status.today + timedelta(days=1))
@@ -520,7 +520,7 @@ def test_what_came_due_at_midnight_is_not_missed_before_the_jobs_had_their_hour(
         assert len(judge(later, settings)) == problems, hours
 
 
-def test_days_that_were_dropped_too_early_are_a_problem_while_the_old_table_has_them(
+def test_days_dropped_too_early_are_a_problem_while_the_old_table_has_them(
     migrated: str, redis_url: str, look: Look
 ) -> None:
     first = today(migrated) - timedelta(days=15)
@@ -528,12 +528,12 @@ def test_days_that_were_dropped_too_early_are_a_problem_while_the_old_table_has_
     problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
     assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
     assert "Bring them back with: python -m chronos rollback" in problem
-    # Whoever wants them gone says so.
+    # An operator who wants those days gone shortens the retention.
     shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
     assert not [p for p in collect(shorter).problems if "webhook_log_old" in p]
 
 
-def test_expired_partitions(migrated: str, look: Look) -> None:
+def test_expired_partitions_are_a_problem(migrated: str, look: Look) -> None:
     add_days(migrated, -19, -16)
     end = today(migrated) - timedelta(days=19)
     bounds = f"FOR VALUES FROM (MINVALUE) TO ('{end} 00:00+00')"
@@ -544,7 +544,7 @@ def test_expired_partitions(migrated: str, look: Look) -> None:
 
 
 @pytest.mark.parametrize("function", WEBHOOK_LOG.functions)
-def test_a_function_is_missing(migrated: str, redis_url: str, look: Look, function: str) -> None:
+def test_a_missing_function_is_a_problem(migrated: str, redis_url: str, look: Look, function: str) -> None:
     query(migrated, f"DROP FUNCTION {function}(int)")
     status = look(migrated)
     the_problem(status, rf"^{function}: missing; .*upgrade-functions$")
@@ -554,7 +554,7 @@ def test_a_function_is_missing(migrated: str, redis_url: str, look: Look, functi
 
 
 @pytest.mark.parametrize("comment", ["'chronos 0: older'", "NULL"])
-def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str) -> None:
+def test_a_function_of_an_older_version_is_a_problem(migrated: str, look: Look, comment: str) -> None:
     function = WEBHOOK_LOG.drop_function
     query(migrated, f"COMMENT ON FUNCTION {function}(int) IS {comment}")
     status = look(migrated)
@@ -562,7 +562,7 @@ def test_a_function_of_an_older_version(migrated: str, look: Look, comment: str)
     assert status.as_json()["functions_installed"] is True
 
 
-def test_a_partition_detached_half_way(migrated: str, look: Look) -> None:
+def test_a_half_detached_partition_is_a_problem(migrated: str, look: Look) -> None:
     [pending] = names(migrated, -3, -3)
     detach_half_way(migrated, pending)
     status = look(migrated)
@@ -572,7 +572,7 @@ def test_a_partition_detached_half_way(migrated: str, look: Look) -> None:
     assert not any("half-way" in problem for problem in look(migrated).problems)
 
 
-def test_rows_outside_the_retention(migrated: str, look: Look) -> None:
+def test_rows_outside_the_retention_are_a_problem(migrated: str, look: Look) -> None:
     with connected(migrated, autocommit=False) as conn:
         cur = conn.cursor()
         cur.execute(f"DROP TABLE {', '.join(leaves(cur, -15, -14))}")
@@ -586,7 +586,7 @@ def test_rows_outside_the_retention(migrated: str, look: Look) -> None:
     assert look(migrated).healthy
 
 
-def test_rows_in_a_default_partition(migrated: str, look: Look) -> None:
+def test_rows_in_a_default_partition_are_a_problem(migrated: str, look: Look) -> None:
     query(migrated, "CREATE TABLE rest PARTITION OF webhook_log DEFAULT")
     assert look(migrated).healthy
     query(migrated, "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() + interval '99 days')")
@@ -596,7 +596,7 @@ def test_rows_in_a_default_partition(migrated: str, look: Look) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "direction"), [(90, "behind"), (-90, "ahead of")])
-def test_the_clocks_differ(
+def test_clocks_that_differ_are_a_problem(
     migrated: str, redis_url: str, client: redis.Redis, seconds: int, direction: str
 ) -> None:
     settings = settings_for(migrated, redis_url)
@@ -605,7 +605,9 @@ def test_the_clocks_differ(
     assert collect(settings, clock=lambda: datetime.now(UTC) + timedelta(seconds=50)).healthy
 
 
-def test_a_job_has_not_succeeded_for_long(migrated: str, redis_url: str, look: Look) -> None:
+def test_a_job_that_has_not_succeeded_for_long_is_a_problem(
+    migrated: str, redis_url: str, look: Look
+) -> None:
     for job in JOBS:
         attempt(job, settings_for(migrated, redis_url), Message("a task"), None)
 
@@ -623,12 +625,12 @@ def test_a_job_has_not_succeeded_for_long(migrated: str, redis_url: str, look: L
         attempt(DROP, settings_for(migrated, redis_url), Message("another"), None)
         the_problem(look(migrated), rf"^{DROP.name} has not succeeded since .* UTC \(.* in use by pid .*\);")
     query(migrated, "DELETE FROM chronos_reports WHERE job = %s", DROP.name)
-    assert look(migrated).healthy  # not yet, but then the swap was a minute ago
+    assert look(migrated).healthy  # not yet overdue, as the swap was a minute ago
     query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
     the_problem(look(migrated), f"^{DROP.name} has not succeeded yet;")
 
 
-def test_a_lock_that_is_there_for_good(migrated: str, client: redis.Redis, look: Look) -> None:
+def test_a_lease_that_never_expires_is_a_problem(migrated: str, client: redis.Redis, look: Look) -> None:
     with keep_lease(client, CREATE.name):
         status = look(migrated)
         assert status.healthy
@@ -638,7 +640,7 @@ def test_a_lock_that_is_there_for_good(migrated: str, client: redis.Redis, look:
     the_problem(look(migrated), f"is locked for good: from another time .*DEL {CREATE.name}")
 
 
-def test_a_redis_that_does_not_answer_is_a_problem_and_hides_no_report(migrated: str, redis_url: str) -> None:
+def test_an_unreachable_redis_is_a_problem_and_hides_no_report(migrated: str, redis_url: str) -> None:
     attempt(DROP, settings_for(migrated, redis_url), Message("a task"), None)
     status = collect(settings_for(migrated, "redis://:hush@127.0.0.1:1/0"))
     assert "hush" not in the_problem(status, "Celery cannot run the nightly jobs: Redis does not answer")
@@ -647,7 +649,7 @@ def test_a_redis_that_does_not_answer_is_a_problem_and_hides_no_report(migrated:
     assert found["partitions"] == 46
 
 
-def test_with_no_redis_set_status_judges_by_the_reports_and_is_healthy(migrated: str) -> None:
+def test_without_redis_status_relies_on_the_reports_and_is_healthy(migrated: str) -> None:
     cron = settings_for(migrated, "")
     assert collect(cron).healthy
     query(migrated, "UPDATE webhook_log_migration SET fence = now() - interval '27 hours'")
@@ -672,10 +674,10 @@ def test_a_job_that_failed_last_night_is_a_problem_at_once(migrated: str, redis_
     the_problem(look(migrated), rf"^{CREATE.name} failed at its last run \(.*: the name .* is taken")
 
 
-def test_reports_of_a_database_that_this_one_was_copied_from_are_not_its_own(
+def test_reports_copied_from_another_database_do_not_count(
     database: str, redis_url: str, make_database: MakeDatabase, pg_bin: Path
 ) -> None:
-    """A rehearsal in what pg_dump has taken from production: the rows come along, and do not count."""
+    """A rehearsal on a dump of production: the reports are in the dump, but do not count."""
     migrate(database, -2, 30)
     production = settings_for(database, redis_url)
     for job in JOBS:
@@ -702,7 +704,7 @@ def as_libpq(url: str) -> str:
 @pytest.mark.parametrize(
     "kind", ["TABLE chronos_reports (job text)", "VIEW chronos_reports AS SELECT 1 AS job"]
 )
-def test_a_strangers_table_of_that_name_is_neither_read_nor_written(
+def test_another_roles_table_with_that_name_is_neither_read_nor_written(
     migrated: str, redis_url: str, look: Look, kind: str
 ) -> None:
     stranger = f"stranger_{uuid.uuid4().hex}"
@@ -720,8 +722,8 @@ def test_a_strangers_table_of_that_name_is_neither_read_nor_written(
     assert look(migrated).healthy
 
 
-def test_a_quoted_schema(migrated: str, look: Look) -> None:
-    """What is to be typed can be typed as it is."""
+def test_remedies_work_in_a_quoted_schema(migrated: str, look: Look) -> None:
+    """What the messages say to type works as written."""
     query(migrated, 'ALTER SCHEMA public RENAME TO "It\'s ""here"""')
     query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, 12, 12)[0]}')
     query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, -12, -12)[0]}')
@@ -734,12 +736,12 @@ def test_a_quoted_schema(migrated: str, look: Look) -> None:
 # Locks
 
 
-def test_it_waits_for_nobody_who_lets_others_read(migrated: str, look: Look) -> None:
+def test_status_does_not_wait_for_locks_that_allow_reads(migrated: str, look: Look) -> None:
     with holding(migrated, "LOCK TABLE webhook_log IN EXCLUSIVE MODE"):
         assert look(migrated).healthy
 
 
-def test_a_locked_table_is_not_waited_for(migrated: str, look: Look) -> None:
+def test_status_does_not_wait_for_a_locked_table(migrated: str, look: Look) -> None:
     with (
         holding(migrated, f"LOCK TABLE {names(migrated, 1, 1)[0]} IN ACCESS EXCLUSIVE MODE"),
         pytest.raises(ChronosError, match=r"has locked public\.webhook_log or one of its partitions"),
@@ -750,7 +752,9 @@ def test_a_locked_table_is_not_waited_for(migrated: str, look: Look) -> None:
 # The command
 
 
-def test_the_command(migrated: str, redis_url: str, client: redis.Redis, tmp_path: Path) -> None:
+def test_the_command_prints_the_status_and_exits_accordingly(
+    migrated: str, redis_url: str, client: redis.Redis, tmp_path: Path
+) -> None:
     well = chronos(migrated, "status", "--json", env={"REDIS_URL": redis_url})
     assert (well.returncode, well.stderr) == (0, "")
     assert json.loads(well.stdout)["state"] == "migrated"
@@ -773,7 +777,7 @@ def test_the_command(migrated: str, redis_url: str, client: redis.Redis, tmp_pat
     assert re.search(rf"^{day - timedelta(days=3)} +[\d,]+ +\d+ kB +#+ *$", stdout, re.M)
 
 
-def test_the_command_without_a_server() -> None:
+def test_the_command_without_a_server_exits_with_2() -> None:
     away = chronos("postgresql://somebody:hush@127.0.0.1:1/none", "status", "--json")
     assert (away.returncode, away.stdout) == (2, "")
     assert re.fullmatch(r"Error: cannot tell: connection to server at .*\n", away.stderr)

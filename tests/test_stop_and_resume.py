@@ -1,4 +1,4 @@
-"""What a stopped run leaves to the next: its options, and a prompt that says what it goes on with."""
+"""What a stopped run leaves to the next: its options, and a prompt that says what will be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tables import closed_gate, gate_in_the_copy, holding, pid_at_the_gate
 from tests.test_migration import fill, state, stopped_in_the_copy
 
 
-def test_resume_repeats_the_options_unless_given_anew_and_names_all_in_its_prompt(
+def test_resume_keeps_the_options_unless_overridden_and_names_them_in_its_prompt(
     database: str, tmp_path: Path
 ) -> None:
     fill(database)
@@ -54,7 +54,7 @@ def test_resume_repeats_the_options_unless_given_anew_and_names_all_in_its_promp
     assert value(database, "SELECT options ->> 'rate_limit' FROM webhook_log_migration") == "80000"
 
 
-def test_resume_refuses_when_the_report_of_the_first_run_cannot_be_written_any_more(
+def test_resume_refuses_when_the_first_runs_report_can_no_longer_be_written(
     database: str, tmp_path: Path
 ) -> None:
     fill(database, 100)
@@ -75,7 +75,9 @@ def test_resume_refuses_when_the_report_of_the_first_run_cannot_be_written_any_m
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_to_end_stops_the_copy_and_says_how_to_go_on(database: str, number: signal.Signals) -> None:
+def test_a_termination_signal_stops_the_copy_and_says_how_to_resume(
+    database: str, number: signal.Signals
+) -> None:
     fill(database)
     with stopped_in_the_copy(database) as migration:
         migration.process.send_signal(number)
@@ -108,7 +110,7 @@ def test_a_column_that_is_added_while_rows_are_copied_undoes_the_migration_and_i
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_end_at_the_prompt_changes_nothing(database: str, number: signal.Signals) -> None:
+def test_a_termination_signal_at_the_prompt_changes_nothing(database: str, number: signal.Signals) -> None:
     fill(database, 10)
     with on_a_terminal(database, "migrate") as (process, master):
         shown = read_until(master, "Type MIGRATE")
@@ -119,8 +121,8 @@ def test_a_signal_to_end_at_the_prompt_changes_nothing(database: str, number: si
     assert state(database) is None
 
 
-def test_a_hangup_that_is_to_be_outlived_stops_nothing(database: str) -> None:
-    """As under nohup."""
+def test_an_ignored_hangup_stops_nothing(database: str) -> None:
+    """As with nohup."""
     fill(database)
     gate_in_the_copy(database)
     command = """trap '' HUP; exec "$0" -u -m chronos migrate --yes --workers 1 --batch-size 50"""
@@ -142,7 +144,7 @@ def test_a_hangup_that_is_to_be_outlived_stops_nothing(database: str) -> None:
 
 
 class on_a_terminal:  # noqa: N801
-    """chronos on a terminal of 80 columns: its process, and the file to read from."""
+    """chronos on an 80-column terminal: its process, and the file to read from."""
 
     def __init__(self, url: str, *arguments: str) -> None:
         self.master, slave = pty.openpty()
@@ -176,11 +178,11 @@ def read_to_the_end(master: int) -> str:
     while True:
         try:
             shown += os.read(master, 65_536)
-        except OSError:  # Linux's way to say that nobody holds the terminal open any more
+        except OSError:  # Linux's way to say that no process has the terminal open any more
             return shown.decode()
 
 
-def test_on_a_terminal_the_whole_wait_for_a_lock_leaves_one_line(database: str) -> None:
+def test_on_a_terminal_a_wait_for_a_lock_leaves_one_line(database: str) -> None:
     fill(database, 200)
     with (
         holding(database, "SELECT FROM webhook_log LIMIT 1") as reader,

@@ -1,4 +1,4 @@
-"""Nothing that chronos does runs a function or operator that a stranger has created in schema public."""
+"""chronos never runs a function or operator that another role has created in schema public."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.command import chronos
 from tests.live import load
 from tests.tables import query
 
-# Exact copies of all that the server has count where public comes first on the search path; the others count
-# wherever it is on it, for they match better than the server's own. What takes or returns a pseudo-type
-# cannot be copied in plpgsql, or not by everybody.
+# Exact copies of the built-ins are found if public comes first on the search path; the others are found
+# wherever public is on it, as they match better than the built-ins. Functions that take or return a
+# pseudo-type cannot be copied in plpgsql, or not by every role.
 _LOOK_ALIKES = """
 CREATE FUNCTION public.spring(what text) RETURNS void LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a stranger''s % was called', what; END $$;
@@ -48,7 +48,7 @@ BEGIN
         EXECUTE format('CREATE FUNCTION public.%I(%s) RETURNS %s LANGUAGE plpgsql AS %L',
                        f.proname, f.arguments, f.result, body);
     END LOOP;
-    -- Aggregates are called like functions, and so are these, of any number of arguments.
+    -- Aggregates are called like functions, and so are these, with any number of arguments.
     FOR f IN
         SELECT n, format_type(t, NULL) AS type
         FROM unnest(ARRAY['max', 'min', 'sum', 'count', 'bool_and', 'bool_or', 'array_agg', 'string_agg',
@@ -88,7 +88,7 @@ BEGIN
 END
 $do$;
 
--- Nor is a view the jobs of pg_cron because of its name.
+-- Nor may a view be taken for the jobs of pg_cron because of its name.
 CREATE SCHEMA cron;
 CREATE FUNCTION cron.spring() RETURNS text LANGUAGE plpgsql AS
     $$ BEGIN RAISE EXCEPTION 'a stranger''s view was read'; END $$;
@@ -96,7 +96,7 @@ CREATE VIEW cron.job AS SELECT 1::bigint AS jobid, cron.spring() AS command;
 """
 
 
-# The application's statements are its own; those that chronos has put behind them are not.
+# The application's own statements do not count; those that chronos triggers after them do.
 _WRITES = """
 SET search_path = pg_catalog, public;
 WITH parent AS (INSERT INTO webhook_endpoint (url) VALUES ('https://example.com/new') RETURNING id)
@@ -110,9 +110,9 @@ DELETE FROM webhook_endpoint WHERE id = (SELECT max(id) FROM webhook_endpoint);
 
 @pytest.fixture(params=["public, pg_catalog", '"$user", public'], ids=["public-first", "public-last"])
 def guarded(request: pytest.FixtureRequest, database: str) -> str:
-    """A database with a table, rows in it, and look-alikes of the server's functions and operators."""
+    """A database with a table, rows in it, and look-alikes of the built-in functions and operators."""
     load(database, 500)
-    # A type of key for which the server has no = that fits as well as a stranger's.
+    # A key type for which no built-in = matches as well as the look-alike.
     query(
         database,
         "ALTER TABLE webhook_log ALTER id TYPE varchar, ALTER id SET DEFAULT gen_random_uuid()::varchar;"
@@ -132,7 +132,7 @@ def run(url: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_no_command_calls_a_strangers_function_or_operator(
+def test_no_command_calls_another_roles_function_or_operator(
     guarded: str, redis_url: str, strategy: str
 ) -> None:
     for verb in ("--dry-run", "--hold"):

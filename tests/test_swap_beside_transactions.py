@@ -1,4 +1,4 @@
-"""Transactions that are open across a swap: none keeps it waiting for good, and none passes a row by."""
+"""Transactions that are open across a swap: none blocks it for good, and none misses a row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ THINKS_S = 0.15
 
 
 class Deliveries(threading.Thread):
-    """Reads its endpoint, thinks, then writes what became of the delivery, all in one transaction."""
+    """Reads its endpoint, thinks, then writes the result of the delivery, all in one transaction."""
 
     def __init__(self, url: str, number: int) -> None:
         super().__init__(daemon=True)
@@ -70,12 +70,12 @@ class Deliveries(threading.Thread):
 
 @contextmanager
 def delivering(url: str, workers: int = 4) -> Iterator[list[Deliveries]]:
-    """Somebody is always between reading an endpoint and writing what became of it."""
+    """At any moment, some transaction has read an endpoint and not yet written the result."""
     threads = [Deliveries(url, number) for number in range(workers)]
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: all(thread.ids for thread in threads), 30, "everybody delivers")
+        wait_until(lambda: all(thread.ids for thread in threads), 30, "every thread delivers")
         yield threads
     finally:
         for thread in threads:
@@ -84,8 +84,8 @@ def delivering(url: str, workers: int = 4) -> Iterator[list[Deliveries]]:
             thread.join()
 
 
-def test_transactions_that_have_read_an_endpoint_do_not_hold_the_swap_up(database: str) -> None:
-    """The swap takes no lock that they hold, so it need not find a moment at which there is none of them."""
+def test_transactions_that_have_read_an_endpoint_do_not_delay_the_swap(database: str) -> None:
+    """The swap takes no lock that conflicts with theirs, so it need not wait for a moment without them."""
     create_webhook_log(connect_engine(make_url(database)), ROWS)
     with delivering(database) as threads:
         for verb in ("migrate", "rollback"):
@@ -97,7 +97,7 @@ def test_transactions_that_have_read_an_endpoint_do_not_hold_the_swap_up(databas
 
 
 def engine_that_waits(url: str) -> Engine:
-    """One whose server connections look for a deadlock late, so that an attempt may last."""
+    """An engine with a long deadlock_timeout, so that an attempt can last."""
     return connect_engine(make_url(url).update_query_dict({"options": "-c deadlock_timeout=20s"}))
 
 
@@ -108,8 +108,8 @@ def patient() -> Operator:
 
 
 class AtTheLastReplay:
-    """Listens to what the swap sends, and does two things: the last write before the lock that writers wait
-    for (the ``number``th of the run), and ``act`` when writers wait and what was noted is not replayed yet.
+    """Watches what the swap sends and does two things: the last write before the lock that blocks writers
+    (the ``number``th of the run), and ``act`` while writers wait and the notes are not yet replayed.
     """
 
     def __init__(self, engine: Engine, url: str, number: int, act: Callable[[int], None]) -> None:
@@ -139,8 +139,8 @@ class AtTheLastReplay:
 
 
 @pytest.mark.parametrize("way", ["there", "back"])
-def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_repeat(database: str, way: str) -> None:
-    """It would not see the rows that were replayed last: its UPDATE must not pass one by without a word."""
+def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_retry(database: str, way: str) -> None:
+    """It would not see the rows replayed last: its UPDATE must not miss one silently."""
     engine = engine_that_waits(database)
     create_webhook_log(engine, ROWS)
     migrate(engine, WEBHOOK_LOG, Options(hold=way == "there"), patient(), lambda found: None)
@@ -164,7 +164,7 @@ def test_a_repeatable_read_writer_that_waited_for_the_swap_is_told_to_repeat(dat
             waits = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND cardinality(pg_blocking_pids(pid)) > 0"
             wait_until(lambda: query(database, waits, conn.info.backend_pid), 20, "the writer waits")
 
-        # On the way back there is one such lock before, when the notes of everything begin.
+        # A rollback takes one such lock earlier, when it starts to note everything.
         with AtTheLastReplay(engine, database, 1 if way == "there" else 2, write):
             if way == "there":
                 migrate(engine, WEBHOOK_LOG, Options(resume=True), patient(), lambda found: None)

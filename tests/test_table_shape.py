@@ -1,4 +1,4 @@
-"""A table with everything hanging on it, migrated and rolled back: what came along, what came back."""
+"""A table with everything on it, migrated and rolled back: what came along, what came back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import MakeDatabase
 from tests.kitchen_sink import SCHEMA, forget, kitchen_sink
 from tests.tables import connected, dump, holding, query, value, waiting_pid
 
-# What the plan announces, and nothing else, may be gone from the dump of the migrated database.
+# Only what the plan announces may be missing from the dump of the migrated database.
 ANNOUNCED = (
     r'CREATE TABLE "Hooks"\.webhook_log \(',
     r'CREATE (UNIQUE )?INDEX \S.* ON "Hooks"\.webhook_log ',  # ON ONLY from now on
@@ -45,14 +45,14 @@ def shape(url: str, table: str = "webhook_log", schema: str = SCHEMA) -> TableSh
 
 @pytest.fixture
 def sink(make_database: MakeDatabase, postgres: str) -> Iterator[str]:
-    """A database with the table; the roles go when the database is gone."""
+    """A database with the table; the roles are dropped after the database."""
     url = make_database()
     kitchen_sink(url)
     yield url
     forget(url)
 
 
-def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
+def test_everything_on_the_table_is_migrated_and_rolled_back(sink: str, pg_bin: Path) -> None:
     before = dump(sink, pg_bin)
     noted = query(sink, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1')
     was = shape(sink)
@@ -75,7 +75,7 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert [c.name for c in new.columns] == [c.name for c in was.columns]
     assert new.foreign_keys == was.foreign_keys
     assert [t.name for t in new.triggers] == [t.name for t in was.triggers]
-    # The table that went out of use keeps nobody from deleting what its rows refer to.
+    # The table that went out of use does not block deletes of what its rows reference.
     assert shape(sink, "webhook_log_old").foreign_keys == ()
     assert "chronos.copying" not in str(
         query(
@@ -84,10 +84,10 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
         )
     )
 
-    # No trigger took notice of a copied row.
+    # No trigger fired for a copied row.
     assert query(sink, 'SELECT what, count(*) FROM "Hooks".audit GROUP BY 1 ORDER BY 1') == noted
 
-    # The partitions have what a partition needs, and nothing for those who had nothing.
+    # The partitions have what they need, and no privilege for roles that had none.
     leaves = query(
         sink,
         "SELECT DISTINCT pg_get_userbyid(c.relowner), c.reloptions, t.reloptions, c.relreplident::text,"
@@ -139,7 +139,7 @@ def test_everything_comes_along_and_goes_back(sink: str, pg_bin: Path) -> None:
     assert value(sink, 'SELECT "Hooks".how_many() = (SELECT count(*) FROM "Hooks".webhook_log)')
 
 
-def test_nothing_is_left_of_a_migration_that_is_undone_before_the_swap(sink: str, pg_bin: Path) -> None:
+def test_a_rollback_before_the_swap_leaves_nothing(sink: str, pg_bin: Path) -> None:
     before = dump(sink, pg_bin)
     held = chronos(sink, "migrate", "--yes", "--hold")
     assert held.returncode == 0, held.stdout + held.stderr
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_a_migration_that_is_undone_before_the_swap(sink: str
     assert dump(sink, pg_bin) == before
 
 
-def test_new_partitions_are_like_the_others(sink: str) -> None:
+def test_new_partitions_match_the_others(sink: str) -> None:
     assert chronos(sink, "migrate", "--yes").returncode == 0
     made = query(sink, 'SELECT "Hooks".create_future_webhook_log_partitions(32)')
     assert len(made) == 2
@@ -171,15 +171,15 @@ def test_new_partitions_are_like_the_others(sink: str) -> None:
     )
     assert len(traits) == 1
 
-    # Nothing that belongs to the old table itself keeps it from being dropped.
+    # Nothing that belongs to the old table itself blocks dropping it.
     result = chronos(sink, "finalize", "--yes")
     assert result.returncode == 0, result.stdout + result.stderr
     left = query(sink, "SELECT relname FROM pg_class WHERE relname ~ '(_old|_new|_migration.*)$'")
     assert left == []
 
 
-def test_an_ordinary_owner_can_migrate(database: str, pg_bin: Path) -> None:
-    """No superuser, triggers, a view, a publication of all tables: there and back, with writes between."""
+def test_an_ordinary_owner_can_migrate_and_roll_back(database: str, pg_bin: Path) -> None:
+    """No superuser; with triggers, a view, a publication of all tables, and writes in between."""
     owner = f"owner_{value(database, 'SELECT oid FROM pg_database WHERE datname = current_database()')}"
     query(
         database,
@@ -222,10 +222,10 @@ def test_an_ordinary_owner_can_migrate(database: str, pg_bin: Path) -> None:
         query(database, f"DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")
 
 
-def test_a_change_between_building_and_swapping_is_not_lost(sink: str, pg_bin: Path) -> None:
-    """Somebody grants a right while the swap waits: the new table does not have it, so there is no swap.
+def test_a_change_of_the_table_before_the_swap_is_not_lost(sink: str, pg_bin: Path) -> None:
+    """A privilege is granted while the swap waits: the new table does not have it, so there is no swap.
 
-    What is copied is kept for when that is undone.
+    The copy is kept until the grant is undone.
     """
     before = dump(sink, pg_bin)
     reader = ExitStack()
@@ -244,8 +244,8 @@ def test_a_change_between_building_and_swapping_is_not_lost(sink: str, pg_bin: P
     assert dump(sink, pg_bin) == before
 
 
-def test_a_view_made_while_the_swap_waits_reads_the_new_table(database: str) -> None:
-    """Its transaction is what the swap waits for, and changes nothing in the catalog's row of the table."""
+def test_a_view_created_while_the_swap_waits_reads_the_new_table(database: str) -> None:
+    """The swap waits for its transaction, which changes nothing in the table's own catalog row."""
     create_webhook_log(connect_engine(make_url(database)), 500)
     with ExitStack() as open_yet:
         maker = open_yet.enter_context(connected(database, autocommit=False))

@@ -70,7 +70,7 @@ def create(url: str, *tables: str) -> None:
 
 
 def refused(url: str, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """The one line that a command says which changes nothing."""
+    """The one line that a command prints when it changes nothing."""
     before = relations(url)
     done = chronos(url, *arguments, env=env)
     assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
@@ -155,7 +155,7 @@ EVENTS = '[[tables]]\nname = "events"\ncolumn = "at"\n'
         ("[[tables", "cannot be read as TOML"),
     ],
 )
-def test_what_is_wrong_with_the_file_is_one_line(
+def test_an_error_in_the_file_is_reported_in_one_line(
     database: str, configure: Configure, text: str, complaint: str
 ) -> None:
     env = configure(text)
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_the_file_is_one_line(
         assert complaint in line
 
 
-def test_a_file_that_is_not_there_is_refused(database: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(database: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     line = refused(database, "status", env={"CHRONOS_CONFIG": missing})
     assert line == f"Error: CHRONOS_CONFIG names {missing}, and there is no such file; nothing was changed"
@@ -173,9 +173,7 @@ def test_a_file_that_is_not_there_is_refused(database: str, tmp_path: Path) -> N
     assert "that is a folder, not a file" in line
 
 
-def test_a_column_that_does_not_exist_is_found_when_the_table_is_looked_at(
-    database: str, configure: Configure
-) -> None:
+def test_a_column_that_does_not_exist_is_reported(database: str, configure: Configure) -> None:
     create(database, "events")
     env = configure(listed(TableSpec("events", column="when")))
     for verb in ("migrate", "status"):
@@ -250,7 +248,7 @@ def test_options_that_contradict_the_file_are_refused(
         assert re.search(r"Leave the option out, or write \w+ = (3|\"\w+\") there$", line)
 
 
-def test_a_table_that_nobody_describes_is_refused(database: str) -> None:
+def test_a_table_without_a_description_is_refused(database: str) -> None:
     create(database, "events")
     migrate = "python -m chronos migrate public.events --column at --every day"
     for arguments, says, then in (
@@ -279,7 +277,9 @@ def test_a_table_that_nobody_describes_is_refused(database: str) -> None:
     assert "is no name of a table as SQL writes it" in refused(database, "status", "Order Events")
 
 
-def test_webhook_log_that_the_file_does_not_list_is_to_be_added(database: str, configure: Configure) -> None:
+def test_webhook_log_missing_from_the_file_is_refused_with_what_to_add(
+    database: str, configure: Configure
+) -> None:
     create(database, "events", "webhook_log")
     env = configure(listed(TableSpec("events", column="at")))
     found = chronos(database, "migrate", "webhook_log", env=env)
@@ -302,7 +302,7 @@ def test_webhook_log_that_the_file_does_not_list_is_to_be_added(database: str, c
         ("nothing", "Check its name, the database URL and the search_path"),
     ],
 )
-def test_a_name_that_is_no_table_is_told_from_its_neighbours(database: str, name: str, says: str) -> None:
+def test_a_name_that_is_no_table_is_refused(database: str, name: str, says: str) -> None:
     query(
         database,
         "CREATE SCHEMA shop; CREATE SCHEMA other; CREATE TABLE shop.events (at date);"
@@ -333,16 +333,16 @@ def test_options_that_contradict_the_environment_name_the_variable(database: str
         assert refused(database, "migrate", option, what).endswith(f"Leave the option out, or {instead}")
 
 
-def test_the_database_of_tests_is_asked_for_when_testing(database: str) -> None:
+def test_testing_without_a_test_database_url_is_refused(database: str) -> None:
     line = refused(database, "status", env={"TESTING": "true", "TEST_DATABASE_URL": ""})
     assert "TEST_DATABASE_URL is not set, which counts because TESTING is true" in line
     assert line.endswith("/chronos_test")
 
 
-# What the file says and is not so
+# When the file is wrong
 
 
-def test_an_interval_or_a_column_that_is_not_so_is_refused_wherever_it_counts(
+def test_a_wrong_interval_or_column_is_refused_by_every_verb_that_needs_it(
     database: str, redis_url: str, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create(database, "events")
@@ -386,7 +386,7 @@ def test_an_interval_or_a_column_that_is_not_so_is_refused_wherever_it_counts(
             attempt(job, settings, Message("by hand"), None)
 
 
-def test_a_role_that_may_not_read_the_state_goes_by_the_partitions(
+def test_a_role_that_cannot_read_the_state_relies_on_the_partitions(
     database: str, configure: Configure
 ) -> None:
     create(database, "events")
@@ -400,7 +400,9 @@ def test_a_role_that_may_not_read_the_state_goes_by_the_partitions(
             assert as_it_is(conn, events).every is found
 
 
-def test_partitions_of_other_widths_by_hand_do_not_judge(database: str, configure: Configure) -> None:
+def test_hand_made_partitions_of_other_widths_do_not_contradict_the_interval(
+    database: str, configure: Configure
+) -> None:
     query(
         database,
         "CREATE TABLE events (at timestamptz NOT NULL) PARTITION BY RANGE (at);"
@@ -422,7 +424,7 @@ def test_partitions_of_other_widths_by_hand_do_not_judge(database: str, configur
     assert "its partitions are months" in refused(database, "upgrade-functions", env=env)
 
 
-def test_functions_are_not_left_on_a_plain_table(database: str, configure: Configure) -> None:
+def test_functions_are_not_installed_on_a_plain_table(database: str, configure: Configure) -> None:
     create(database, "events")
     env = configure(listed(TableSpec("events", column="at")))
     line = refused(database, "upgrade-functions", env=env)
@@ -431,9 +433,7 @@ def test_functions_are_not_left_on_a_plain_table(database: str, configure: Confi
     assert chronos(database, "upgrade-functions", env=env).returncode == 0
 
 
-def test_a_half_done_migration_of_a_table_in_no_file_is_a_problem(
-    database: str, configure: Configure
-) -> None:
+def test_a_half_done_migration_of_an_unlisted_table_is_a_problem(database: str, configure: Configure) -> None:
     create(database, "events", "audit")
     query(database, "CREATE TABLE not_a_migration (only_row int)")
     assert chronos(database, "migrate", "audit", "--column", "at", "--yes").returncode == 0
@@ -449,7 +449,7 @@ def test_a_half_done_migration_of_a_table_in_no_file_is_a_problem(
     )
 
 
-def test_a_table_of_the_same_name_in_another_schema_is_not_the_configured_one(
+def test_a_table_with_the_same_name_in_another_schema_is_not_the_configured_one(
     database: str, configure: Configure
 ) -> None:
     create(database, "events")
@@ -460,10 +460,12 @@ def test_a_table_of_the_same_name_in_another_schema_is_not_the_configured_one(
     assert "lists events without a schema, which is not other.events here" in line
 
 
-# A table that no file lists, from its first look to its last
+# A table that no file lists, from its first plan to its end
 
 
-def test_a_quoted_table_of_another_schema_goes_all_the_way(database: str, configure: Configure) -> None:
+def test_a_quoted_table_in_another_schema_goes_through_every_verb(
+    database: str, configure: Configure
+) -> None:
     query(database, _ORDERS)
     plan = chronos(database, "migrate", ORDERS, *DESCRIBED, "--dry-run")
     assert (plan.returncode, plan.stderr) == (0, "")
@@ -521,7 +523,7 @@ def test_a_quoted_table_of_another_schema_goes_all_the_way(database: str, config
     assert final.returncode == 0, final.stderr
     assert orders.as_toml() in final.stdout
     assert value(database, f"SELECT count(*) FROM {ORDERS}") == 400
-    kept = replace(orders, ahead_days=30)  # the one thing that no catalog knows
+    kept = replace(orders, ahead_days=30)  # the one thing that is in no catalog
     for verb, code in (("status", 1), ("upgrade-functions", 0)):
         found = chronos(database, verb, ORDERS)
         assert found.returncode == code
@@ -531,13 +533,13 @@ def test_a_quoted_table_of_another_schema_goes_all_the_way(database: str, config
     assert chronos(database, "upgrade-functions", env=env).returncode == 0
 
 
-def test_the_documented_command_is_that_of_webhook_log(database: str, configure: Configure) -> None:
+def test_the_documented_command_migrates_webhook_log(database: str, configure: Configure) -> None:
     create(database, "events")
     env = configure(listed(TableSpec("events", column="at")))
     assert "there is no table webhook_log" in refused(database, "migrate", "webhook_log", env=env)
 
 
-def test_two_operators_migrate_two_tables_at_once(database: str, configure: Configure) -> None:
+def test_two_operators_can_migrate_two_tables_at_once(database: str, configure: Configure) -> None:
     create(database, "events", "audit")
     env = configure(listed(TableSpec("events", column="at"), TableSpec("audit", column="at")))
     with holding(database, "LOCK TABLE events, audit IN ROW EXCLUSIVE MODE"):
@@ -549,7 +551,7 @@ def test_two_operators_migrate_two_tables_at_once(database: str, configure: Conf
                 " (SELECT oid FROM pg_database WHERE datname = current_database()) OFFSET 1",
             ),
             30,
-            "both are at work",
+            "both are running",
         )
         busy = chronos(database, "rollback", "events", env=env)
         assert busy.returncode == 2
@@ -562,7 +564,7 @@ def test_two_operators_migrate_two_tables_at_once(database: str, configure: Conf
         assert chronos(database, "rollback", table, "--yes", env=env).returncode == 0
 
 
-def test_retention_left_out_copies_every_row_and_drops_nothing(
+def test_without_retention_every_row_is_copied_and_nothing_is_dropped(
     database: str, redis_url: str, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create(database, "events")
@@ -580,7 +582,7 @@ def test_retention_left_out_copies_every_row_and_drops_nothing(
     assert oldest.startswith("events_y")
 
 
-# One night, five tables
+# One night with five tables
 
 FIVE = [
     TableSpec(f"table_{n}", column="at", retention_days=5, ahead_days=2, schema="public") for n in range(5)
@@ -591,7 +593,7 @@ FIVE = [
 def five(
     database: str, redis_url: str, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> Settings:
-    """Five partitioned tables with no partition ahead, and one that has expired."""
+    """Five partitioned tables, each with no partition ahead and one that has expired."""
     with connected(database, autocommit=False) as conn:
         cur = conn.cursor()
         for table in FIVE:
@@ -616,7 +618,7 @@ def others(count: int) -> dict[str, tuple[str, int]]:
     return {f"public.table_{n}": ("done", count) for n in (0, 1, 3, 4)}
 
 
-def test_a_night_keeps_four_tables_when_the_fifth_is_broken(
+def test_a_broken_table_does_not_block_the_other_four(
     five: Settings, database: str, client: redis.Redis
 ) -> None:
     tomorrow = FIVE[2].partition(FIVE[2].period(datetime.now(UTC) + timedelta(days=1)))
@@ -643,10 +645,8 @@ def test_a_night_keeps_four_tables_when_the_fifth_is_broken(
     assert found["tables"][1]["jobs"][CREATE.name]["result"] == "done"
 
 
-def test_a_cut_connection_costs_one_table_its_turn(
-    five: Settings, database: str, client: redis.Redis
-) -> None:
-    """The function of one table ends its own session; the next attempt finds it well."""
+def test_a_lost_connection_delays_only_one_table(five: Settings, database: str, client: redis.Redis) -> None:
+    """The function of one table ends its own session; the next attempt succeeds."""
     query(
         database,
         "ALTER FUNCTION create_future_table_2_partitions(int) RENAME TO sound;"
@@ -667,7 +667,7 @@ def test_a_cut_connection_costs_one_table_its_turn(
     assert (report["status"], len(report["created"])) == ("done", 10)
 
 
-def test_a_table_in_use_is_the_only_one_that_is_left(
+def test_a_table_in_use_is_the_only_one_left_undone(
     five: Settings, database: str, client: redis.Redis
 ) -> None:
     with holding(database, "LOCK TABLE table_2 IN SHARE UPDATE EXCLUSIVE MODE"):
@@ -677,7 +677,7 @@ def test_a_table_in_use_is_the_only_one_that_is_left(
     assert "public.table_2: " in report["error"]
 
 
-# What messages name
+# Names in messages
 
 
 def test_a_command_names_its_table_where_it_is_needed(
@@ -724,14 +724,14 @@ def test_a_terminal_shows_a_command_with_its_table_on_a_line_of_its_own() -> Non
         ('public."say ""hi"""', "public", 'say "hi"'),
     ],
 )
-def test_a_name_is_read_as_sql_reads_it(text: str, schema: str | None, name: str) -> None:
+def test_a_name_is_parsed_as_sql_parses_it(text: str, schema: str | None, name: str) -> None:
     found = TableSpec.named(text)
     assert (found.schema, found.name) == (schema, name)
     assert TableSpec.named(found.typed) == found
 
 
 @pytest.mark.parametrize("text", ["", "a.b.c", 'a"b', "1st", "a b", '""'])
-def test_what_is_no_name_is_refused(text: str) -> None:
+def test_an_invalid_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no name of a table"):
         TableSpec.named(text)
 

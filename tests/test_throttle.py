@@ -1,4 +1,4 @@
-"""How fast the copy goes: the limit of rows, shrinking batches, and replicas that fall behind."""
+"""How fast the copy goes: the rate limit, shrinking batches, and replicas that fall behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = 3_000
 
 
 class Time:
-    """A clock that moves only when somebody sleeps."""
+    """A clock that moves only during sleep."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -46,7 +46,7 @@ def copy(
     rows: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """The sizes of so many batches, each of which lasts ``seconds``."""
+    """The sizes of this many batches, each of which takes ``seconds``."""
     sizes = []
     for _ in range(batches):
         size = throttle.begin(check_stop)
@@ -56,7 +56,7 @@ def copy(
     return sizes
 
 
-def test_without_limits_nobody_waits() -> None:
+def test_without_limits_the_copy_never_waits() -> None:
     time = Time()
     throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
 
@@ -73,11 +73,11 @@ def test_the_rate_is_kept(batch_size: int, rate: int, seconds: float) -> None:
     began = time.now
     rows = sum(copy(throttle, time, batches=200, seconds=min(seconds, batch_size / rate / 2)))
 
-    # The first batch need not wait, so there is one less to wait for.
+    # The first batch need not wait, so there is one wait less.
     assert rows / rate * 0.98 <= time.now - began + min(batch_size, rate) / rate <= rows / rate * 1.02
 
 
-def test_what_a_batch_had_less_or_more_than_allowed_counts() -> None:
+def test_batches_above_or_below_the_allowed_size_count_with_their_rows() -> None:
     time = Time()
     throttle = Throttle(1_000, rate_limit=1_000, clock=time.clock, sleep=time.sleep)
 
@@ -88,7 +88,7 @@ def test_what_a_batch_had_less_or_more_than_allowed_counts() -> None:
     assert time.now == pytest.approx(1_006.0)
 
 
-def test_time_that_was_not_used_is_not_made_up_for() -> None:
+def test_unused_time_is_not_caught_up() -> None:
     time = Time()
     throttle = Throttle(100, rate_limit=100, clock=time.clock, sleep=time.sleep)
     copy(throttle, time, batches=1)
@@ -109,7 +109,7 @@ def test_batches_shrink_while_the_database_is_slow_and_grow_again() -> None:
     assert copy(Throttle(10), time, batches=3, seconds=2) == [10, 10, 10]
 
 
-def test_a_replica_that_lags_is_waited_for() -> None:
+def test_the_copy_waits_for_a_lagging_replica() -> None:
     time = Time()
     lags = iter([Lag("a", 1), Lag("a", 9), Lag("b", 12), Lag("b", 5), None, None])
     pauses: list[str | None] = []
@@ -139,7 +139,7 @@ def test_a_pause_ends_when_asked_to_stop(limits: dict[str, object]) -> None:
     assert time.now < 1_001
 
 
-def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
+def test_the_command_keeps_its_rate_limit(database: str, tmp_path: Path) -> None:
     create_webhook_log(create_engine(database, poolclass=NullPool), ROWS)
     report = tmp_path / "report.json"
 
@@ -150,7 +150,7 @@ def test_rate_limit_of_the_command(database: str, tmp_path: Path) -> None:
     assert found["steps"][2]["seconds"] > (found["happened"]["rows"] - 700) / 700
 
 
-def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:
+def test_a_cancelled_batch_is_retried_smaller() -> None:
     time = Time()
     throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
     sizes = []
@@ -167,7 +167,7 @@ def test_what_the_server_cancels_is_tried_again_in_smaller_batches() -> None:
     assert small.begin(lambda: None) == 10
 
 
-def test_who_waits_after_a_cancelled_batch_can_stop() -> None:
+def test_a_pause_after_a_cancelled_batch_can_be_stopped() -> None:
     time = Time()
     throttle = Throttle(1_000, clock=time.clock, sleep=time.sleep)
 
@@ -180,7 +180,7 @@ def test_who_waits_after_a_cancelled_batch_can_stop() -> None:
 
 
 class Standby(EmbeddedPostgres):
-    """A server that follows another one."""
+    """A standby of another server."""
 
     def __init__(self, primary: EmbeddedPostgres) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_the_command_waits_for_a_standby(own_postgres: OwnPostgres) -> None:
         assert "  paused" not in rest
 
 
-def test_replicas_that_the_role_may_not_see(own_postgres: OwnPostgres) -> None:
+def test_max_replica_lag_is_refused_when_the_role_cannot_see_replicas(own_postgres: OwnPostgres) -> None:
     server = own_postgres()
     create_webhook_log(create_engine(server.url, poolclass=NullPool), 10)
     query(

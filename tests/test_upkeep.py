@@ -1,4 +1,4 @@
-"""`upkeep`: the nights without Celery or Redis, its exit codes, and the alerts that follow a run."""
+"""`upkeep`: nights without Celery or Redis, its exit codes, and the alerts that follow a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tables import connected, exists, holding, query, value
 from tests.test_jobs import add_days, history, last, migrate, names, partitions
 from tests.waiting import wait_until
 
-# No Redis is set: cron does it.
+# No Redis is set: cron runs it.
 CRON = {"REDIS_URL": "", "WEBHOOK_LOG_DAYS_AHEAD": "3", "WEBHOOK_LOG_RETENTION_DAYS": "5"}
 FIVE = [
     TableSpec(f"table_{n}", column="at", every=Interval.DAY, retention_days=5, ahead_days=2, schema="public")
@@ -39,13 +39,13 @@ FIVE = [
 
 @pytest.fixture
 def url(database: str) -> str:
-    """A table of the days -7 to 0; two of them have expired."""
+    """A table with the days -7 to 0, two of which have expired."""
     migrate(database, -7, 0)
     return database
 
 
 def create_five(url: str, configuration: Path) -> dict[str, str]:
-    """Five tables with no partition ahead and one that has expired; the environment that lists them."""
+    """Five tables, each with no partition ahead and one expired; returns the environment that lists them."""
     with connected(url, autocommit=False) as conn:
         cur = conn.cursor()
         for table in FIVE:
@@ -92,7 +92,7 @@ def test_upkeep_creates_and_drops_and_status_is_healthy_without_redis(url: str) 
     )
 
 
-def test_a_night_that_upkeep_has_done_is_not_done_again_by_celery(
+def test_celery_does_not_repeat_a_night_that_upkeep_has_done(
     url: str, redis_url: str, client: object
 ) -> None:
     assert chronos(url, "upkeep", env=CRON).returncode == 0
@@ -103,7 +103,7 @@ def test_a_night_that_upkeep_has_done_is_not_done_again_by_celery(
     assert last(url, CREATE)["writer"].startswith("upkeep")
 
 
-def test_of_five_tables_one_read_for_long_and_one_broken_three_are_done_and_each_is_reported(
+def test_of_five_tables_three_are_done_and_the_busy_and_the_broken_one_are_reported(
     database: str, tmp_path: Path
 ) -> None:
     env = create_five(database, tmp_path / "chronos.toml")
@@ -129,7 +129,7 @@ def test_of_five_tables_one_read_for_long_and_one_broken_three_are_done_and_each
     assert not any(exists(database, old(table)) for table in FIVE)
 
 
-def test_what_is_in_use_is_left_to_the_next_run_with_exit_code_3(url: str) -> None:
+def test_a_partition_in_use_is_left_to_the_next_run_with_exit_code_3(url: str) -> None:
     [used] = names(url, -7, -7)
     for night in range(3):
         with holding(url, f"SELECT FROM {used}"):
@@ -143,7 +143,7 @@ def test_what_is_in_use_is_left_to_the_next_run_with_exit_code_3(url: str) -> No
     assert partitions(url) == names(url, -5, 3)
 
 
-def test_a_reader_that_goes_in_time_is_waited_for(url: str) -> None:
+def test_a_reader_that_ends_in_time_is_waited_for(url: str) -> None:
     with holding(url, "SELECT FROM webhook_log"):
         run = Run(url, "upkeep", "--retry-for", "60", env=CRON)
         wait_until(
@@ -157,7 +157,7 @@ def test_a_reader_that_goes_in_time_is_waited_for(url: str) -> None:
     assert last(url, DROP)["attempts"] == 2
 
 
-def test_stopped_while_it_waits_it_says_so_and_exits_with_3(url: str) -> None:
+def test_a_run_stopped_while_it_waits_says_so_and_exits_with_3(url: str) -> None:
     with holding(url, "SELECT FROM webhook_log"), started(url, "upkeep", env=CRON) as process:
         wait_until(
             lambda: exists(url, "chronos_reports") and last(url, DROP).get("status") == "retrying",
@@ -171,7 +171,7 @@ def test_stopped_while_it_waits_it_says_so_and_exits_with_3(url: str) -> None:
     assert partitions(url) == names(url, -7, 3)
 
 
-def test_two_at_once_do_it_together_and_both_succeed(url: str) -> None:
+def test_two_concurrent_runs_share_the_work_and_both_succeed(url: str) -> None:
     query(url, f"DROP TABLE {', '.join(names(url, -5, 0))}")
     add_days(url, -60, -8)
     runs = [Run(url, "upkeep", "--retry-for", "60", env=CRON) for _ in range(2)]
@@ -201,15 +201,15 @@ def test_a_contradicted_configuration_is_refused_with_exit_code_2(url: str, tmp_
     assert partitions(url) == names(url, -7, 0)
 
 
-def test_a_server_that_does_not_answer_fails_without_its_password() -> None:
+def test_an_unreachable_server_fails_without_showing_its_password() -> None:
     done = chronos("postgresql://somebody:hush@127.0.0.1:1/none", "upkeep", "--retry-for", "0", env=CRON)
     assert done.returncode == 1
     assert f"{CREATE.name} failed: PostgreSQL does not answer" in done.stderr
     assert "hush" not in done.stderr + done.stdout
 
 
-def test_a_role_that_cannot_keep_the_report_does_the_work_all_the_same(url: str) -> None:
-    """Somebody has put a table there that the owner of ours need not trust."""
+def test_a_role_that_cannot_store_the_report_still_does_the_work(url: str) -> None:
+    """Another role has created a table there that the owner of ours need not trust."""
     role = f"stranger_{os.getpid()}_{time.monotonic_ns()}"
     query(
         url,
@@ -224,7 +224,7 @@ def test_a_role_that_cannot_keep_the_report_does_the_work_all_the_same(url: str)
     assert partitions(url) == names(url, -5, 3)
 
 
-def test_an_ordinary_owner_keeps_reports_that_another_role_reads_once_it_is_granted(url: str) -> None:
+def test_an_ordinary_owner_stores_reports_that_another_role_reads_once_granted(url: str) -> None:
     number = f"{os.getpid()}_{time.monotonic_ns()}"
     owner, monitor = f"owner_{number}", f"monitor_{number}"
     query(
@@ -258,8 +258,8 @@ def test_an_ordinary_owner_keeps_reports_that_another_role_reads_once_it_is_gran
         query(url, f"DROP OWNED BY {owner}, {monitor} CASCADE; DROP ROLE {owner}, {monitor}")
 
 
-def test_the_reports_go_with_the_last_partitioned_table(url: str) -> None:
-    """What a migration has made is gone after its rollback, and so is what the nights have left beside it."""
+def test_the_reports_are_dropped_with_the_last_partitioned_table(url: str) -> None:
+    """After a rollback, what the migration created is gone, and so is what the nightly jobs left."""
     query(
         url,
         "DROP TABLE webhook_log, webhook_endpoint;"
@@ -298,7 +298,7 @@ def told(inbox: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(inbox.iterdir())]
 
 
-def test_a_problem_is_told_once_when_it_appears_and_once_when_it_is_gone(url: str, inbox: Path) -> None:
+def test_a_problem_is_alerted_once_when_it_appears_and_once_when_it_is_gone(url: str, inbox: Path) -> None:
     env = {**CRON, "CHRONOS_ALERT_COMMAND": into(inbox)}
     assert chronos(url, "upkeep", env=env).returncode == 0
     assert told(inbox) == []
@@ -322,7 +322,7 @@ def test_a_problem_is_told_once_when_it_appears_and_once_when_it_is_gone(url: st
     assert second["gone"] == first["appeared"]
 
 
-def test_a_database_that_does_not_answer_is_told(inbox: Path) -> None:
+def test_an_unreachable_database_is_alerted(inbox: Path) -> None:
     env = {**CRON, "CHRONOS_ALERT_COMMAND": into(inbox)}
     chronos("postgresql://somebody:hush@127.0.0.1:1/none", "upkeep", "--retry-for", "0", env=env)
     [alert] = told(inbox)
@@ -336,7 +336,7 @@ def settings_that_alert(url: str, command: str) -> Settings:
     )
 
 
-def test_an_alert_command_that_fails_harms_nothing_and_is_run_again(url: str, inbox: Path) -> None:
+def test_a_failing_alert_command_harms_nothing_and_is_run_again(url: str, inbox: Path) -> None:
     failing = {**CRON, "CHRONOS_ALERT_COMMAND": "echo hush >&2; exit 7", "WEBHOOK_LOG_DAYS_AHEAD": "4"}
     query(url, f"CREATE VIEW {names(url, 4, 4)[0]} AS SELECT 1")
     done = chronos(url, "upkeep", env=failing)
@@ -348,7 +348,7 @@ def test_an_alert_command_that_fails_harms_nothing_and_is_run_again(url: str, in
     assert len(told(inbox)) == 1
 
 
-def test_an_alert_command_that_hangs_is_killed_with_what_it_started(
+def test_a_hanging_alert_command_is_killed_with_its_children(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(alerts, "TIMEOUT_S", 1.0)
@@ -378,7 +378,7 @@ def test_the_alert_command_gets_no_database_url_and_no_password(
     assert not any(f"{name}=" in text for name in kept_back)
 
 
-def test_while_one_run_gives_the_alert_another_does_not(
+def test_of_two_concurrent_runs_only_one_sends_the_alert(
     url: str, inbox: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -403,6 +403,6 @@ def test_while_one_run_gives_the_alert_another_does_not(
         ("j has not succeeded yet (in use by pid 1 (app)); x", "j has not succeeded yet (gone); x"),
     ],
 )
-def test_a_problem_whose_numbers_change_is_the_same(one: str, same: str) -> None:
+def test_a_problem_whose_numbers_change_is_not_alerted_again(one: str, same: str) -> None:
     assert kind_of(one) == kind_of(same)
     assert kind_of(one) != kind_of("another problem")

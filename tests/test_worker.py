@@ -75,19 +75,19 @@ class Process:
         return found[0]
 
     def result(self, task_id: str) -> Report:
-        """What the task returned, from the line that says so."""
+        """What the task returned, according to the log."""
         line = self.wait_for(rf"\[{task_id}\] succeeded in")
         report = ast.literal_eval(line.partition("s: ")[2])
         assert isinstance(report, dict)
         return report
 
     def stop(self) -> None:
-        """Stop it politely, and see that it goes."""
+        """Stop it with SIGTERM, and check that it exits."""
         self.popen.terminate()
         self.popen.wait(PATIENCE)
 
     def kill(self) -> None:
-        """End it and its pool without a word to anybody."""
+        """Kill it and its pool without warning."""
         os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(PATIENCE)
 
@@ -124,7 +124,7 @@ def start(tmp_path: Path) -> Iterator[StartCelery]:
 
 @pytest.fixture
 def broker() -> Iterator[EmbeddedRedis]:
-    """A Redis of the test's own: what a worker that was killed leaves in it is nobody else's."""
+    """The test's own Redis: what a killed worker leaves in it affects no other test."""
     with EmbeddedRedis() as server:
         yield server
 
@@ -150,7 +150,7 @@ def start_worker(
 
 
 def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
-    """Ask for a job, as anybody can who knows its name; returns the id of the task."""
+    """Ask for a job, as any client that knows its name can; returns the id of the task."""
     with Celery(broker=broker.url, set_as_current=False) as app:
         return str(app.send_task(job.name, kwargs=options, queue="chronos").id)
 
@@ -160,14 +160,14 @@ def send(broker: EmbeddedRedis, job: Job, **options: Any) -> str:
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
-    """The app itself, imported in the environment of the tests."""
+    """The app itself, imported in the tests' environment."""
     get_settings.cache_clear()
     yield importlib.import_module("chronos.worker").app
     get_settings.cache_clear()
 
 
 def in_zone(app: Celery, zone: str) -> Celery:
-    """The schedule of the app as BEAT_TIMEZONE places it."""
+    """The app's schedule with BEAT_TIMEZONE applied."""
     other = Celery(set_as_current=False)
     other.conf.update(beat_schedule=app.conf.beat_schedule, timezone=zone)
     return other
@@ -193,10 +193,10 @@ def test_messages_are_json_and_acknowledged_late(app: Celery) -> None:
         ("Asia/Kolkata", {}),
     ],
 )
-def test_due_once_a_night_at_its_hour_over_both_changes_of_the_clocks(
+def test_jobs_are_due_once_a_night_at_their_hour_across_clock_changes(
     app: Celery, job: Job, zone: str, skipped_hour: dict[tuple[int, int], int]
 ) -> None:
-    """A year of beat's own arithmetic: at 01:00 and 02:00, and an hour later where there is no such hour."""
+    """A year of beat's own arithmetic: at 01:00 and 02:00, or an hour later if that hour does not exist."""
     settings = Settings(beat_timezone=zone)
     here = ZoneInfo(zone)
     now = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -226,7 +226,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
     app: Celery,
     tmp_path: Path,
 ) -> None:
-    """Both beats find the jobs due; the first message is held up until the other beat's has come."""
+    """Both beats find the jobs due; the first message is held until the other beat's has come."""
     migrate(database, -7, 0)
     query(database, GATE.format(function=CREATE.function(WEBHOOK_LOG)))
     beats = []
@@ -244,7 +244,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
             beat.wait_for(f"Sending due task {job.name}")
         assert "Timezone changed" not in beat.printed()
 
-    wait_until(lambda: "host=" in str(client.get(CREATE.name)), PATIENCE, "one worker is at it")
+    wait_until(lambda: "host=" in str(client.get(CREATE.name)), PATIENCE, "one worker has the job")
     wait_until(
         lambda: any("running already: host=" in worker.printed() for worker in workers),
         PATIENCE,
@@ -266,7 +266,7 @@ def test_two_workers_and_two_beats_do_each_job_once(
     assert client.llen("chronos") == 0
 
 
-# One worker's long night
+# One worker, one long night
 
 
 @dataclass
@@ -314,19 +314,19 @@ def collecting() -> Iterator[Collector]:
             thread.join()
 
 
-def test_a_long_night(
+def test_a_worker_recovers_from_every_obstacle_of_a_night(
     start: StartCelery,
     own_postgres: OwnPostgres,
     client: redis.Redis,
     broker: EmbeddedRedis,
     tmp_path: Path,
 ) -> None:
-    """Everything that can be in a worker's way, one after another; nothing of it needs a restart."""
+    """Everything that can go wrong for a worker, in sequence; none of it needs a restart."""
     server = own_postgres()
     url = server.create_database("night")
     broker.stop()
     with collecting() as collector:
-        # One process for all of it: a new one would be up to five seconds in coming.
+        # One process for all of it: starting a new one can take five seconds.
         one = ("w", url, broker, "--max-tasks-per-child=100")
         alert = tmp_path / "alert"
         worker = start_worker(
@@ -356,7 +356,7 @@ def test_a_long_night(
         with LiveWriter(url, threads=2, rate=100) as writer:
             with holding(url, "SELECT count(*) FROM webhook_log"):
                 task = send(broker, DROP, nightly=True, pauses=[0.1] * 100)
-                wait_until(lambda: last(url, DROP).get("attempts", 0) >= 3, PATIENCE, "it tries again")
+                wait_until(lambda: last(url, DROP).get("attempts", 0) >= 3, PATIENCE, "it is retried")
                 assert last(url, DROP)["status"] == "retrying"
                 assert last(url, DROP)["contended"] == names(url, -9, -6)
                 assert client.get(DROP.name) is None or "host=" in str(client.get(DROP.name))
@@ -367,7 +367,7 @@ def test_a_long_night(
         assert writer.errors == []
         assert max(commit.seconds for commit in writer.commits) < 1
 
-        # The reader never goes.
+        # The reader never ends.
         add_days(url, -9, -8)
         with holding(url, "SELECT count(*) FROM webhook_log"):
             report = worker.result(send(broker, DROP, pauses=[0.1]))
@@ -376,7 +376,7 @@ def test_a_long_night(
             assert "(2 attempts)" in report["error"]
         worker.wait_for(rf"{DROP.name} gave up, undone: {names(url, -9, -9)[0]}")
 
-        # The server goes away, and comes back too late for one task, and in time for the next.
+        # The server stops, and is back too late for one task, but in time for the next.
         server.stop()
         task = send(broker, CREATE, nightly=True, pauses=[0.1, 0.1])
         line = worker.wait_for(rf"\[{task}\] raised expected: JobFailedError")
@@ -405,13 +405,13 @@ def test_a_long_night(
 
 
 @pytest.mark.faults
-def test_killed_in_the_middle(
+def test_a_job_killed_in_the_middle_is_done_later(
     start: StartCelery, broker: EmbeddedRedis, client: redis.Redis, database: str
 ) -> None:
-    """A worker, and a process of another worker's pool, each with a job under way.
+    """Kill a worker, and a process of another worker's pool, each with a running job.
 
-    Both leave a lease that expires. The pool's job is tried again as soon as that is over, the other
-    when the broker delivers its message again, after an hour; any run in between would do as well.
+    Both leave a lease that expires. The pool's job is retried as soon as it has, the other when the broker
+    delivers its message again, after an hour; any run in between would do it too.
     """
     migrate(database, -7, 0)
     for job in JOBS:
@@ -442,7 +442,7 @@ def test_killed_in_the_middle(
     another = start_worker(start, "another", database, broker)
     wait_until(lambda: done_by(database, CREATE, create), PATIENCE, "the message is delivered again")
     assert last(database, CREATE)["created"] == names(database, 1, 3)
-    wait_until(lambda: done_by(database, DROP, drop), PATIENCE, "the job is tried again")
+    wait_until(lambda: done_by(database, DROP, drop), PATIENCE, "the job is retried")
     assert last(database, DROP)["dropped"] == names(database, -7, -6)
     assert another.popen.poll() is other.popen.poll() is None
 

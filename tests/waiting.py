@@ -1,4 +1,4 @@
-"""Waiting for something to become true, with a deadline instead of a sleep and a hope."""
+"""Wait for a condition with a deadline, instead of sleeping and hoping."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def wait_until(predicate: Callable[[], T], timeout: float, what: str) -> T:
-    """Poll until `predicate` returns something true, and return it; `what` is for the failure."""
+    """Poll until `predicate` returns something true, and return it; `what` is for the failure message."""
     deadline = time.monotonic() + timeout
     while True:
         if result := predicate():

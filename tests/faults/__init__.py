@@ -1,1 +1,1 @@
-"""Die at any point, come back, and count the rows."""
+"""Kill it at any point, come back, and count the rows."""

@@ -1,4 +1,4 @@
-"""A TCP proxy that reads PostgreSQL's protocol well enough to act on a chosen statement before it is sent."""
+"""A TCP proxy that reads enough of PostgreSQL's protocol to act before a chosen statement is sent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import NamedTuple, Self
 
 from sqlalchemy.engine import make_url
 
-# What differs from day to day and from run to run, so that equal statements look equal.
+# What differs between days and runs: masked, so that equal statements look equal.
 _VARIABLE = re.compile(
     r"y\d{4}m\d\dd\d\d|\d{4}-\d\d-\d\d([ T]\d\d:\d\d:\d\d(\.\d+)?(\+00(:00)?)?)?"
     r"|'\{[^']*\}'(?=::tid\[\])|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9A-F]+/[0-9A-F]+\b|\b\d+\b"
 )
 
 
-# What changes or locks something, or lets go of it. What only reads leaves no trace when it is cut off.
+# Statements that change, lock or release something. Reads leave no trace when they are cut off.
 _CHANGE = re.compile(
     r"(^|;)\s*(ALTER|ANALYZE|CREATE|DELETE|DO|DROP|INSERT|LOCK|UPDATE"
     r"|WITH \w+ AS( MATERIALIZED)? \(\s*(DELETE|INSERT|UPDATE))\b"
@@ -30,8 +30,8 @@ _CHANGE = re.compile(
 class Point(NamedTuple):
     """A kind of moment: between two changes, before the COMMIT of one, or right after it.
 
-    ``done`` is the last change that was sent before it, over whichever connection; ``next`` is the change
-    that comes, "COMMIT", or "" when that has just been answered.
+    ``done`` is the last change sent before it, over any connection; ``next`` is the change that follows,
+    "COMMIT", or "" when the COMMIT has just been answered.
     """
 
     done: str
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
 
 class Trace:
-    """The statements of a run in the order in which they were sent, and the points that it passed."""
+    """The statements of a run in the order they were sent, and the points that it passed."""
 
     def __init__(self) -> None:
         self.statements: list[str] = []
@@ -48,7 +48,7 @@ class Trace:
         self._open = self._committed = False
 
     def add(self, text: str) -> None:
-        """Before ``text`` is sent."""
+        """Record ``text`` before it is sent."""
         self.statements.append(text)
         self.points.append(self._point(text))
 
@@ -65,11 +65,11 @@ class Trace:
 
 
 class Proxy:
-    """Forwards connections to the server of ``url``, and records every statement, over all connections.
+    """Forwards connections to the server of ``url``, and records every statement of all connections.
 
-    ``act`` is called with the proxy, once: before the statement with the number ``at`` (from 1) is forwarded,
-    or at the given point, when it is passed for the given time (from 1). ``hold`` is shown each statement,
-    which is sent when it returns.
+    ``act`` is called once, with the proxy: before the statement numbered ``at`` (from 1) is forwarded, or
+    when the given point is passed for the given time (from 1). ``hold`` is called with each statement, which
+    is sent when it returns.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Proxy:
 
     @property
     def statements(self) -> list[str]:
-        """What was sent so far."""
+        """The statements sent so far."""
         return self.trace.statements
 
     @property
     def url(self) -> str:
-        """The URL that leads through the proxy; without TLS, which it could not read."""
+        """The URL through the proxy; without TLS, which the proxy could not read."""
         port = self._listener.getsockname()[1]
         url = self._server.set(host="127.0.0.1", port=port).update_query_dict({"sslmode": "disable"})
         return url.render_as_string(hide_password=False)
@@ -174,7 +174,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 def _hang_up(end: socket.socket) -> None:
-    # Closing alone does not wake a thread that waits for data on it, and the peer hears nothing.
+    # Closing alone neither wakes a thread that waits for data on the socket nor tells the peer.
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
     end.close()

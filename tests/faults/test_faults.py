@@ -1,10 +1,9 @@
-"""Whatever dies, and whenever: no row is lost, none is there twice, and one command goes on or back.
+"""Whatever dies, and whenever: no row is lost or duplicated, and one command resumes or rolls back.
 
-Every statement that a command sends, over each of its connections, is a point at which its process may die.
-The statements of an undisturbed run are enumerated; those that only repeat for another period what was done
-for one before are taken for the first and for the last, and of several that read one after another the first.
-Each point is then met for real, through the command line, with a live writer: once to resume, once to roll
-back.
+Every statement that a command sends, over any of its connections, is a point at which its process may die.
+The statements of an undisturbed run are listed; of those that repeat the same work for each period only the
+first and the last count, and of several reads in a row only the first. Each point is then tried for real,
+through the command line, with a live writer: once to resume, once to roll back.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ pytestmark = pytest.mark.faults
 
 CHUNKS = 8
 ROWS = 300
-# Few partitions, for each run makes them all. There are rows older than what is copied, several periods that
-# are filled, and more than seven partitions: their foreign keys come in two transactions.
+# Few partitions, as each run creates them all. There are rows older than what is copied, several periods to
+# fill, and more than seven partitions, so that their foreign keys take two transactions.
 DAYS = 5
 RETENTION_DAYS = 3
 DAYS_AHEAD = 7
-# A table that becomes a partition has those of a week to itself.
+# A table that becomes a partition covers those of a whole week.
 DAYS_AHEAD_OF_ATTACH = 15
 MIGRATE = ("migrate", "--yes", "--workers", "1", "--batch-size", "25")
 ATTACH = ("migrate", "--yes", "--strategy", "attach")
@@ -71,18 +70,18 @@ class Runner:
     pid = 0
 
     def start(self, url: str, *arguments: str) -> int:
-        """Begin a run; returns its pid."""
+        """Start a run; returns its pid."""
         self._run = Run(url, *arguments)
         self.pid = self._run.pid
         return self.pid
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the run's end: its exit code, negative for a signal, and all that it printed."""
+        """Wait for the run to end; returns its exit code, negative for a signal, and its output."""
         done = self._run.finish()
         return done.returncode, done.stdout + done.stderr
 
     def run(self, url: str, *arguments: str) -> tuple[int, str]:
-        """A run from start to end."""
+        """Run from start to end."""
         self.start(url, *arguments)
         return self.finish()
 
@@ -102,7 +101,7 @@ class Stage:
     trace: Trace = field(default_factory=Trace)
 
     def copy(self, source: str) -> str:
-        """A new database with all that ``source`` holds; nobody may be connected to it."""
+        """A new database with everything in ``source``, to which no session may be connected."""
         url = self.make_database()
         query(self.server, f"DROP DATABASE {make_url(url).database}")
         database = make_url(source).database
@@ -110,7 +109,7 @@ class Stage:
         wait_until(
             lambda: not query(self.server, "SELECT 1 FROM pg_stat_activity WHERE datname = %s", database),
             30,
-            f"nobody is connected to {database}",
+            f"no session is connected to {database}",
         )
         create_database(self.server, make_url(url).database or "", template=database)
         return url
@@ -130,7 +129,7 @@ def stage(
     few_partitions: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Stage:
-    """By default for MIGRATE; ATTACH is its other parameter."""
+    """The stage for MIGRATE by default, or for ATTACH."""
     found = Stage(postgres, make_database(), make_database, getattr(request, "param", MIGRATE))
     if found.migrate == ATTACH:
         monkeypatch.setenv("WEBHOOK_LOG_DAYS_AHEAD", str(DAYS_AHEAD_OF_ATTACH))
@@ -149,9 +148,9 @@ Moment = tuple[Point, int]
 
 
 def moments(trace: Trace) -> list[Moment]:
-    """When to die: each kind of point for the first and for the last time, in the order of the run.
+    """When to die: at the first and last occurrence of each kind of point, in the order of the run.
 
-    Right after a commit and before the next change is one moment: nothing is sent in between but queries.
+    Right after a commit and before the next change count as one moment: only queries are sent in between.
     """
     seen: Counter[Point] = Counter()
     passed = [point for point in trace.points if point]
@@ -166,7 +165,7 @@ def moments(trace: Trace) -> list[Moment]:
     return found
 
 
-# What each stretch of the work does, from the first to the last.
+# What each stage of the work does, from first to last.
 LANDMARKS = (
     r"CREATE TABLE \S+_new",
     r"CREATE TRIGGER \S+_note_insert\S* AFTER INSERT ON \S+webhook_log\"",
@@ -186,7 +185,7 @@ LANDMARKS = (
 
 
 def once_a_step(trace: Trace) -> list[Moment]:
-    """One moment in each stretch of the work, and the one right after the names have changed."""
+    """One moment in each stage of the work, and the one right after the names have changed."""
     found = {}
     for landmark in LANDMARKS:
         numbers = [n for n, point in enumerate(trace.points) if point and re.search(landmark, point.next)]
@@ -203,7 +202,7 @@ RENAMED = 'RENAME TO "webhook_log_old"'
 
 
 def state_of(url: str) -> str | None:
-    """The phase in the database, None without a state; "verified" when nothing is left to be done."""
+    """The phase in the database, None without a state, "verified" when nothing is left to do."""
     if value(url, "SELECT to_regclass('webhook_log_migration') IS NULL"):
         return None
     phase, verified = query(url, "SELECT phase, verified FROM webhook_log_migration")[0]
@@ -211,7 +210,7 @@ def state_of(url: str) -> str | None:
 
 
 def writing(url: str, *, seed: int = 1, rate: float = 150, reconnect: bool = False) -> LiveWriter:
-    """An application that also writes late rows, all of them young enough to be kept."""
+    """An application that also writes late rows, all of them recent enough to be kept."""
     return LiveWriter(
         url,
         threads=1,
@@ -224,7 +223,7 @@ def writing(url: str, *, seed: int = 1, rate: float = 150, reconnect: bool = Fal
 
 
 def until_noted(writer: LiveWriter) -> Callable[[str], None]:
-    """Hold back what looks for notes until there are some, so that each run sends the same statements."""
+    """Hold back queries for notes until there are some, so that every run sends the same statements."""
 
     def hold(text: str) -> None:
         if LOOKS_FOR_NOTES.search(text) or STOPS_WRITERS.fullmatch(text):
@@ -238,7 +237,7 @@ STOPS_WRITERS = re.compile(r'LOCK TABLE( ONLY)? \S+\."webhook_log" IN SHARE ROW 
 
 
 def assert_rows(url: str, writers: list[LiveWriter]) -> None:
-    """Each commit that a writer was told of is there, once; nothing that it was not told of is."""
+    """Each acknowledged commit is there, once, and nothing else is."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as conn:
         for writer in writers:
@@ -249,7 +248,7 @@ def assert_rows(url: str, writers: list[LiveWriter]) -> None:
 
 
 def assert_copied(url: str) -> None:
-    """Each row of the window is in both tables, unless it was written since the swap; all were compared."""
+    """Each row of the window not written since the swap is in both tables, and all were compared."""
     [(cutoff, fence)] = query(
         url, "SELECT (plan ->> 'cutoff')::timestamptz, fence FROM webhook_log_migration"
     )
@@ -289,7 +288,7 @@ def assert_plain(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
 
 
 def go_on(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
-    """Resume, or start again where nothing was begun, with the application writing."""
+    """Resume, or start again if nothing was begun, while the application writes."""
     state = state_of(url)
     with writing(url, seed=2) as writer:
         writer.catch_up()
@@ -299,7 +298,7 @@ def go_on(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
 
 
 def go_back(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
-    """Roll back, with the application writing."""
+    """Roll back while the application writes."""
     state = state_of(url)
     with writing(url, seed=3) as writer:
         writer.catch_up()
@@ -311,19 +310,19 @@ def go_back(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
 def disturb(
     stage: Stage, source: str, command: tuple[str, ...], at: Moment, act: Callable[[Proxy], None]
 ) -> tuple[str, LiveWriter, int, str]:
-    """Run ``command`` on a copy of ``source`` with a writer, and ``act`` at the moment ``at``."""
+    """Run ``command`` on a copy of ``source`` with a writer, and call ``act`` at the moment ``at``."""
     url = stage.copy(source)
     with writing(url) as writer, Proxy(url, at, act, until_noted(writer)) as proxy:
         writer.catch_up()
         stage.runner.start(proxy.url, *command)
         code, output = stage.runner.finish()
-        # A run that ends with its connection may be through before the act has returned.
-        assert proxy.acted.wait(60), f"never came to {shown(at)}\n{output}"
+        # A run that ends with its connection may finish before the act has returned.
+        assert proxy.acted.wait(60), f"never reached {shown(at)}\n{output}"
     return url, writer, code, output
 
 
 def shown(at: Moment) -> str:
-    """A moment, for the message of a failure."""
+    """A moment, for a failure message."""
     (done, coming), times = at
     return f"{times}. time between\n{done[:300]}\nand\n{coming[:300] or 'what comes after its commit'}"
 
@@ -338,7 +337,7 @@ def drop(stage: Stage, *urls: str) -> None:
 
 
 def in_chunks(copy: int, attach: int) -> list[object]:
-    """Parameters: stage, chunk and how many chunks there are, for each strategy."""
+    """Parameters: stage, chunk and number of chunks, for each strategy."""
     return [
         pytest.param(migrate, chunk, chunks, id=f"{what}-{chunk}")
         for what, migrate, chunks in (("copy", MIGRATE, copy), ("attach", ATTACH, attach))
@@ -347,8 +346,10 @@ def in_chunks(copy: int, attach: int) -> list[object]:
 
 
 @pytest.mark.parametrize(("stage", "chunk", "chunks"), in_chunks(CHUNKS, 2), indirect=["stage"])
-def test_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> None:
-    """kill -9, then resume; and again, then roll back."""
+def test_a_migration_killed_before_any_statement_resumes_or_rolls_back(
+    stage: Stage, chunk: int, chunks: int
+) -> None:
+    """kill -9, then resume; kill -9 again, then roll back."""
     for moment in moments(stage.trace)[chunk::chunks]:
         url, writer, code, output = disturb(stage, stage.template, stage.migrate, moment, kill(stage))
         assert code == -signal.SIGKILL, output
@@ -363,17 +364,19 @@ def test_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> N
 
 
 @pytest.mark.parametrize(("stage", "chunk", "chunks"), in_chunks(2, 1), indirect=["stage"])
-def test_rollback_killed_before_any_statement(stage: Stage, chunk: int, chunks: int) -> None:
-    """The way back is cut off as well, and taken again."""
+def test_a_rollback_killed_before_any_statement_can_be_repeated(
+    stage: Stage, chunk: int, chunks: int
+) -> None:
+    """The rollback is killed as well, and run again."""
     migrated = stage.copy(stage.template)
     with writing(migrated, rate=300) as first:
         code, output = stage.runner.run(migrated, *stage.migrate)
         assert code == 0, output
         wait_until(lambda: len(first.commits) > 50, 20, "the writer writes")
-    # The newest of the first rows: they were copied.
+    # The newest of the initial rows, which were copied.
     query(migrated, "UPDATE webhook_log SET status = 'seen again' WHERE id BETWEEN 201 AND 250")
     query(migrated, "DELETE FROM webhook_log WHERE id BETWEEN 251 AND 260")
-    # By a clock that is ahead: where a table has become a partition, beyond its bound.
+    # From a clock that is ahead: with a table that has become a partition, beyond its bound.
     ahead = 9 if stage.migrate == ATTACH else 2
     query(
         migrated,
@@ -405,8 +408,8 @@ def test_rollback_killed_before_any_statement(stage: Stage, chunk: int, chunks: 
         drop(stage, url)
 
 
-def test_finalize_killed_before_any_statement(stage: Stage) -> None:
-    """What was begun to be dropped is dropped by the next call; the application never notices."""
+def test_finalize_killed_before_any_statement_can_be_repeated(stage: Stage) -> None:
+    """The next call drops the rest; the application never notices."""
     migrated = stage.copy(stage.template)
     code, output = stage.runner.run(migrated, *MIGRATE)
     assert code == 0, output
@@ -436,8 +439,8 @@ def test_finalize_killed_before_any_statement(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_asked_to_stop(stage: Stage, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM, twice, in each step: exit 3 with both commands, or the end if it was near."""
+def test_a_stop_in_any_step_is_resumable_or_finishes(stage: Stage, number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM, twice, in each step: exit 3 with both commands, or it finishes if it was close."""
 
     def stop_twice(proxy: Proxy) -> None:
         for _ in range(2):
@@ -457,8 +460,8 @@ def test_asked_to_stop(stage: Stage, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "terminated"])
-def test_connections_lost(stage: Stage, fault: str) -> None:
-    """The network fails, or an administrator ends the sessions: rolled back, or exit 3 and resumable."""
+def test_lost_connections_roll_back_or_leave_it_resumable(stage: Stage, fault: str) -> None:
+    """The network fails or an administrator ends the sessions: rolled back, or exit 3 and resumable."""
 
     def cut(proxy: Proxy) -> None:
         proxy.cut()
@@ -475,7 +478,7 @@ def test_connections_lost(stage: Stage, fault: str) -> None:
         act = cut if fault == "cut" else terminate
         url, writer, code, output = disturb(stage, stage.template, MIGRATE, moment, act)
         assert code in (1, 3) or (code == 0 and "MIGRATION COMPLETED" in output), output
-        # Before the names change it goes back by itself, afterwards it does not.
+        # Before the names change it rolls back by itself, afterwards it does not.
         assert code != 1 or RENAMED not in moment[0].done
         if code == 1:
             assert "rolled back" in output
@@ -486,8 +489,8 @@ def test_connections_lost(stage: Stage, fault: str) -> None:
             assert_migrated(url, stage, [writer])
 
 
-def test_server_stopped(own_postgres: OwnPostgres) -> None:
-    """pg_ctl stop -m immediate in each step: once it is back, one command goes on."""
+def test_a_server_stopped_in_any_step_leaves_it_resumable(own_postgres: OwnPostgres) -> None:
+    """pg_ctl stop -m immediate in each step: once the server is back, one command resumes."""
     server = own_postgres({"fsync": "on", "full_page_writes": "on"})
     runner = Runner()
     template = server.create_database("filled")
@@ -509,8 +512,8 @@ def test_server_stopped(own_postgres: OwnPostgres) -> None:
             writer.catch_up()
             pid = runner.start(proxy.url, *MIGRATE)
             assert proxy.acted.wait(60), shown(moment)
-            # The operator's terminal goes with the server, so nobody is left to roll back. A run that has
-            # nothing but the swap before it may have ended by itself.
+            # The operator's terminal dies with the server, so nothing is left to roll back. A run that has
+            # only the swap left to do may have ended by itself.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             runner.finish()
@@ -523,8 +526,8 @@ def test_server_stopped(own_postgres: OwnPostgres) -> None:
         assert_copied(url)
 
 
-def test_server_that_restarts_in_the_copy_costs_nothing_that_is_copied(own_postgres: OwnPostgres) -> None:
-    """A lost connection is exit 3, whether the server is back by then or not, and one command goes on."""
+def test_a_server_restart_during_the_copy_keeps_what_is_copied(own_postgres: OwnPostgres) -> None:
+    """A lost connection is exit 3, whether the server is back by then or not, and one command resumes."""
     server = own_postgres()
     runner = Runner()
     template = server.create_database("filled")

@@ -1,13 +1,13 @@
 """A migration that is killed again and again, under an application that knows what each of its rows must be.
 
-A round is a table of its own, migrated by a strategy drawn at random. In it the command is killed at random
-moments, then taken on or taken back at random, until it has been killed often enough; then it is brought to
-one of its two ends, and the table is compared row by row with the model. The moments are statements, counted
-by the proxy: half of them any, half of them drawn from the statements that differ, for those of a build, a
-replay, a comparison or a swap are few and those of the fill are many.
+Each round has its own table, migrated by a randomly chosen strategy. The command is killed at random moments,
+then resumed or rolled back at random, until it has been killed often enough; then it is brought to one of its
+two ends, and the table is compared row by row with the model. The moments are statements, counted by the
+proxy: half are any statement, half are drawn from the distinct ones, because a build, a replay, a comparison
+or a swap sends few statements and the copy sends many.
 
 ``CHRONOS_MODEL_ROUNDS=100 pytest -m faults tests/faults/test_model.py -s`` runs more than the usual six
-rounds, and ``-s`` shows what was killed where.
+rounds; ``-s`` shows what was killed where.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUNDS = int(os.environ.get("CHRONOS_MODEL_ROUNDS", "6"))
 ROWS = 1_500
 DAYS = 17
 KILLS = 8
-# The most commands that a round may need, so that one that never ends is seen.
+# The most commands that a round may need, to notice one that never ends.
 COMMANDS = 40
 
 TABLES: list[tuple[KeyType, TimestampType]] = [
@@ -61,7 +61,7 @@ Command = tuple[str, ...]
 
 @dataclass
 class Outcome:
-    """What became of one command: ``at`` is the last statement that it sent, if it was killed."""
+    """The outcome of one command: ``at`` is the last statement that it sent, if it was killed."""
 
     command: Command
     before: str | None
@@ -83,7 +83,7 @@ _traces: dict[Strategy, Traces] = {}
 
 @pytest.fixture
 def traces_of(make_database: MakeDatabase) -> TracesOf:
-    """The statements that undisturbed runs send, by command and phase before it; found out once."""
+    """The statements that undisturbed runs send, by command and phase before it; recorded once."""
 
     def find(strategy: Strategy) -> Traces:
         if strategy not in _traces:
@@ -103,13 +103,13 @@ def traces_of(make_database: MakeDatabase) -> TracesOf:
 
 
 def arguments(command: Command, strategy: Strategy) -> Command:
-    """What is typed: a migration that is begun is told its strategy, and keeps it."""
+    """What is typed: only a new migration is given its strategy, which it keeps."""
     return (*command, "--strategy", strategy.value) if command in (MIGRATE, HOLD) else command
 
 
 def moment(traces: Traces, command: Command, now: str | None, chance: random.Random) -> int:
-    """The number of the statement to die at: any after the first change, or one of a rare kind."""
-    # A resumed copy is like one that begins, a rollback may have less to do than the whole.
+    """The number of the statement to die at: any after the first change, or one of the rare ones."""
+    # A resumed copy is like a new one; a rollback may have less to do than a complete one.
     like = {
         RESUME: (RESUME, "ready") if now == "returning" else (MIGRATE, None),
         ROLLBACK: (ROLLBACK, "migrated"),
@@ -120,13 +120,13 @@ def moment(traces: Traces, command: Command, now: str | None, chance: random.Ran
     numbers = range(max(first, 1), len(trace))
     if chance.random() < 0.5:
         return chance.choice(numbers) + 1
-    # As in test_faults.py: what a statement is, is told by itself and the one before it.
+    # As in test_faults.py: a statement is identified by itself and the one before it.
     kind = chance.choice(sorted({(trace[n - 1], trace[n]) for n in numbers}))
     return chance.choice([n for n in numbers if (trace[n - 1], trace[n]) == kind]) + 1
 
 
 def possible(now: str | None, chance: random.Random) -> Command:
-    """What an operator may type in this phase, at random."""
+    """A random command that an operator may type in this phase."""
     if now is None:
         return chance.choice((MIGRATE, MIGRATE, HOLD))
     if now == "migrated":
@@ -139,7 +139,7 @@ def possible(now: str | None, chance: random.Random) -> Command:
 
 
 def run(url: str, command: Command, strategy: Strategy, at: int, chance: random.Random) -> Outcome:
-    """Run a command; unless ``at`` is 0 kill it before that statement, or when it has just been sent."""
+    """Run a command; unless ``at`` is 0, kill it before that statement or right after it was sent."""
     before = phase(url)
     delay = chance.choice((0.0, 0.0, chance.uniform(0, 0.01)))
     begun: Future[int] = Future()
@@ -164,17 +164,17 @@ def run(url: str, command: Command, strategy: Strategy, at: int, chance: random.
         ended.set()
         killed = done.returncode == -signal.SIGKILL
         sent = proxy.statements[at - 1] if killed else ""
-    # The server ends a statement that was under way, and its COMMIT, before it sees that nobody is there.
+    # The server finishes a running statement, and its COMMIT, before it notices that the client is gone.
     wait_until(lambda: not query(url, SESSIONS), 60, "the sessions of the command are gone")
     if not killed:
-        # What is complete need not be resumed, and a way back may be the only way.
+        # A complete migration need not be resumed, and a rollback may be the only way.
         fine = (0, 2) if before in ("migrated", "returning") and command == RESUME else (0,)
         assert done.returncode in fine, done.stdout + done.stderr
     return Outcome(command, before, phase(url), done.returncode, sent)
 
 
 def check(url: str, application: Application, readers: Readers) -> None:
-    """All go on, and each row is what the model says."""
+    """All sessions carry on, and each row is what the model says."""
     application.go_on(3)
     readers.go_on(1)
     assert not application.errors, application.errors[:3]
@@ -185,7 +185,9 @@ def check(url: str, application: Application, readers: Readers) -> None:
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_killed_again_and_again(make_database: MakeDatabase, traces_of: TracesOf, seed: int) -> None:
+def test_killed_again_and_again_no_row_differs_from_the_model(
+    make_database: MakeDatabase, traces_of: TracesOf, seed: int
+) -> None:
     chance = random.Random(seed)
     strategy = chance.choice(list(Strategy))
     traces = traces_of(strategy)
@@ -223,7 +225,7 @@ def test_killed_again_and_again(make_database: MakeDatabase, traces_of: TracesOf
 
 
 def to_the_end(now: str | None, end: str | None) -> Command:
-    """The command that leads from this phase towards the end that is wanted."""
+    """The command that leads from this phase towards the wanted end."""
     if now is None:
         return MIGRATE
     if end is None or now in ("migrated", "returning", "undone"):

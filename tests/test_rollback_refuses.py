@@ -1,4 +1,4 @@
-"""A rollback looks first at what it would undo, and begins only when nothing of it would be lost."""
+"""A rollback first checks what it would undo, and starts only if nothing would be lost."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from tests.tables import digest, planned, query, relations, value
         ),
     ],
     ids=[
-        "a partition that somebody has added",
+        "a partition added by someone else",
         "a new column",
         "a new index",
-        "the key of a migrated row again",
-        "a new key twice",
+        "the key of a migrated row repeated",
+        "a new key repeated",
         "one partition truncated",
         "notes disabled",
     ],
@@ -80,7 +80,7 @@ def test_several_obstacles_are_named_at_once(database: str) -> None:
     assert phase(database) is None
 
 
-def test_a_deleted_row_whose_key_is_given_again_comes_along(database: str) -> None:
+def test_a_deleted_row_whose_key_is_reused_is_carried_back(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     query(database, "DELETE FROM webhook_log WHERE id IN (480, 500)")
@@ -100,14 +100,14 @@ def test_a_deleted_row_whose_key_is_given_again_comes_along(database: str) -> No
 
 
 def stop_on_the_way_back(url: str) -> None:
-    """Leave a rollback behind that was stopped while it waited for its swap."""
+    """Leave behind a rollback that was stopped while waiting for its swap."""
     errors = stop_a_rollback(url)
     assert "or call it off, and stay with the partitioned table: python -m chronos.scripts" in errors
     assert phase(url) == "returning"
 
 
-def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
-    """And taken again later: what was written before, meanwhile and afterwards comes along."""
+def test_a_rollback_that_cannot_finish_can_be_cancelled_and_repeated(database: str) -> None:
+    """Rows written before, meanwhile and afterwards are all carried back."""
     create_webhook_log(connect_engine(make_url(database)), 500)
     before = relations(database)
     assert chronos(database, "migrate", "--yes").returncode == 0
@@ -140,7 +140,7 @@ def test_a_way_back_that_cannot_end_can_be_called_off(database: str) -> None:
     assert relations(database) == before
 
 
-def test_after_a_way_back_was_called_off_the_migration_can_be_finalized(database: str) -> None:
+def test_after_a_cancelled_rollback_the_migration_can_be_finalized(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     query(database, "INSERT INTO webhook_log (id, status, timestamp) VALUES (600, 'new', now())")
@@ -155,7 +155,7 @@ def test_after_a_way_back_was_called_off_the_migration_can_be_finalized(database
     assert digest(database) == kept
 
 
-def test_notes_disabled_on_the_way_back_are_noticed(database: str) -> None:
+def test_notes_disabled_during_a_rollback_are_noticed(database: str) -> None:
     create_webhook_log(connect_engine(make_url(database)), 500)
     assert chronos(database, "migrate", "--yes").returncode == 0
     stop_on_the_way_back(database)

@@ -1,4 +1,4 @@
-"""What chronos comes upon beside its table and is not its own: tables of its names, views, settings."""
+"""Objects and settings that are not chronos' own: tables with its names, views, event triggers, locks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_CRON = {"REDIS_URL": "", "WEBHOOK_LOG_DAYS_AHEAD": "3"}
 
 @pytest.fixture
 def partitioned(database: str) -> str:
-    """The URL of a table of the days -18 to 3."""
+    """The URL of a table with the days -18 to 3."""
     with connected(database, autocommit=False) as conn:
         create_tables(conn.cursor())
         add_partitions(conn.cursor(), -18, 3)
@@ -32,7 +32,7 @@ def three_have_expired(url: str) -> list[str]:
         return leaves(conn.cursor(), -18, -16)
 
 
-def test_a_table_of_the_applications_called_chronos_reports_outlives_a_rollback(database: str) -> None:
+def test_an_application_table_called_chronos_reports_survives_a_rollback(database: str) -> None:
     load(database, 100)
     query(
         database,
@@ -48,7 +48,7 @@ def test_a_table_of_the_applications_called_chronos_reports_outlives_a_rollback(
     assert value(database, "SELECT count(*) FROM chronos_reports") == 1
 
 
-def test_a_view_of_the_reports_does_not_keep_a_rollback_from_its_end(database: str) -> None:
+def test_a_view_on_the_reports_does_not_block_a_rollback(database: str) -> None:
     load(database, 100)
     assert chronos(database, "migrate", "--yes").returncode == 0
     assert chronos(database, "upkeep", env=BY_CRON).returncode == 0
@@ -59,8 +59,10 @@ def test_a_view_of_the_reports_does_not_keep_a_rollback_from_its_end(database: s
     assert not [name for _, name in relations(database) if "_migration" in name]
 
 
-def test_the_reports_of_a_superusers_table_are_none_of_the_owner_of_the_schema(partitioned: str) -> None:
-    """Whose triggers on them would run as the superuser."""
+def test_the_reports_of_a_superusers_table_belong_to_the_superuser(
+    partitioned: str,
+) -> None:
+    """The triggers of the schema owner would run as the superuser."""
     role = f"owner_{make_url(partitioned).database}"
     query(partitioned, f"CREATE ROLE {role}; ALTER SCHEMA public OWNER TO {role}")
     try:
@@ -79,7 +81,7 @@ def test_the_reports_of_a_superusers_table_are_none_of_the_owner_of_the_schema(p
         )
 
 
-def test_a_table_of_the_applications_that_has_the_name_of_the_state_is_left_alone(partitioned: str) -> None:
+def test_an_application_table_with_the_states_name_is_left_alone(partitioned: str) -> None:
     query(partitioned, "CREATE TABLE webhook_log_migration (version integer)")
     done = chronos(partitioned, "upkeep", env=BY_CRON)
     assert done.returncode == 0, done.stderr
@@ -90,14 +92,14 @@ def test_a_table_of_the_applications_that_has_the_name_of_the_state_is_left_alon
     assert (refused.returncode, "there is no migration" in refused.stderr) == (2, True)
 
 
-def test_a_migration_is_refused_where_the_application_has_a_table_of_the_states_name(database: str) -> None:
+def test_a_migration_is_refused_when_the_application_has_a_table_with_the_states_name(database: str) -> None:
     load(database, 10)
     query(database, "CREATE TABLE webhook_log_migration (version integer)")
     refused = chronos(database, "migrate", "--yes")
     assert (refused.returncode, "[names-taken]" in refused.stderr) == (2, True)
 
 
-# Gives each new table to one role, as servers do that several people make tables on.
+# Gives each new table to one role, as on servers where several people create tables.
 _GIVES_AWAY = """
 CREATE FUNCTION give_away() RETURNS event_trigger LANGUAGE plpgsql AS $$
 DECLARE made record;
@@ -112,7 +114,9 @@ CREATE EVENT TRIGGER gives_away ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 
 
 
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
-def test_an_event_trigger_that_gives_tables_away_stops_nobody_half_way(database: str, strategy: str) -> None:
+def test_an_event_trigger_that_changes_owners_does_not_leave_a_migration_half_done(
+    database: str, strategy: str
+) -> None:
     role = f"owner_{make_url(database).database}"
     load(database, 100)
     query(
@@ -130,7 +134,7 @@ def test_an_event_trigger_that_gives_tables_away_stops_nobody_half_way(database:
         query(database, f"DROP EVENT TRIGGER gives_away; DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
-def test_a_report_that_makes_no_sense_does_not_keep_a_night_from_being_done(
+def test_an_unreadable_report_does_not_block_the_nightly_job(
     partitioned: str, redis_url: str, client: redis.Redis
 ) -> None:
     settings = Settings(database_url=SecretStr(partitioned), redis_url=SecretStr(redis_url))
@@ -142,26 +146,26 @@ def test_a_report_that_makes_no_sense_does_not_keep_a_night_from_being_done(
 
 @pytest.fixture
 def old_strings(partitioned: str) -> str:
-    """A database in which a backslash in a string is no backslash."""
+    """A database in which a backslash in a string literal is an escape character."""
     name = make_url(partitioned).database
     query(partitioned, f"ALTER DATABASE {name} SET standard_conforming_strings = off")
     return partitioned
 
 
-def test_a_role_for_which_strings_are_not_those_of_the_standard_is_refused(old_strings: str) -> None:
+def test_a_role_with_standard_conforming_strings_off_is_refused(old_strings: str) -> None:
     for verb in ("status", "upkeep", "migrate"):
         refused = chronos(old_strings, verb, env=BY_CRON)
         assert (refused.returncode, "standard_conforming_strings is off" in refused.stderr) == (2, True), verb
 
 
-def test_the_functions_do_their_work_whatever_strings_are_to_their_caller(old_strings: str) -> None:
+def test_the_functions_work_with_standard_conforming_strings_off(old_strings: str) -> None:
     with connected(old_strings) as conn:
         cur = conn.cursor()
         assert create(cur, 4) == leaves(cur, 4, 4)
         assert drop(cur, 15) == three_have_expired(old_strings)
 
 
-def test_a_lock_on_one_partition_keeps_the_functions_from_none_of_the_others(partitioned: str) -> None:
+def test_a_lock_on_one_partition_does_not_block_the_others(partitioned: str) -> None:
     with connected(partitioned, autocommit=False) as own, connected(partitioned, autocommit=False) as other:
         cur = own.cursor()
         [locked] = leaves(cur, -10, -10)
