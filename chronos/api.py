@@ -122,6 +122,7 @@ def migrate(
         "rate_limit": _within("rate_limit", rate_limit),
         "max_replica_lag": _within("max_replica_lag", max_replica_lag),
         "max_lock_wait": _within("max_lock_wait", max_lock_wait),
+        "accept_duplicates": frozenset(accept_duplicates) or None,
         "report": None if report is None else Path(report),
     }
     given = {option: value for option, value in asked.items() if value is not None}
@@ -130,7 +131,6 @@ def migrate(
             strategy=_word(Strategy, "strategy", strategy),
             resume=resume,
             hold=hold,
-            accept_duplicates=frozenset(accept_duplicates),
             given=frozenset(given),
         ),
         **given,
