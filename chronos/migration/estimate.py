@@ -29,7 +29,7 @@ _SAMPLE = 50_000
 # What a row costs, in the times that this server takes to read and hash one, and to sort an entry of an
 # index. Fitted to migrations of 1 million rows, of 200 bytes and of 1.1 kB, with 3 and with 7 indexes, on
 # PostgreSQL 15 and 18, on quiet machines and on busy ones.
-_COPY_READS, _COPY_SORTS = 0.8, 0.5
+_COPY_READS, _COPY_SORTS = 0.76, 0.475
 _ATTACH_READS, _ATTACH_SORTS = 0.035, 0.55
 # Seconds, for all that does not depend on the rows, and for each partition.
 _FIXED_S, _PARTITION_S = 0.1, 0.004
