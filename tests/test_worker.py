@@ -44,7 +44,7 @@ from tests.test_jobs import ASLEEP, GATE, add_days, last, migrate, names, partit
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[1]
-PATIENCE = 60.0
+PATIENCE = 180.0
 CELERY = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "chronos.worker"]
 
 
