@@ -328,7 +328,7 @@ def wait_for_the_end_of(servers: list[psutil.Process]) -> None:
 
 def test_without_the_word_the_demo_leaves_nothing() -> None:
     with terminal("--keep", NO_COLOR="1") as (process, master):
-        shown = read(master, until="Type MIGRATE to go on: ")
+        shown = read(master, until="Type MIGRATE to continue: ")
         servers = descendants(process.pid)
         os.write(master, b"migrate\n")
         shown += read(master)
@@ -341,7 +341,7 @@ def test_without_the_word_the_demo_leaves_nothing() -> None:
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
 def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
     with terminal("--strategy", strategy, NO_COLOR="1") as (process, master):
-        shown = read(master, until="Type MIGRATE to go on: ")
+        shown = read(master, until="Type MIGRATE to continue: ")
         os.write(master, b"MIGRATE\n")
         shown += read(master)
         assert process.wait(TIMEOUT) == 0, shown
@@ -357,7 +357,7 @@ def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
 
 def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
     with terminal("--keep") as (process, master):
-        read(master, until="Type MIGRATE to go on: ")
+        read(master, until="Type MIGRATE to continue: ")
         servers = descendants(process.pid)
         os.write(master, b"MIGRATE\n")
         read(master, until="Total rows to migrate")

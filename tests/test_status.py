@@ -187,7 +187,7 @@ def test_a_half_done_migration_is_a_problem_while_an_operator_sits_at_a_prompt(
     ) as process:
         assert process.stdout
         asked = b""
-        while not asked.endswith(b" to go on: "):
+        while not asked.endswith(b" to continue: "):
             more = process.stdout.read(1)
             assert more, process.communicate()
             asked += more

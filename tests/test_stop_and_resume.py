@@ -40,7 +40,7 @@ def test_resume_keeps_the_options_unless_overridden_and_names_them_in_its_prompt
         "   Size: ",
         f"Options: --verify counts --max-lock-wait 0.7 --rate-limit 90000 --report {path}",
         "Writers wait for a lock at most 0.7 s at a time",
-        "Type MIGRATE to go on",
+        "Type MIGRATE to continue",
     ):
         assert " ".join(fact.split()) in " ".join(asked.stdout.split()), fact
 

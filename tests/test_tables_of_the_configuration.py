@@ -499,7 +499,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
 
     done = chronos(database, *shlex.split(command)[3:], answer="MIGRATE\n")
     assert done.returncode == 0, done.stderr
-    assert "keep only the tables that are listed" in done.stdout.replace("\n", " ")
+    assert "maintain only the tables that are listed" in done.stdout.replace("\n", " ")
     orders = TableSpec("Order Events", "placed at", Interval.WEEK, None, 14, schema="Sales")
     assert orders.as_toml() in done.stdout
     assert f"python -m chronos finalize {shlex.quote(ORDERS)}" in done.stdout
