@@ -444,7 +444,7 @@ def test_a_half_done_migration_of_an_unlisted_table_is_a_problem(database: str, 
     page = chronos(database, "status", env=env)
     assert page.returncode == 1
     assert page.stdout.endswith(
-        "also under way, in no chronos.toml: public.audit (finalizing);"
+        "also under way, not listed in chronos.toml: public.audit (finalizing);"
         " python -m chronos status public.audit\n"
     )
 
@@ -484,7 +484,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     page = chronos(database, "status")
     assert page.returncode == 2
     assert page.stdout == (
-        f"\nalso under way, in no chronos.toml: {ORDERS} (ready);"
+        f"\nalso under way, not listed in chronos.toml: {ORDERS} (ready);"
         f" python -m chronos status {shlex.quote(ORDERS)}\n"
     )
     line = refused(database, "migrate", ORDERS, "--every", "day", "--resume", "--yes")
@@ -507,7 +507,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     status = chronos(database, "status", ORDERS)
     assert status.returncode == 1
     assert f"{ORDERS}: migrated" in status.stdout
-    assert 'no chronos.toml lists "Sales"."Order Events", so the nightly jobs do not keep it' in status.stdout
+    assert 'no chronos.toml lists "Sales"."Order Events", so the nightly jobs do not maintain it' in status.stdout
     env = configure(orders.as_toml())
     jobs = json.loads(chronos(database, "status", "--json", env=env).stdout)["jobs"]
     assert {job["last_run"] for job in jobs.values()} == {None}
