@@ -40,7 +40,7 @@ from chronos.migration.state import State, Strategy
 from chronos.results import FinalizeResult, JobResult, MigrationResult, RollbackResult, UpkeepResult
 from chronos.settings import Settings, get_settings, postgres_url
 from chronos.table import Interval, TableSpec
-from chronos.which_table import Description, Verb, no_job_keeps, which_table
+from chronos.which_table import Description, Verb, no_job_maintains, which_table
 
 if TYPE_CHECKING:
     from chronos.health import Overview, Status
@@ -306,7 +306,7 @@ def upgrade_functions(table: str | None = None, *, url: str | URL | None = None)
         if table is not None:
             work = session(Verb.UPGRADE_FUNCTIONS, table, url)
             done = upgrade(work.engine, work.table, listed_in=settings.listed_in)
-            return done if work.listed else [*done, f"\n{no_job_keeps(settings, work.table)}"]
+            return done if work.listed else [*done, f"\n{no_job_maintains(settings, work.table)}"]
         engine = connect_engine(settings.database, application_name=f"chronos {Verb.UPGRADE_FUNCTIONS}")
         return upgrade(engine, *settings.tables, listed_in=settings.listed_in)
 

@@ -36,7 +36,7 @@ from chronos.migration.state import Strategy
 from chronos.results import MigrationResult
 from chronos.settings import CONFIGURATION, get_settings
 from chronos.table import Interval, quoted
-from chronos.which_table import Description, Verb, no_job_keeps
+from chronos.which_table import Description, Verb, no_job_maintains
 
 if TYPE_CHECKING:
     from chronos.health import Other, Status, Unknown
@@ -424,7 +424,7 @@ def finalize(table: str | None, yes: bool) -> None:
     with _verb() as (output, stop):
         done = api.finalize(table, confirm=_confirmed_by("FINALIZE", yes=yes), output=output, stop=stop)
         if not done.listed:
-            output.line(no_job_keeps(get_settings(), done.table))
+            output.line(no_job_maintains(get_settings(), done.table))
 
 
 @cli.command()

@@ -220,7 +220,7 @@ def test_a_role_that_cannot_store_the_report_still_does_the_work(url: str) -> No
     finally:
         query(url, f"DROP TABLE chronos_reports; DROP ROLE {role}")
     assert done.returncode == 0
-    assert f"was not kept: public.chronos_reports belongs to {role}" in done.stderr
+    assert f"was not stored: public.chronos_reports belongs to {role}" in done.stderr
     assert partitions(url) == names(url, -5, 3)
 
 
