@@ -32,7 +32,7 @@ def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:
     runway = gauge("runway_days", "Days after today for which inserts find a partition.", "table")
     missing = gauge("partitions_missing", "Periods without a partition.", "table")
     last_run = gauge("job_last_run_timestamp_seconds", "When the job last began.", "table", "job_name")
-    succeeded = gauge("job_last_success_timestamp_seconds", "When the job last succeeded.", "table", "job_name")
+    succeeded = gauge("job_last_success_timestamp_seconds", "Last success of the job.", "table", "job_name")
     failed = gauge("job_last_run_failed", "1 if the job failed in its last run, else 0.", "table", "job_name")
     nights = gauge(
         "job_contended_nights",

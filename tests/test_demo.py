@@ -33,7 +33,7 @@ from tests.waiting import wait_until
 NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
 ALL_WELL = Presence(lost=[], twice=[], repeated_ids=[])
 TIMEOUT = 60.0
-STOPPED = "Error: the demo was stopped; its server is gone, and all that was in it"
+STOPPED = "Error: the demo was stopped; its server is gone, and everything in it"
 
 
 def engine(url: str) -> Engine:
@@ -367,7 +367,7 @@ def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
     wait_for_the_end_of(servers)
 
 
-@pytest.mark.parametrize("moment", ["Starting a PostgreSQL", "listens on port"])
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "listens on port"])
 def test_ctrl_c_before_the_migration_leaves_nothing(moment: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "chronos", "demo"],
