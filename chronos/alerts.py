@@ -1,7 +1,7 @@
 """Alert people once when a problem appears and once when it is gone, through a command of their own.
 
-/bin/sh runs CHRONOS_ALERT_COMMAND, as cron runs a line of a crontab, and gives it JSON on standard input: what
-has appeared, what is gone, and every current problem. None of this becomes part of the command, so nothing
+/bin/sh runs CHRONOS_ALERT_COMMAND, as cron runs a line of a crontab, and it gets JSON on its standard input:
+what has appeared, what is gone, and every current problem. None of this is part of the command, so nothing
 needs quoting. After TIMEOUT_S seconds the command is killed, with every process it has started. If it fails,
 the run that called it goes on, and the alert is sent again after the next run.
 

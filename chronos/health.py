@@ -845,8 +845,8 @@ def _dropped_too_early(status: Status) -> Iterator[str]:
     if begins > kept_from:
         yield (
             f"{table.typed} begins at {table.period(begins)}, but retention begins at"
-            f" {table.period(kept_from)}; the rows in between are only in {quoted(table.old)}. Bring them back"
-            f" with: {commands.rollback(table)}; or, if they were meant to go, lower retention_days"
+            f" {table.period(kept_from)}; the rows in between are only in {quoted(table.old)}. Bring them"
+            f" back with: {commands.rollback(table)}; or, if they were meant to go, lower retention_days"
         )
 
 

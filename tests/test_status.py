@@ -345,8 +345,8 @@ def test_an_approaching_bound_is_a_problem(held: str, look: Look, phase: str, ru
         for away, when in ((timedelta(hours=23), "from {} UTC on"), (timedelta(hours=-1), "since {} UTC")):
             bound = bound_in(held, away)
             assert the_problem(look(held), "").endswith(
-                f"inserts into webhook_log fail {when.format(f'{bound:%Y-%m-%d %H:%M}')}, because its migration"
-                " is half done; undo it with: python -m chronos rollback; then start again"
+                f"inserts into webhook_log fail {when.format(f'{bound:%Y-%m-%d %H:%M}')}, because its"
+                " migration is half done; undo it with: python -m chronos rollback; then start again"
             )
 
 
