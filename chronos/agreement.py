@@ -50,7 +50,8 @@ def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) ->
         line = f'{what} = "{truth}"'
         if listed_in is None:
             found.append(
-                f"without {CONFIGURATION}, {real.typed} gets {said}, but {but}; list it there, with {line}"
+                f'without {CONFIGURATION}, {what} = "{said}" is assumed for {real.typed}, but {but};'
+                f" list it there, with {line}"
             )
         else:
             found.append(f"{listed_in} says {said} for {real.typed}, but {but}; put {line} there")

@@ -90,13 +90,13 @@ def migrate(
     - ``hold``: stop before the names change, with everything else done.
     - ``batch_size``: rows per transaction of the copy, 1,000. ``workers``: partitions filled at a time, 2.
     - ``verify``: compare contents (``full``, the default) or only row ``counts``.
-    - ``rate_limit``: most rows to copy per second, all workers together.
+    - ``rate_limit``: how many rows to copy per second at most, all workers together.
     - ``max_replica_lag``: seconds; the copy pauses while any replica is further behind.
     - ``max_lock_wait``: seconds that others may have to wait behind one of our lock attempts, 1.
     - ``accept_duplicates``: replication slots whose readers may get copied rows twice.
     - ``report``: a file, ``.json`` or ``.html``, that records what was done, even when the run fails.
-    - ``confirm``: called with what is about to be done, before anything is changed; unless it returns True,
-      the call raises RefusedError. None: the call is the consent.
+    - ``confirm``: called with a text on what is about to be done, before anything is changed; unless it
+      returns True, the call raises RefusedError. None: the call is the consent.
     - ``output``: called with each line that the command line would print, from any thread. If it raises, the
       error is logged and it is not called again; the migration goes on.
     - ``stop``: set it, from any thread, to stop at the next batch.

@@ -45,7 +45,7 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def _say(error: str) -> None:
-    """Print one line on stderr; on a terminal wrapped between words, which the terminal would not do."""
+    """Print one line on stderr; on a terminal, break it between words, because the terminal would not."""
     text = f"Error: {error}"
     if sys.stderr is not None and sys.stderr.isatty():
         text = for_reading(text, max(20, shutil.get_terminal_size().columns - 1))
@@ -161,7 +161,7 @@ def _ask(word: str) -> bool:
 
 
 def _confirmed_by(word: str, *, yes: bool) -> Callable[[str], bool] | None:
-    """Asks for consent to what is on the screen by then; None with --yes."""
+    """A function that asks for consent to what is on the screen by then; None with --yes."""
     return None if yes else lambda _: _ask(word)
 
 
@@ -220,23 +220,23 @@ def cli() -> None:
 
 @cli.command()
 @_takes_a_table
-@click.option("--column", metavar="NAME", help="The time column of a table that is not listed.")
+@click.option("--column", metavar="NAME", help="The time column of an unlisted table.")
 @click.option(
     "--every",
     type=click.Choice([interval.value for interval in Interval]),
-    help="The time span of one partition of such a table.  [default: day]",
+    help="The time span of one partition of an unlisted table.  [default: day]",
 )
 @click.option(
     "--retention-days",
     type=_whole("retention_days"),
     metavar="DAYS",
-    help="How many days of such a table to copy and keep.  [default: all]",
+    help="How many days of an unlisted table to copy and keep.  [default: all]",
 )
 @click.option(
     "--ahead-days",
     type=_whole("ahead_days"),
     metavar="DAYS",
-    help="For how many days ahead such a table gets partitions.  [default: 30]",
+    help="For how many days ahead an unlisted table gets partitions.  [default: 30]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, change nothing; exit 2 on a blocker.")
 @click.option(

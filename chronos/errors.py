@@ -63,7 +63,7 @@ class LockUnavailableError(ChronosError):
 
 
 class CutShortError(ChronosError):
-    """The server cancelled our statement again and again."""
+    """The server repeatedly cancelled our statement."""
 
     id = "copy-cancelled"
 

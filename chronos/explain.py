@@ -25,7 +25,7 @@ def explain(word: str) -> str:
     if found is None:
         close = [by_case[one] for one in get_close_matches(wanted.lower(), by_case, 3)]
         meant = f"did you mean {' or '.join(close)}?" if close else "for example inbound-fk"
-        raise RefusedError(f"{word} is not known; an id is in brackets at the end of a message, {meant}")
+        raise RefusedError(f"{word} is not known; messages end with their id in brackets: {meant}")
     return known[found]
 
 

@@ -589,8 +589,7 @@ def _refused_from(conn: Connection, migration: State) -> datetime | None:
 
 
 def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
-    """Where rows are that retention should have removed, or that are in no period's partition. ACCESS SHARE.
-    """
+    """Where rows are that retention should have removed, or that no period's partition has. ACCESS SHARE."""
     partitions = list(partitions)
     going = {p.name for p in expired(partitions, today, table.retention_days)}
     for partition in partitions:
@@ -695,7 +694,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
             Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
         }[phase]
         if refused_from is not None:
-            carry_on = f"In this state {_refusal(status)}. {carry_on}"
+            carry_on = f"In this state, {_refusal(status)}. {carry_on}"
         what = "the rollback of " if phase in (Phase.RETURNING, Phase.UNDONE) else ""
         yield (
             f"{what}a migration started at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"

@@ -481,7 +481,7 @@ class _Attempt:
         }
 
     def _keep(self, turn: _Turn) -> Report:
-        """The report of one table, stored in the database; if that fails, the job does not."""
+        """The report of one table, stored in the database; a failure to store it does not fail the job."""
         before = self.earlier.get(turn.table) or {}
         if before.get("status") == "done":
             return before

@@ -109,7 +109,8 @@ def _at_last(table: TableSpec, hold: bool, *, attaches: bool = False) -> str:
         return "no name changes yet."
     if attaches:
         return (
-            f"then it is renamed to {quoted(table.history)}\nand becomes the partition with all rows before."
+            f"then it is renamed to {quoted(table.history)}\n"
+            "and becomes the partition for all rows before that."
         )
     return (
         f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"

@@ -323,7 +323,7 @@ def test_a_half_done_attach_says_when_inserts_will_start_to_fail(held: str, look
     query(held, "UPDATE webhook_log_migration SET phase = 'copying'")
     problem = the_problem(look(held), "is half done, and nobody is working on it")
     bound = today(held) + timedelta(days=7)
-    assert f"In this state inserts into webhook_log fail from {bound} 00:00 UTC on. Carry on with" in problem
+    assert f"In this state, inserts into webhook_log fail from {bound} 00:00 UTC on. Carry on with" in problem
     with holding(held, OPERATORS_LOCK):
         assert look(held).healthy
     query(held, "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_history_bound")

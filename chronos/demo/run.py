@@ -94,8 +94,8 @@ def demo(
             if keep:
                 _say_how_to_go_on(server, output, strategy)
     except KeyboardInterrupt:
-        # If the signal came while a library was running code by exec, Python would end by the signal and ignore
-        # the exit code, unless exec has run again since.
+        # If the signal came while a library was running code by exec, Python would end by the signal and
+        # ignore the exit code, unless exec has run again since.
         exec("")
         if output.console.is_terminal:
             output.line()  # the cursor is after a ^C
