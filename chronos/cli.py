@@ -410,7 +410,7 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
 def finalize(table: str | None, yes: bool) -> None:
-    """Drop TABLE_old for good; no way back after.
+    """Drop TABLE_old and end the way back.
 
     For when the migrated table has proven itself. Checks first that the migration is complete, that no
     row within retention is only in the old table, and that nothing depends on that table. After

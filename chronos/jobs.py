@@ -342,9 +342,9 @@ class _Attempt:
                 undone = self._look(conn, table)
                 with transaction(conn):
                     holders = lock_holders(conn, [(table.home, name) for name in (table.name, *undone)])
-                reason = f"{one_line(error)}; {table} is in use by "
-                reason += "; ".join(map(str, holders[:3])) or "nobody any more"
-                raise _UnfinishedError(reason, undone) from None
+                users = "; ".join(map(str, holders[:3]))
+                use = f"is in use by {users}" if users else "is no longer in use"
+                raise _UnfinishedError(f"{one_line(error)}; {table} {use}", undone) from None
 
     def _require_a_night_not_done(self, conn: Connection, table: TableSpec) -> None:
         run = self.message.task_id

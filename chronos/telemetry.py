@@ -53,7 +53,7 @@ def span(template: str, **attributes: Any) -> Iterator[None]:
 
 
 def gauge(name: str, unit: str, value: float, **attributes: str) -> None:
-    """Measure ``value``, if ``configure`` found somewhere to send it."""
+    """Record ``value``, if ``configure`` found somewhere to send it."""
     if _configured:
         import logfire
 
@@ -61,7 +61,7 @@ def gauge(name: str, unit: str, value: float, **attributes: str) -> None:
 
 
 def flush() -> None:
-    """Send what is still to be sent, before the process ends or waits for its next task."""
+    """Send what is still pending, before the process ends or waits for its next task."""
     if _configured:
         import logfire
 

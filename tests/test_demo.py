@@ -256,9 +256,9 @@ def test_the_whole_demo_runs_to_its_end(capsys: pytest.CaptureFixture[str]) -> N
             r"2,\d\d\d rows copied; .*",
             r"What the application noticed in these [\d.]+ s:",
             r"  Rows written +[\d,]+, [\d,]+ a second",
-            r"  Errors met +0",
-            r"  Rows lost, rows twice +0, 0",
-            r"  Reads short of rows +0 of [1-9][\d,]*",
+            r"  Errors +0",
+            r"  Rows lost, duplicated +0, 0",
+            r"  Reads that missed rows +0 of [1-9][\d,]*",
             r"  Longest wait of a writer +[\d.]+ m?s, median [\d.]+ m?s",
             r"\d\d-\d\d +[\d,]+ █+ +\d\d-\d\d +[\d,]+ █+",
             r"SELECT create_future_webhook_log_partitions\(60\);",
@@ -350,7 +350,7 @@ def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
     assert [line for line in lines if len(line) > 80] == []
     for title in [f"[Step {number}/6]" for number in range(1, 7)]:
         assert any(line.startswith(title) for line in lines), title
-    assert any(re.fullmatch(r"  Reads short of rows +0 of [1-9]\d*", line) for line in lines)
+    assert any(re.fullmatch(r"  Reads that missed rows +0 of [1-9]\d*", line) for line in lines)
     history = "webhook_log_history, all before "
     assert any(line.startswith(history) for line in lines) == (strategy == "attach")
 

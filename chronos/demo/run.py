@@ -182,9 +182,9 @@ def _summarize(engine: Engine, writer: LiveWriter, run: _Run, output: Output) ->
     output.line(f"What the application noticed in these {run.seconds:.1f} s:")
     for label, value in (
         ("Rows written", f"{len(run.waits):,}, {len(run.waits) / run.seconds:,.0f} a second"),
-        ("Errors met", f"{len(writer.errors) + len(reader.errors)}"),
-        ("Rows lost, rows twice", f"{len(presence.lost)}, {len(presence.twice)}"),
-        ("Reads short of rows", f"{reader.short} of {reader.reads:,}"),
+        ("Errors", f"{len(writer.errors) + len(reader.errors)}"),
+        ("Rows lost, duplicated", f"{len(presence.lost)}, {len(presence.twice)}"),
+        ("Reads that missed rows", f"{reader.short} of {reader.reads:,}"),
         ("Longest wait of a writer", f"{_ms(max(waits))}, median {_ms(statistics.median(waits))}"),
         ("Longest read", _ms(reader.longest_s)),
     ):
@@ -298,12 +298,12 @@ def _require_every_row(engine: Engine, writer: LiveWriter, run: _Run, output: Ou
     with engine.connect() as conn:
         presence = writer.check(conn)
     problems: dict[str, list[Any]] = {
-        "errors met by the writer": writer.errors,
-        "errors met by the reader": run.reader.errors,
+        "errors of the writer": writer.errors,
+        "errors of the reader": run.reader.errors,
         "reads that missed a row": [f"of {run.reader.reads}"] * run.reader.short,
         "rows lost": presence.lost,
         "rows stored twice": presence.twice,
-        "ids given twice": presence.repeated_ids,
+        "ids used twice": presence.repeated_ids,
     }
     found = [f"{len(what)} {problem} (the first: {what[0]})" for problem, what in problems.items() if what]
     if found:
