@@ -344,8 +344,8 @@ def migrate(
     The rows within retention are copied into partitions and compared while the table stays in use;
     then the names change, in milliseconds, and the original table is kept as TABLE_old. With
     --strategy attach nothing is copied: the table itself becomes one partition with all its rows,
-    TABLE_history. --dry-run compares the two. Asks for the word MIGRATE first. On failure everything is
-    put back as it was.
+    TABLE_history. To compare the two, use --dry-run. Asks for the word MIGRATE first. On failure
+    everything is put back as it was.
 
     \b
     Examples:
