@@ -582,7 +582,7 @@ def test_rows_outside_the_retention_are_a_problem(migrated: str, look: Look) -> 
     insert = "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() - interval '30 days')"
     query(migrated, insert)
     problem = the_problem(look(migrated), "^Wide holds rows older than")
-    query(migrated, problem.partition("alone: ")[2])
+    query(migrated, problem.partition("remove: ")[2])
     assert look(migrated).healthy
 
 
