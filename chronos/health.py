@@ -94,15 +94,16 @@ class TableSize:
 class Status:
     """Everything known about a table; times are UTC, ``now`` is the database server's.
 
-    ``functions`` maps the installed SQL functions to their version, ``stray`` says where rows are that no drop
-    will remove. ``notes_waiting`` counts the notes of a migration that is ready, up to a million. ``detached`` are
-    the former partitions that wait to be dropped, ``grace_days`` is how long the function leaves a partition
-    detached. ``in_citus`` is the kind of Citus table it is; sizes then include all nodes. ``at_work`` is who
-    is running the migration now. ``refused_from`` is the time from which a table that will become a partition
-    rejects rows. ``jobs`` is what the nightly jobs did with this table, None when that is unknown; ``listed``
-    says whether they maintain it, ``by_celery`` whether Celery runs them, or cron with `upkeep`.
-    ``contradictions`` are what the configuration gets wrong; ``table`` has the real column and interval.
-    ``notices`` say what you may type next, ``problems`` what you must; the latter is empty when all is well.
+    ``functions`` maps the installed SQL functions to their version, ``stray`` says where rows are that no
+    drop will remove. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``detached`` are the former partitions that wait to be dropped, ``grace_days`` is how long the function
+    leaves a partition detached. ``in_citus`` is the kind of Citus table it is; sizes then include all nodes.
+    ``at_work`` is who is running the migration now. ``refused_from`` is the time from which a table that will
+    become a partition rejects rows. ``jobs`` is what the nightly jobs did with this table, None when that is
+    unknown; ``listed`` says whether they maintain it, ``by_celery`` whether Celery runs them, or cron with
+    `upkeep`. ``contradictions`` are what the configuration gets wrong; ``table`` has the real column and
+    interval. ``notices`` say what you may type next, ``problems`` what you must; the latter is empty when all
+    is well.
     """
 
     server: str
