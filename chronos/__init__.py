@@ -1,7 +1,7 @@
-"""chronos: webhook deliveries logged into daily PostgreSQL partitions, in place and on a live database.
+"""chronos: turn a big live PostgreSQL table into native partitions, in place, and keep it partitioned.
 
-For programs: ``from chronos import migrate, rollback, status``; see docs/API.md. Nothing else is imported
-before one of these names is used.
+For programs: ``from chronos import migrate, rollback, status``; see docs/API.md. The modules behind these
+names are imported when one of them is first used.
 """
 
 from importlib import import_module

@@ -6,10 +6,10 @@ import sys
 def run() -> None:
     """Run the command line; returns only by SystemExit."""
     try:
-        from chronos.cli import main  # here, for Ctrl-C is to be no traceback while it is imported
+        from chronos.cli import main  # imported here, so that Ctrl-C meanwhile gives no traceback
 
         main()
-    except KeyboardInterrupt:  # while starting: afterwards each verb has its own way to stop
+    except KeyboardInterrupt:  # during startup; once started, each verb handles it
         sys.stderr.write("Error: stopped before anything was done; nothing was changed\n")
         sys.exit(2)
 

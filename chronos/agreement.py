@@ -1,4 +1,4 @@
-"""Whether what the configuration says of a table is how it is partitioned, or how its migration began."""
+"""Compare the configuration of a table with its partitions or, while it is plain, with its migration."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chronos.table import TableSpec, quoted
 
 
 def as_it_is(conn: Connection, table: TableSpec) -> TableSpec:
-    """``table`` with the column and the interval of its partitions or, while it is plain, of its migration.
+    """``table`` with the column and interval of its partitions or, while it is plain, of its migration.
 
-    What neither tells is as ``table`` says. An interval counts as long as any of the newest few partitions
-    has it. To be called inside ``db.transaction``; ACCESS SHARE on the state of the migration, unless the
-    role may not read it.
+    Where neither is known, ``table`` is returned unchanged. The configured interval counts as long as any of
+    the newest few partitions has it. Call it inside ``db.transaction``; it takes ACCESS SHARE on the state of
+    the migration, if the role may read that.
     """
     column, widths = scheme(conn, table)
     if column is not None:
@@ -39,7 +39,7 @@ def as_it_is(conn: Connection, table: TableSpec) -> TableSpec:
 
 
 def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) -> list[str]:
-    """What ``listed_in`` says of ``table`` and is not so, a sentence for each; None: no file lists it."""
+    """What ``listed_in`` gets wrong about ``table``, one sentence each; None: no file lists the table."""
     found = []
     for what, said, truth, but in (
         ("column", table.column, real.column, f"it is partitioned by {quoted(real.column)}"),
@@ -50,7 +50,8 @@ def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) ->
         line = f'{what} = "{truth}"'
         if listed_in is None:
             found.append(
-                f"without {CONFIGURATION}, {real.typed} has {said}, but {but}; list it there, with {line}"
+                f'without {CONFIGURATION}, {what} = "{said}" is assumed for {real.typed}, but {but};'
+                f" list it there, with {line}"
             )
         else:
             found.append(f"{listed_in} says {said} for {real.typed}, but {but}; put {line} there")
@@ -58,7 +59,7 @@ def contradictions(table: TableSpec, real: TableSpec, listed_in: Path | None) ->
 
 
 def require_agreement(conn: Connection, table: TableSpec, listed_in: Path | None) -> None:
-    """Raise RefusedError when the configuration says of a located ``table`` what is not so. No locks."""
+    """Raise RefusedError when the configuration is wrong about a located ``table``. No lock on the table."""
     with transaction(conn):
         found = contradictions(table, as_it_is(conn, table), listed_in)
     if found:

@@ -1,12 +1,12 @@
-"""Tell people once that something is wrong, and once that it is over, by a command of their own.
+"""Alert people once when a problem appears and once when it is gone, through a command of their own.
 
-CHRONOS_ALERT_COMMAND is run by /bin/sh, as a line of a crontab is, and gets JSON on its standard input: what
-has appeared, what is gone, and every problem there is. Nothing of it is ever part of the command, so nothing
-has to be quoted. It has TIMEOUT_S seconds and is then killed, with what it has started. Whatever becomes of
-it, the run that called it goes on; what could not be told is told after the next run.
+/bin/sh runs CHRONOS_ALERT_COMMAND, as cron runs a line of a crontab, and it gets JSON on its standard input:
+what has appeared, what is gone, and every current problem. None of this is part of the command, so nothing
+needs quoting. After TIMEOUT_S seconds the command is killed, with every process it has started. If it fails,
+the run that called it goes on, and the alert is sent again after the next run.
 
-What was told last is kept beside the reports (reports.py), a row for each table. A problem stays the same
-while its numbers, dates, names of partitions and reasons change: "the runway is 5 days" is not told again
+The last alert is stored with the reports (reports.py), one row for each table. A problem is still the same
+while only its numbers, dates, partition names and reasons change: "the runway is 5 days" is not sent again
 when it is 4.
 """
 
@@ -39,7 +39,7 @@ TIMEOUT_S = 30.0
 _JOB = "alert"
 _RUN = "told"
 _LOCK_TIMEOUT_MS = 500
-# It needs none of these, and what it prints or sends is out of our hands.
+# The command needs none of these, and we cannot control what it prints or sends.
 _NOT_FOR_THE_COMMAND = {
     "DATABASE_URL",
     "TEST_DATABASE_URL",
@@ -54,7 +54,7 @@ Problems = dict[str, str]  # the kind of a problem -> its text
 
 @dataclass
 class _Found:
-    """What is wrong with a table; ``home`` is the table beside which it is remembered, None: nowhere."""
+    """The problems of a table, remembered in the schema of ``home``; None: not remembered."""
 
     name: str
     home: TableSpec | None
@@ -63,27 +63,27 @@ class _Found:
     told: Problems
 
     def listed(self, kinds: set[str]) -> list[dict[str, str]]:
-        """These problems, as the command gets them."""
+        """These problems, as the command receives them."""
         known = {**self.told, **self.problems}
         return [{"table": self.name, "problem": known[kind]} for kind in sorted(kinds)]
 
 
 def tell(settings: Settings, failed: str | None = None) -> None:
-    """Look at every table, and run the command if a problem has appeared or is gone. Raises nothing.
+    """Check every table, and run the command if a problem has appeared or is gone. Raises nothing.
 
-    ``failed`` says why the run that has just ended did, in case the database cannot be asked. Locks: an
-    advisory one, so that two runs do not tell the same.
+    ``failed`` says why the last run failed, in case the database cannot be reached. Takes an advisory lock,
+    so that two runs do not send the same alert.
     """
     if settings.chronos_alert_command is None:
         return
     try:
         _tell(settings, failed)
     except Exception as error:  # an alert never harms the upkeep
-        logger.error("the alert could not be given: %s: %s", type(error).__name__, one_line(error))
+        logger.error("the alert could not be sent: %s: %s", type(error).__name__, one_line(error))
 
 
 def _tell(settings: Settings, failed: str | None) -> None:
-    from chronos.health import collect_all  # here, for only who is to be alerted needs what it imports
+    from chronos.health import collect_all  # imported here: not needed without an alert command
 
     try:
         found = [
@@ -97,7 +97,7 @@ def _tell(settings: Settings, failed: str | None) -> None:
             for one in collect_all(settings)
         ]
     except (DBAPIError, ChronosError) as error:
-        problem = failed or f"cannot tell how the tables are: {one_line(error)}"
+        problem = failed or f"the state of the tables is unknown: {one_line(error)}"
         _run(settings, [_Found("", None, False, {kind_of(problem): problem}, {})])
         return
     if failed and not any(one.problems for one in found):
@@ -110,7 +110,7 @@ def _tell(settings: Settings, failed: str | None) -> None:
     with opened(engine) as conn, transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
         lock = statement("SELECT pg_try_advisory_xact_lock(hashtextextended('chronos alert', 0))")
         if not execute(conn, lock).scalar_one():
-            logger.info("another run is giving the alert")
+            logger.info("another run is sending the alert")
             return
         for one in found:
             one.told = _told(conn, one.home)
@@ -121,7 +121,7 @@ def _tell(settings: Settings, failed: str | None) -> None:
 
 
 def kind_of(problem: str) -> str:
-    """What stays of a problem when its numbers, dates, names of partitions and reasons change."""
+    """The text of a problem without its numbers, dates, partition names and reasons."""
     text = re.sub(r"\([^()]*(\([^()]*\)[^()]*)*\)", "()", problem)
     text = re.sub(r"\d(?:[\d,.:TZ+-]*\d)?", "#", text)
     text = re.sub(r"#(?: #)+", "#", text)
@@ -155,11 +155,11 @@ def _remember(conn: Connection, one: _Found) -> None:
         with conn.begin_nested():
             reports.keep(conn, one.home, told, make=one.make)
     except (DBAPIError, reports.UntrustedError) as error:
-        logger.warning("what was told of %s cannot be remembered: %s", one.name, one_line(error))
+        logger.warning("the alert about %s could not be recorded: %s", one.name, one_line(error))
 
 
 def _run(settings: Settings, found: list[_Found]) -> bool:
-    """Whether all that has changed was told; True when nothing has."""
+    """Whether every change was sent; True when nothing has changed."""
     appeared = [each for one in found for each in one.listed(one.problems.keys() - one.told.keys())]
     gone = [each for one in found for each in one.listed(one.told.keys() - one.problems.keys())]
     if not (appeared or gone):
@@ -178,13 +178,13 @@ def _run(settings: Settings, found: list[_Found]) -> bool:
     )
     assert settings.chronos_alert_command is not None
     if fault := _call(settings.chronos_alert_command.get_secret_value(), text):
-        logger.error("CHRONOS_ALERT_COMMAND %s; the alert is given again after the next run", fault)
+        logger.error("CHRONOS_ALERT_COMMAND %s; the alert is sent again after the next run", fault)
         return False
     return True
 
 
 def _call(command: str, text: str) -> str | None:
-    """What went wrong, None if nothing did. What the command prints may be secret, and goes nowhere."""
+    """What went wrong, or None. The command's output may hold secrets and is discarded."""
     try:
         process = subprocess.Popen(
             ["/bin/sh", "-c", command],
@@ -203,5 +203,5 @@ def _call(command: str, text: str) -> str | None:
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            return f"did not end within {TIMEOUT_S:g} s and was killed"
+            return f"did not finish within {TIMEOUT_S:g} s and was killed"
     return f"ended with exit code {process.returncode}" if process.returncode else None

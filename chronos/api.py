@@ -1,7 +1,7 @@
 """The verbs as functions, for programs; the command line calls these same functions.
 
-Nothing is printed, no signal is taken over, and nobody is asked: the call is the consent. What goes wrong is
-raised, as one of the errors in errors.py. Each function may be called from any thread.
+Nothing is printed, no signal handler is installed, and nobody is asked: the call is the consent. Failures are
+raised as the errors in errors.py. Each function may be called from any thread.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from chronos.migration.state import State, Strategy
 from chronos.results import FinalizeResult, JobResult, MigrationResult, RollbackResult, UpkeepResult
 from chronos.settings import Settings, get_settings, postgres_url
 from chronos.table import Interval, TableSpec
-from chronos.which_table import Description, Verb, no_job_keeps, which_table
+from chronos.which_table import Description, Verb, no_job_maintains, which_table
 
 if TYPE_CHECKING:
     from chronos.health import Overview, Status
@@ -74,40 +74,40 @@ def migrate(
     output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> MigrationResult:
-    """Turn a table into partitions under live writes, or carry on where an earlier run ended.
+    """Turn a table into partitions under live writes, or continue where an earlier run stopped.
 
-    Returns when the names have changed and every row was compared or, with ``hold``, just before that. Takes
-    as long as the copy takes.
+    Returns when the names have changed and every row has been compared; with ``hold``, just before the names
+    change. Takes as long as the copy.
 
-    - ``table``: as SQL writes it, ``webhook_log`` or ``audit."Order Events"``; None is the only one that
+    - ``table``: as written in SQL, ``webhook_log`` or ``audit."Order Events"``; None: the only one that
       ``chronos.toml`` lists.
-    - ``url``: ``postgresql://...``; None is ``DATABASE_URL``.
+    - ``url``: ``postgresql://...``; None: ``DATABASE_URL``.
     - ``column``, ``every``, ``retention_days``, ``ahead_days``: the time column, the interval of a partition,
-      and the days that are kept and made ahead, for a table that no configuration lists. Left out, every row
-      is kept, in partitions of a day, 30 days ahead. What a configuration says cannot be contradicted.
-    - ``strategy``: ``copy`` the rows into partitions, or ``attach`` the table as the partition of them all.
-    - ``resume``: carry on what was stopped or held; what is None below is then as it was.
-    - ``hold``: end before the names change, with all else done.
-    - ``batch_size``: rows in a transaction of the copy, 1,000. ``workers``: partitions filled at a time, 2.
-    - ``verify``: compare contents (``full``, the default), or ``counts`` of rows alone.
-    - ``rate_limit``: rows a second that are copied at most, all workers together.
-    - ``max_replica_lag``: seconds; the copy pauses while a replica is further behind.
-    - ``max_lock_wait``: seconds that anybody may have to wait behind an attempt at a lock, 1.
+      the days to keep and the days to create ahead, for a table that no configuration lists. Defaults: every
+      row is kept, in daily partitions, created 30 days ahead. They cannot contradict a configuration.
+    - ``strategy``: ``copy`` the rows into partitions, or ``attach`` the table as one partition with all rows.
+    - ``resume``: continue what was stopped or held; options below that are None keep their earlier values.
+    - ``hold``: stop before the names change, with everything else done.
+    - ``batch_size``: rows per transaction of the copy, 1,000. ``workers``: partitions filled at a time, 2.
+    - ``verify``: compare contents (``full``, the default) or only row ``counts``.
+    - ``rate_limit``: how many rows to copy per second at most, all workers together.
+    - ``max_replica_lag``: seconds; the copy pauses while any replica is further behind.
+    - ``max_lock_wait``: seconds that others may have to wait behind one of our lock attempts, 1.
     - ``accept_duplicates``: replication slots whose readers may get copied rows twice.
-    - ``report``: a file, ``.json`` or ``.html``, that says what was done, however it ends.
-    - ``confirm``: is shown what is about to be done, before anything is changed; unless it returns True the
-      call ends with RefusedError. None: the call is the consent.
-    - ``output``: called with each line that the command line would print, from any thread. What it raises is
-      logged, and it is not called again; the migration goes on.
-    - ``stop``: set it, from anywhere, to stop at the next batch.
+    - ``report``: a file, ``.json`` or ``.html``, that records what was done, even when the run fails.
+    - ``confirm``: called with a text on what is about to be done, before anything is changed; unless it
+      returns True, the call raises RefusedError. None: the call is the consent.
+    - ``output``: called with each line that the command line would print, from any thread. If it raises, the
+      error is logged and it is not called again; the migration goes on.
+    - ``stop``: set it, from any thread, to stop at the next batch.
 
-    Locks on the table: ACCESS SHARE while rows are copied, SHARE ROW EXCLUSIVE for an instant as it begins,
-    ACCESS EXCLUSIVE for milliseconds when the names change; each strong one in attempts of 0.1 s, later of up
+    Locks on the table: ACCESS SHARE while rows are copied, SHARE ROW EXCLUSIVE for an instant at the start,
+    ACCESS EXCLUSIVE for milliseconds when the names change; the strong ones in attempts of 0.1 s, later of up
     to ``max_lock_wait``.
 
-    Raises RefusedError (a blocker, a wrong option: nothing was changed), InterruptedRunError (stopped or cut
-    off; nothing is lost, call again with ``resume``, or ``rollback``), ChronosError (failed, and the table is
-    as it was; a difference between copy and origin is the ``__cause__``) or NeedsPersonError.
+    Raises RefusedError (a blocker or a wrong option: nothing was changed), InterruptedRunError (stopped or
+    cut off; nothing is lost, call again with ``resume``, or call ``rollback``), ChronosError (failed, and the
+    table is as it was; a difference between copy and original is the ``__cause__``) or NeedsPersonError.
     """
     described = Description(
         column,
@@ -163,13 +163,14 @@ def rollback(
     output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> RollbackResult:
-    """Go back to the plain table, from every phase of a migration until ``finalize``.
+    """Go back to the plain table, from any phase of a migration until ``finalize``.
 
-    Every row, update, delete and TRUNCATE since the swap comes along. ``force`` gives up what stands in the
-    way and can be given up. ``table``, ``url``, ``confirm``, ``output`` and ``stop`` are as in ``migrate``.
+    Every insert, update, delete and TRUNCATE since the swap is carried over. ``force`` goes back without what
+    the refusal says can be given up. ``table``, ``url``, ``confirm``, ``output`` and ``stop`` are as in
+    ``migrate``.
 
-    Locks: ACCESS EXCLUSIVE on both tables for milliseconds, when the names change, and on what foreign keys
-    refer to for moments; each in attempts of 0.1 to 1 s.
+    Locks: ACCESS EXCLUSIVE on both tables for milliseconds, when the names change, and briefly on the tables
+    that foreign keys refer to; each in attempts of 0.1 to 1 s.
 
     Raises RefusedError (no migration, or something stands in the way: nothing was changed),
     InterruptedRunError (cut off; call it again) or NeedsPersonError.
@@ -201,10 +202,10 @@ def finalize(
     output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> FinalizeResult:
-    """Drop the old table for good and end the way back, once nothing needs it any more.
+    """Drop the old table for good, once nothing needs it any more; after this there is no way back.
 
-    Checks first that the migration is complete, that no row within retention is in the old table alone, and
-    that nothing depends on it. After ``attach`` nothing is dropped. ``table``, ``url``, ``confirm``,
+    Checks first that the migration is complete, that no row within retention is only in the old table, and
+    that nothing depends on that table. After ``attach`` nothing is dropped. ``table``, ``url``, ``confirm``,
     ``output`` and ``stop`` are as in ``migrate``.
 
     Locks: ACCESS EXCLUSIVE on the table in use for an instant, in attempts of 0.1 to 1 s, and on the old one.
@@ -227,15 +228,15 @@ def finalize(
 
 
 def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
-    """Look at one table: its state, partitions, gaps, runway, sizes, jobs, and what is wrong with it.
+    """Report on one table: its state, partitions, gaps, runway, sizes, jobs and problems.
 
-    ``table`` and ``url`` are as in ``migrate``. Locks: ACCESS SHARE, waited for 1 s at the most. Changes
+    ``table`` and ``url`` are as in ``migrate``. Locks: ACCESS SHARE, with a wait of at most 1 s. Changes
     nothing.
 
     Raises CannotTellError (the server does not answer), RefusedError (there is no such table) or
-    ChronosError (somebody has locked it).
+    ChronosError (it is locked).
     """
-    from chronos.health import collect  # here, as below, for no other verb needs what it imports
+    from chronos.health import collect  # imported here, as below: no other verb needs it
 
     with typed_errors(CannotTellError, "cannot tell: {}"):
         work = session(Verb.STATUS, table, url)
@@ -243,9 +244,9 @@ def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
 
 
 def overview(*, url: str | URL | None = None) -> Overview:
-    """Look at every table that a configuration lists, and at all that have a migration under way.
+    """Report on every table that a configuration lists, and on all others with a migration under way.
 
-    A table of which nothing can be told is an Unknown, and does not hide the others. Locks as ``status``.
+    A table that cannot be examined becomes an Unknown and does not hide the others. Locks as ``status``.
 
     Raises CannotTellError (the server does not answer) or RefusedError (the configuration cannot be read).
     """
@@ -260,17 +261,17 @@ def overview(*, url: str | URL | None = None) -> Overview:
 def upkeep(
     *, url: str | URL | None = None, retry_for: float = 300.0, stop: threading.Event | None = None
 ) -> UpkeepResult:
-    """Create the partitions of the days ahead and drop expired ones, for every listed table, once.
+    """Create the partitions for the days ahead and drop expired ones, once, for every listed table.
 
-    What the two nightly jobs do, without Celery or Redis; safe beside them and beside itself. What is in use
-    is tried again for ``retry_for`` seconds, both jobs together; set ``stop`` to end that. What it did is
-    logged to ``chronos.jobs``, and ``CHRONOS_ALERT_COMMAND`` is run if a problem has appeared or is gone.
+    Does what the two nightly jobs do, without Celery or Redis; safe to run alongside them and itself. What is
+    in use is tried again for ``retry_for`` seconds, both jobs together; set ``stop`` to end that. What it did
+    is logged to ``chronos.jobs``, and ``CHRONOS_ALERT_COMMAND`` is run if a problem has appeared or is gone.
 
-    Locks: ACCESS EXCLUSIVE on an expired partition and on its table, each waited for 0.2 s at the most and
+    Locks: ACCESS EXCLUSIVE on an expired partition and on its table, each with a wait of at most 0.2 s and
     held for one short transaction.
 
     What goes wrong with a table is in the result. Raises RefusedError (the configuration cannot be read) or
-    InterruptedRunError (``stop`` was set; what was done is done).
+    InterruptedRunError (``stop`` was set; finished work stays).
     """
     from chronos import alerts, jobs
 
@@ -296,7 +297,7 @@ def upkeep(
 
 
 def upgrade_functions(table: str | None = None, *, url: str | URL | None = None) -> list[str]:
-    """Install the two SQL functions of this version, of one table or of every one that is listed.
+    """Install this version's two SQL functions, for one table or for every listed one.
 
     Safe at any time. Returns a line for each table. Locks: none on a table. Raises RefusedError.
     """
@@ -305,14 +306,14 @@ def upgrade_functions(table: str | None = None, *, url: str | URL | None = None)
         if table is not None:
             work = session(Verb.UPGRADE_FUNCTIONS, table, url)
             done = upgrade(work.engine, work.table, listed_in=settings.listed_in)
-            return done if work.listed else [*done, f"\n{no_job_keeps(settings, work.table)}"]
+            return done if work.listed else [*done, f"\n{no_job_maintains(settings, work.table)}"]
         engine = connect_engine(settings.database, application_name=f"chronos {Verb.UPGRADE_FUNCTIONS}")
         return upgrade(engine, *settings.tables, listed_in=settings.listed_in)
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a verb works with; ``listed`` tells whether a configuration lists the table."""
+    """What a verb works with; ``listed`` says whether a configuration lists the table."""
 
     settings: Settings
     engine: Engine
@@ -321,11 +322,11 @@ class Session:
 
     @property
     def url(self) -> URL:
-        """Where it works."""
+        """The database it works on."""
         return self.engine.url
 
     def require_agreement(self) -> None:
-        """Raise RefusedError when the configuration says of the table what is not so."""
+        """Raise RefusedError when the configuration is wrong about the table."""
         with opened(self.engine) as conn:
             require_agreement(conn, require_located(conn, self.table), self.settings.listed_in)
 
@@ -354,7 +355,7 @@ def typed_errors(
     kind: type[ChronosError] = ChronosError,
     text: str = "{}; nothing was changed",
 ) -> Iterator[None]:
-    """What the driver raises before anything has begun becomes a ``kind``."""
+    """Turn a driver error that is raised before anything has begun into a ``kind``."""
     try:
         yield
     except DBAPIError as error:
@@ -362,7 +363,7 @@ def typed_errors(
 
 
 def _what_to_check(error: DBAPIError) -> str:
-    """Where to look for the cause of what the server, or the driver, has said."""
+    """Where to look for the cause of an error of the server or the driver."""
     if sqlstate(error) == errorcodes.INSUFFICIENT_PRIVILEGE:
         return f"What a role needs: {commands.PROGRAM} explain {errorcodes.INSUFFICIENT_PRIVILEGE}"
     return "Check the server and the database URL"
@@ -381,7 +382,7 @@ def _operator(
 ) -> Operator:
     if not isinstance(output, Output):
         file = io.StringIO() if output is None else _Lines(output)
-        # Whatever the environment says of terminals and colours: this is none.
+        # This is not a terminal, whatever the environment says about terminals and colours.
         console = Console(
             file=file, quiet=output is None, force_terminal=False, no_color=True, highlight=False,
             soft_wrap=True, width=100, emoji=False,
@@ -391,7 +392,7 @@ def _operator(
 
 
 class _Lines(io.StringIO):
-    """A file that hands each line on as soon as it is whole."""
+    """A file that passes each line on as soon as it is complete."""
 
     def __init__(self, tell: Callable[[str], object]) -> None:
         super().__init__()
@@ -412,9 +413,9 @@ class _Lines(io.StringIO):
             return
         try:
             self._tell(line)
-        except Exception:  # who only listens must not end a migration
+        except Exception:  # a listener must not end a migration
             self._tell = None
-            logger.exception("the function that is told of the progress has failed, and is told no more")
+            logger.exception("the output function has failed and is not called again")
 
 
 def _within(option: str, value: _Number | None) -> _Number | None:
@@ -423,12 +424,12 @@ def _within(option: str, value: _Number | None) -> _Number | None:
     if value is None or (lowest <= value and (highest is None or value <= highest)):
         return value
     bounds = f"at least {lowest:,}" if highest is None else f"from {lowest:,} to {highest:,}"
-    raise RefusedError(f"{option} is to be {bounds}, not {value!r}; nothing was changed")
+    raise RefusedError(f"{option} must be {bounds}, not {value!r}; nothing was changed")
 
 
 def _one_of(option: str, value: str, words: Collection[str]) -> str:
     if value not in words:
-        raise RefusedError(f"{option} is to be {' or '.join(words)}, not {value!r}; nothing was changed")
+        raise RefusedError(f"{option} must be {' or '.join(words)}, not {value!r}; nothing was changed")
     return value
 
 

@@ -36,7 +36,7 @@ from chronos.migration.state import Strategy
 from chronos.results import MigrationResult
 from chronos.settings import CONFIGURATION, get_settings
 from chronos.table import Interval, quoted
-from chronos.which_table import Description, Verb, no_job_keeps
+from chronos.which_table import Description, Verb, no_job_maintains
 
 if TYPE_CHECKING:
     from chronos.health import Other, Status, Unknown
@@ -45,7 +45,7 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def _say(error: str) -> None:
-    """One line on stderr; on a terminal as many as it takes, for it would break them within words."""
+    """Print one line on stderr; on a terminal, break it between words, because the terminal would not."""
     text = f"Error: {error}"
     if sys.stderr is not None and sys.stderr.isatty():
         text = for_reading(text, max(20, shutil.get_terminal_size().columns - 1))
@@ -53,14 +53,14 @@ def _say(error: str) -> None:
 
 
 def _to_stderr(text: str) -> None:
-    """Whether anybody can read it or not: the exit code counts, and what was begun goes on."""
+    """Print on stderr if that is possible; if not, the exit code still counts and the work goes on."""
     with suppress(OSError, ValueError):
         click.echo(text, err=True)
 
 
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
-    """Every error becomes one line on stderr and its exit code; a traceback helps nobody at 2 AM."""
+    """Turn every error into one line on stderr and an exit code; a traceback helps nobody at 2 AM."""
     try:
         with api.typed_errors():
             yield
@@ -72,18 +72,18 @@ def _errors_as_lines() -> Iterator[None]:
             words.append(f"[{id_}]")
         _say(" ".join(words))
         sys.exit(error.exit_code)
-    except Exception as error:  # a defect of ours: still one line, for nobody reads a traceback at 2 AM
+    except Exception as error:  # a bug of ours: still one line
         _say(
             f"unexpected {type(error).__name__}: {one_line(error)}."
-            f" What state the tables are in: {commands.status()}"
+            f" To see the state of the tables: {commands.status()}"
         )
         sys.exit(ExitCode.FAILED)
 
 
 @contextmanager
 def _verb() -> Iterator[tuple[Output, threading.Event]]:
-    """For the block, somebody who is told things on stdout, and whom Ctrl-C, SIGTERM and a terminal that goes
-    stop cleanly, the second signal no worse than the first. What goes wrong becomes a line.
+    """Yield the output on stdout, and an event that Ctrl-C, SIGTERM and the loss of the terminal set for a
+    clean stop; a second signal does no harm. Errors become lines.
     """
     with _errors_as_lines():
         telemetry.configure(get_settings())
@@ -104,7 +104,7 @@ def _verb() -> Iterator[tuple[Output, threading.Event]]:
 
 
 def _other_options() -> list[str]:
-    """The options that were typed, for a migration to begin with, but for those that describe the table."""
+    """The typed options with which to start a migration, except those that describe the table."""
     apart = {"resume", *(field.name for field in fields(Description))}
     context = click.get_current_context()
     words: list[str] = []
@@ -144,15 +144,15 @@ def _takes_a_table(command: _Command) -> _Command:
 
 
 def _ask(word: str) -> bool:
-    """Have the word typed, exactly. Raises RefusedError otherwise, end of input and Ctrl-C included."""
+    """Ask for exactly this word. Raises RefusedError for anything else, including end of input and Ctrl-C."""
     try:
         with handled(signal.default_int_handler):
-            click.echo(f"Type {word} to go on: ", nl=False)
+            click.echo(f"Type {word} to continue: ", nl=False)
             answer = sys.stdin.readline()
-            typed_unseen = not sys.stdin.isatty()  # what was typed was not shown, nor its end of line
+            not_echoed = not sys.stdin.isatty()  # neither the input nor its end of line is on the screen
     except (KeyboardInterrupt, OSError):  # OSError: the terminal is gone
-        answer, typed_unseen = "", True
-    if typed_unseen:
+        answer, not_echoed = "", True
+    if not_echoed:
         with suppress(OSError):
             click.echo()
     if answer.rstrip("\r\n") != word:
@@ -161,7 +161,7 @@ def _ask(word: str) -> bool:
 
 
 def _confirmed_by(word: str, *, yes: bool) -> Callable[[str], bool] | None:
-    """Who agrees to what is about to be done, which is on the screen by then; with --yes nobody is asked."""
+    """A function that asks for consent to what is on the screen by then; None with --yes."""
     return None if yes else lambda _: _ask(word)
 
 
@@ -169,11 +169,11 @@ def _next(done: MigrationResult) -> str:
     """What to type once the migration is done."""
     table, settings = done.table, get_settings()
     attaches = done.strategy is Strategy.ATTACH
-    finalizing = "gives the way back up" if attaches else f"drops {quoted(table.old)}"
+    finalizing = "ends the way back" if attaches else f"drops {quoted(table.old)}"
     steps = {
-        commands.status(table): "how it is, now and every day",
+        commands.status(table): "check it now and every day",
         commands.finalize(table): f"after some days: {finalizing}",
-        commands.rollback(table): "until then: the plain table again, with every row",
+        commands.rollback(table): "until then: back to the plain table, with every row",
     }
     width = max(map(len, steps))
     lines = "\n".join(f"  {command:<{width}}   {what}" for command, what in steps.items())
@@ -185,13 +185,13 @@ def _next(done: MigrationResult) -> str:
     if done.listed:
         jobs = "make restart-worker, for the jobs at 01:00 and 02:00"
         if not settings.redis_url:
-            jobs = f"let cron run {commands.upkeep()} every night, as there is no REDIS_URL"
+            jobs = f"let cron run {commands.upkeep()} every night, because REDIS_URL is not set"
         return f"\nNext: {jobs}; then\n{lines}"
     listed_by = settings.listed_in
-    alone = f" Once there is such a file it alone counts: list {settings.tables[0]}, too, if you have it."
+    alone = f" Once that file exists, only it counts: list {settings.tables[0]} there too, if you have it."
     return (
         f"\nNext: put this into {listed_by or CONFIGURATION}, and restart the worker: the jobs at 01:00 and"
-        f" 02:00 keep only the tables that are listed.{'' if listed_by else alone}\n\n"
+        f" 02:00 maintain only the tables that are listed.{'' if listed_by else alone}\n\n"
         f"{table.as_toml()}\n\nThen\n{lines}"
     )
 
@@ -199,18 +199,18 @@ def _next(done: MigrationResult) -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="chronos", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Native partitions for big live tables: migrate, look, go back, tidy up.
+    """Native partitions for big live tables: migrate, check, roll back, clean up.
 
     \b
     The usual order:
-      python -m chronos demo                see it all on a server of its own
+      python -m chronos demo                try it all on a throwaway server
       python -m chronos migrate --dry-run   the plan; --sql FILE: every statement of it
       python -m chronos migrate             asks for the word MIGRATE
       python -m chronos status              now, and every day
       python -m chronos finalize            after some days; until then: rollback
 
     chronos.toml, or the file that CHRONOS_CONFIG names, lists the tables; without it there is one,
-    webhook_log. TABLE is written as in SQL, and may be left out when only one is listed.
+    webhook_log. Write TABLE as in SQL; leave it out when only one is listed.
 
     DATABASE_URL and REDIS_URL come from the environment or from .env. Exit codes: 0 done; 1 failed,
     the database is as it was (or unhealthy); 2 refused, nothing was changed; 3 stopped half-way,
@@ -220,23 +220,23 @@ def cli() -> None:
 
 @cli.command()
 @_takes_a_table
-@click.option("--column", metavar="NAME", help="The time column of a table that no file lists.")
+@click.option("--column", metavar="NAME", help="The time column of an unlisted table.")
 @click.option(
     "--every",
     type=click.Choice([interval.value for interval in Interval]),
-    help="How much time one partition of such a table holds.  [default: day]",
+    help="The time span of one partition of an unlisted table.  [default: day]",
 )
 @click.option(
     "--retention-days",
     type=_whole("retention_days"),
     metavar="DAYS",
-    help="How many days of such a table are copied and kept.  [default: all]",
+    help="How many days of an unlisted table to copy and keep.  [default: all]",
 )
 @click.option(
     "--ahead-days",
     type=_whole("ahead_days"),
     metavar="DAYS",
-    help="How many days ahead such a table has partitions.  [default: 30]",
+    help="For how many days ahead an unlisted table gets partitions.  [default: 30]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, change nothing; exit 2 on a blocker.")
 @click.option(
@@ -245,24 +245,24 @@ def cli() -> None:
     metavar="FILE",
     help="With --dry-run: write the plan's SQL to this file, for psql.",
 )
-@click.option("--verbose", is_flag=True, help="With --dry-run: all of the plan, not one screen.")
+@click.option("--verbose", is_flag=True, help="With --dry-run: print the whole plan, not one screen.")
 @click.option(
     "--strategy",
     type=click.Choice([strategy.value for strategy in Strategy]),
     default=Strategy.COPY.value,
     show_default=True,
-    help="Copy the rows into partitions, or attach the table itself as the partition of all its rows.",
+    help="Copy the rows into partitions, or attach the table itself as one partition with all its rows.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask for the word MIGRATE.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Carry on an interrupted or held migration, with the options it had unless given anew.",
+    help="Continue an interrupted or held migration, with its earlier options unless given again.",
 )
 @click.option(
     "--hold",
     is_flag=True,
-    help="End before the names change, with all else done; --resume does the rest, minutes or days later.",
+    help="Stop before the names change, with all else done; --resume does the rest, minutes or days later.",
 )
 @click.option(
     "--max-lock-wait",
@@ -270,14 +270,14 @@ def cli() -> None:
     default=Options.max_lock_wait,
     show_default=True,
     metavar="SECONDS",
-    help="The longest that anybody may have to wait behind an attempt at a lock.",
+    help="The longest that others may have to wait behind one of our lock attempts.",
 )
 @click.option(
     "--batch-size",
     type=_whole("batch_size"),
     default=Options.batch_size,
     show_default=True,
-    help="Rows in a transaction of the copy.",
+    help="Rows per transaction of the copy.",
 )
 @click.option(
     "--workers",
@@ -291,7 +291,7 @@ def cli() -> None:
     type=click.Choice(["full", "counts"]),
     default="full",
     show_default=True,
-    help="Compare contents as well, or the counts of rows alone.",
+    help="Compare contents, or only row counts.",
 )
 @click.option(
     "--rate-limit",
@@ -309,13 +309,13 @@ def cli() -> None:
     "--accept-duplicates",
     multiple=True,
     metavar="SLOT",
-    help="Migrate though the reader of this replication slot gets copied rows twice; may be repeated.",
+    help="Migrate even if readers of this replication slot get copied rows twice; may be repeated.",
 )
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.html|FILE.json",
-    help="Write what was done and measured to this file, whatever becomes of the run.",
+    help="Write what was done and measured to this file, even when the run fails.",
 )
 def migrate(
     table: str | None,
@@ -339,13 +339,13 @@ def migrate(
     accept_duplicates: tuple[str, ...],
     report: Path | None,
 ) -> None:
-    """Turn a table into partitions under live writes.
+    """Partition a table under live writes.
 
-    The rows within retention are copied into partitions beside the table and compared, while the
-    table stays in use; then the names change, in milliseconds, and the table that was is kept as
-    TABLE_old. With --strategy attach nothing is copied: the table itself becomes the partition of all
-    its rows, TABLE_history. --dry-run compares the two. Asks for the word MIGRATE first. On failure all
-    is put back as it was.
+    The rows within retention are copied into partitions and compared while the table stays in use;
+    then the names change, in milliseconds, and the original table is kept as TABLE_old. With
+    --strategy attach nothing is copied: the table itself becomes one partition with all its rows,
+    TABLE_history. To compare the two, use --dry-run. Asks for the word MIGRATE first. On failure
+    everything is put back as it was.
 
     \b
     Examples:
@@ -387,12 +387,13 @@ def migrate(
 @cli.command()
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word ROLLBACK.")
-@click.option("--force", is_flag=True, help="Give up what stands in the way and can be given up.")
+@click.option("--force", is_flag=True, help="Go back without what the refusal says can be given up.")
 def rollback(table: str | None, yes: bool, force: bool) -> None:
-    """Go back to the plain table, with every row written since.
+    """Go back to the plain table with every row.
 
-    Works from every phase of a migration, cut off or complete, until finalize. Asks for the word
-    ROLLBACK first. Cut off, it goes on where it was when it is called again.
+    Rows written since the swap are carried over. Works from any phase of a migration, cut off or
+    complete, until finalize. Asks for the word ROLLBACK first. If it is cut off, call it again: it
+    continues where it was.
 
     \b
     Examples:
@@ -409,11 +410,11 @@ def rollback(table: str | None, yes: bool, force: bool) -> None:
 @_takes_a_table
 @click.option("--yes", is_flag=True, help="Do not ask for the word FINALIZE.")
 def finalize(table: str | None, yes: bool) -> None:
-    """Drop TABLE_old, once the migrated table has proven itself; end the way back.
+    """Drop TABLE_old and end the way back.
 
-    Checks first that the migration is complete, that no row within retention is in the old table
-    alone, and that nothing depends on it. After --strategy attach it drops nothing of the table. Asks for
-    the word FINALIZE. There is no way back from here.
+    For when the migrated table has proven itself. Checks first that the migration is complete, that no
+    row within retention is only in the old table, and that nothing depends on that table. After
+    --strategy attach it drops nothing of the table. Asks for the word FINALIZE.
 
     \b
     Examples:
@@ -423,16 +424,16 @@ def finalize(table: str | None, yes: bool) -> None:
     with _verb() as (output, stop):
         done = api.finalize(table, confirm=_confirmed_by("FINALIZE", yes=yes), output=output, stop=stop)
         if not done.listed:
-            output.line(no_job_keeps(get_settings(), done.table))
+            output.line(no_job_maintains(get_settings(), done.table))
 
 
 @cli.command()
 @_takes_a_table
 def upgrade_functions(table: str | None) -> None:
-    """Install the two SQL functions of this version; safe to run at any time.
+    """Install this version's two SQL functions.
 
-    They keep the partitions of a table and can be called by hand. Without TABLE: those of every table
-    that is listed. Asks nothing.
+    They create and drop the partitions of a table and can be called by hand. Without TABLE: those of
+    every listed table. Safe to run at any time; does not ask for confirmation.
     """
     with _verb():
         for line in api.upgrade_functions(table):
@@ -445,7 +446,7 @@ def upgrade_functions(table: str | None) -> None:
     type=click.IntRange(1, 100_000_000),
     default=200_000,
     show_default=True,
-    help="Sample rows to begin with.",
+    help="Sample rows to start with.",
 )
 @click.option(
     "--strategy",
@@ -454,9 +455,9 @@ def upgrade_functions(table: str | None) -> None:
     show_default=True,
     help="Copy the rows, or attach the table itself; see migrate.",
 )
-@click.option("--keep", is_flag=True, help="Leave the server up, and say how to reach and to stop it.")
+@click.option("--keep", is_flag=True, help="Leave the server running, and say how to reach and stop it.")
 def demo(rows: int, strategy: str, keep: bool) -> None:
-    """Watch a migration on a PostgreSQL of its own, removed again.
+    """Watch a migration on a throwaway PostgreSQL.
 
     Sample rows, an application that keeps writing, the migration, and what the application noticed.
     Asks for the word MIGRATE when run on a terminal. Your own databases are not touched.
@@ -467,7 +468,7 @@ def demo(rows: int, strategy: str, keep: bool) -> None:
       python -m chronos demo --rows 1000000 --keep
       python -m chronos demo --strategy attach
     """
-    # Here, for no other verb needs what it imports.
+    # Imported here: no other verb needs it.
     from chronos.demo.run import DemoOutput
     from chronos.demo.run import demo as run_demo
 
@@ -481,7 +482,7 @@ def demo(rows: int, strategy: str, keep: bool) -> None:
 
 
 class _Lines(logging.Handler):
-    """What the jobs log, as lines: on stderr what somebody should read, the rest on stdout."""
+    """Prints what the jobs log: warnings and errors on stderr, the rest on stdout."""
 
     def __enter__(self) -> None:
         log = logging.getLogger("chronos")
@@ -504,15 +505,16 @@ class _Lines(logging.Handler):
     default=300.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long what is in use is tried again; both jobs together.",
+    help="How long to retry what is in use; both jobs together.",
 )
 def upkeep(retry_for: float) -> None:
-    """Create the partitions of the days ahead and drop expired ones, for every listed table, once.
+    """Create and drop partitions once, for cron.
 
-    What the two nightly jobs do, without Celery or Redis: for cron, systemd timers and Kubernetes CronJobs.
-    It is safe beside the jobs and beside itself, at any hour, as often as you like. What was done is on
-    stdout, what was not is on stderr, and status shows both. Exit codes: 0 all is done; 1 something failed; 2
-    refused, nothing was begun; 3 something is in use and left to the next run.
+    Creates the partitions for the days ahead and drops expired ones, for every listed table. Does what the
+    two nightly jobs do, without Celery or Redis: for cron, systemd timers and Kubernetes CronJobs. It is
+    safe alongside the jobs and itself, at any hour, as often as you like. What was done is on stdout, what
+    was not is on stderr, and status shows both. Exit codes: 0 all is done; 1 something failed; 2 refused,
+    nothing was begun; 3 something is in use and left to the next run.
 
     \b
     Examples:
@@ -530,7 +532,7 @@ def upkeep(retry_for: float) -> None:
 
 @cli.command()
 @_takes_a_table
-@click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option(
     "--prometheus",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -538,10 +540,10 @@ def upkeep(retry_for: float) -> None:
     help="Also write it to this file, for the textfile collector of node_exporter.",
 )
 def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
-    """Say how tables, partitions and jobs are; exit 1 on a problem.
+    """Show tables, partitions, jobs and problems.
 
-    Without TABLE: of every table that is listed. Each problem comes with what to type about it.
-    Changes nothing. Exit 2 when it cannot tell, because the server does not answer.
+    Without TABLE: those of every listed table. Each problem comes with what to type. Changes nothing.
+    Exit codes: 0 healthy; 1 there is a problem; 2 it cannot tell, because the server does not answer.
 
     \b
     Examples:
@@ -549,7 +551,7 @@ def status(table: str | None, as_json: bool, prometheus: Path | None) -> None:
       python -m chronos status --json | jq -r '.problems[]'
       python -m chronos status --prometheus /var/lib/node_exporter/textfile/chronos.prom
     """
-    # Here, for no other verb needs what it imports.
+    # Imported here: no other verb needs it.
     from chronos.health import Overview, Unknown, show
 
     with _errors_as_lines():
@@ -585,9 +587,9 @@ def _write_metrics(file: Path | None, found: Sequence[Status | Unknown] | None) 
 @cli.command()
 @click.argument("id_", metavar="ID")
 def explain(id_: str) -> None:
-    """Say more about the id of a message, an exit code or an SQLSTATE.
+    """Explain a message id, exit code or SQLSTATE.
 
-    Prints its paragraph of docs/TROUBLESHOOTING.md. Asks no server.
+    Prints its paragraph of docs/TROUBLESHOOTING.md. Needs no server.
 
     \b
     Examples:

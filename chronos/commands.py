@@ -1,6 +1,6 @@
-"""What to type: the commands that messages name, written in one place.
+"""The commands that messages tell the operator to type, in one place.
 
-A command names its table, in quotes where the shell needs them, unless it is the only one that is configured.
+A command names its table, quoted for the shell, unless it is the only one that is configured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from chronos.errors import RefusedError
 from chronos.settings import get_settings
 from chronos.table import WEBHOOK_LOG, TableSpec
 
-# As it was started: where pipx or uvx has put the command, this Python is not the one that a shell finds.
+# As it was started: with pipx or uvx, `python` in a shell is not the Python that has chronos.
 INSTALLED = PurePath(sys.argv[0]).name == "chronos"
 PROGRAM = "chronos" if INSTALLED else "python -m chronos"
 SCRIPT = f"{PROGRAM} migrate" if INSTALLED else f"{PROGRAM}.scripts.migrate_to_partitioned_webhook_log"
@@ -27,7 +27,7 @@ def migrate(table: TableSpec) -> str:
 
 
 def start(table: TableSpec) -> str:
-    """The command that begins a migration: a table that is in no configuration needs to be described."""
+    """The command that starts a migration; it describes a table that no configuration lists."""
     command = migrate(table)
     if _listed(table):
         return command
@@ -48,13 +48,13 @@ def finalize(table: TableSpec) -> str:
 
 
 def status(table: TableSpec | None = None) -> str:
-    """The command that says how things stand: with every configured table, or with one that is in no file."""
+    """The command that shows the state of every configured table, or of one that is not configured."""
     command = f"{PROGRAM} status"
     return command if table is None or _listed(table) else f"{command} {quote(table.typed)}"
 
 
 def upkeep() -> str:
-    """The command that cron gives once a night."""
+    """The command that cron runs once a night."""
     return f"{PROGRAM} upkeep"
 
 
@@ -81,7 +81,7 @@ def _listed(table: TableSpec) -> bool:
 
 
 def _configured() -> tuple[TableSpec, ...]:
-    """The tables of the configuration; none when it cannot be read, for a message is being written."""
+    """The configured tables; none if the configuration cannot be read: this is for messages only."""
     try:
         return get_settings().tables
     except RefusedError:

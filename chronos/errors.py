@@ -23,7 +23,7 @@ class ChronosError(Exception):
     """Something failed, and the database is as it was before."""
 
     exit_code = ExitCode.FAILED
-    # Printed behind the message; docs/TROUBLESHOOTING.md has a paragraph for it.
+    # Printed after the message; docs/TROUBLESHOOTING.md has a paragraph for it.
     id: ClassVar[str | None] = None
 
 
@@ -34,14 +34,14 @@ class RefusedError(ChronosError):
 
 
 class UndescribedError(RefusedError):
-    """Nobody has said which the time column of the table is: nothing was changed.
+    """The time column of the table is not known: nothing was changed.
 
-    The message ends with the command that says it.
+    The message ends with the command that names it.
     """
 
 
 class CannotTellError(RefusedError):
-    """How the tables are cannot be told, for the server does not answer; nothing was changed."""
+    """The server does not answer, so the state of the tables is unknown; nothing was changed."""
 
 
 class InterruptedRunError(ChronosError):
@@ -51,42 +51,42 @@ class InterruptedRunError(ChronosError):
 
 
 class NeedsPersonError(ChronosError):
-    """The automatic rollback could not finish: the message says in which state the tables are."""
+    """The automatic rollback could not finish: the message says what state the tables are in."""
 
     exit_code = ExitCode.NEEDS_A_PERSON
 
 
 class LockUnavailableError(ChronosError):
-    """A lock could not be had within the patience given; the message names who holds it."""
+    """A lock could not be taken in the time allowed; the message names the sessions that hold it."""
 
     id = "lock-unavailable"
 
 
 class CutShortError(ChronosError):
-    """The server cancelled what we asked of it, again and again."""
+    """The server repeatedly cancelled our statement."""
 
     id = "copy-cancelled"
 
 
 class SupersededError(ChronosError):
-    """Another run has taken this migration over; this one must not write another row."""
+    """Another run has taken over this migration; this one must not write another row."""
 
     id = "taken-over"
 
 
 class ShapeError(ChronosError):
-    """A table that is to take another's place is not what that one was."""
+    """The table that would replace another one no longer matches it."""
 
     id = "table-changed"
 
 
 class NotesLostError(ChronosError):
-    """The note triggers were off for a time, so what was written then is not known."""
+    """The note triggers were off for a while, so what was written meanwhile is not known."""
 
     id = "notes-disabled"
 
 
 class StrayRowError(ChronosError):
-    """A row was written during the migration for a time that no partition takes."""
+    """A row written during the migration has a time that no partition accepts."""
 
     id = "rows-without-a-place"

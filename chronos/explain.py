@@ -1,6 +1,6 @@
 """What docs/TROUBLESHOOTING.md says about an id, an exit code or an SQLSTATE.
 
-The page is data of the package, by a link that leads to docs/.
+The page is in the package as a symbolic link to docs/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def explain(word: str) -> str:
     if found is None:
         close = [by_case[one] for one in get_close_matches(wanted.lower(), by_case, 3)]
         meant = f"did you mean {' or '.join(close)}?" if close else "for example inbound-fk"
-        raise RefusedError(f"nothing is known of {word}; an id stands in brackets behind a message, {meant}")
+        raise RefusedError(f"{word} is not known; messages end with their id in brackets: {meant}")
     return known[found]
 
 
@@ -43,7 +43,7 @@ def paragraphs() -> dict[str, str]:
 
 
 def _in_words(text: str, target: str) -> str:
-    """A link, for those who cannot click on it."""
+    """A link as plain text."""
     return f"{text} in docs/{target}" if target else text
 
 

@@ -1,4 +1,4 @@
-"""How things stand with a table, its partitions and the nightly jobs, and what is wrong with them."""
+"""The state of a table, its partitions and the nightly jobs, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ from chronos.table import Interval, Period, TableSpec, midnight, quoted
 _LOCK_TIMEOUT_MS = 1_000
 _SHORT_RUNWAY_DAYS = 7
 _JOB_OVERDUE = timedelta(hours=26)
-# A job retries for nearly an hour; what it was to do is not overdue before that.
+# A job retries for nearly an hour; its work is not overdue before that.
 _JOB_TAKES = timedelta(hours=1)
 _CLOCK_TOLERANCE_S = 60
 _BAR_WIDTH = 30
-# A table that is ready is as good as before, but its notes grow until somebody swaps it or gives it up.
+# A table that is ready works as before, but its notes pile up until somebody swaps it or rolls back.
 _READY_LONG = timedelta(days=7)
 _MANY_NOTES = 1_000_000
-# Phases in which a migration may stay, though nobody is at it.
+# Phases in which a migration may stay while nobody is working on it.
 _AT_REST = (Phase.READY, Phase.MIGRATED)
-# A table that is to become a partition takes no row from its bound on. Less than a day before, it is too
+# A table that will become a partition rejects rows from its bound on. Less than a day before that, it is too
 # late to resume.
 _BOUND_SOON = timedelta(days=3)
 _TOO_LATE = timedelta(days=1)
@@ -66,19 +66,19 @@ _TOO_LATE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What is known of a job and a table: what it did, and who runs it by Celery at this moment."""
+    """What a job did with a table, and which Celery worker is running it now."""
 
     history: History
     running: str | None = None
 
     @property
     def report(self) -> dict[str, Any]:
-        """That of its last run, empty before the first."""
+        """The report of its last run; empty before the first."""
         return self.history.last
 
     @property
     def succeeded(self) -> datetime | None:
-        """When it last did all that it had to do."""
+        """When it last did everything it had to do."""
         return self.history.succeeded
 
 
@@ -92,18 +92,18 @@ class TableSize:
 
 @dataclass(frozen=True)
 class Status:
-    """Everything that is known of a table; times are UTC, ``now`` is the database server's.
+    """Everything known about a table; times are UTC, ``now`` is the database server's.
 
-    ``functions`` maps those that are installed to their version, ``stray`` says where rows lie that
-    no drop will take. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
-    ``detached`` are the former partitions that wait for their drop, ``grace_days`` for how long the function
-    leaves a partition so. ``in_citus`` is what the table is to Citus; sizes are those of all its nodes.
-    ``at_work`` is who carries the migration on at this moment.
-    ``refused_from`` is the instant from which on a table that is to become a partition takes no row.
-    ``jobs`` is what the nightly jobs did with this table, None when nobody can tell; ``listed`` tells whether
-    they keep it, ``by_celery`` whether Celery runs them or `upkeep` by cron;
-    ``contradictions`` are what the configuration says of it and is not so: ``table`` is as it really is.
-    ``notices`` say what may be typed next, ``problems`` what must; these are empty when all is well.
+    ``functions`` maps the installed SQL functions to their version, ``stray`` says where rows are that no
+    drop will remove. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
+    ``detached`` are the former partitions that wait to be dropped, ``grace_days`` is how long the function
+    leaves a partition detached. ``in_citus`` is the kind of Citus table it is; sizes then include all nodes.
+    ``at_work`` is who is running the migration now. ``refused_from`` is the time from which a table that will
+    become a partition rejects rows. ``jobs`` is what the nightly jobs did with this table, None when that is
+    unknown; ``listed`` says whether they maintain it, ``by_celery`` whether Celery runs them, or cron with
+    `upkeep`. ``contradictions`` are what the configuration gets wrong; ``table`` has the real column and
+    interval. ``notices`` say what you may type next, ``problems`` what you must; the latter is empty when all
+    is well.
     """
 
     server: str
@@ -138,7 +138,7 @@ class Status:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is nothing that somebody should do."""
+        """Whether nothing needs to be done."""
         return not self.problems
 
     @property
@@ -169,30 +169,30 @@ class Status:
 
     @property
     def history(self) -> Partition | None:
-        """The partition that the table itself has become."""
+        """The partition that the original table has become."""
         return next((p for p in self.partitions if p.name == self.table.history and p.lower is None), None)
 
     @property
     def missing(self) -> list[Period]:
-        """Periods without a partition: of what is kept, between oldest and newest, and of the days ahead."""
+        """Periods without a partition: within retention, between oldest and newest, and in the days ahead."""
         if not self.partitioned:
             return []
         lowers = [p.lower for p in self.partitions if p.lower]
         uppers = [p.upper for p in self.partitions if p.upper]
         ahead = self.table.wanted(self.now, back=False)
         first, end = min([*lowers, ahead[0].start]), max([*uppers, ahead[-1].end])
-        if self.table.retention_days is not None:  # a drop may leave one behind whose readers go on
+        if self.table.retention_days is not None:  # a drop may leave behind one that is still being read
             first = max(first, midnight(self.today - timedelta(days=self.table.retention_days)))
         return missing(self.partitions, self.table.periods(first, end))
 
     @property
     def runway_days(self) -> int:
-        """For how many days after today inserts will find a partition."""
+        """For how many days after today inserts have a partition."""
         return runway(self.partitions, self.table, self.now)
 
     @property
     def copied(self) -> tuple[int, int] | None:
-        """How many periods of how many are copied and compared; None when no migration fills them."""
+        """How many periods are copied and compared, and of how many; None when no migration is copying."""
         migration = self.migration
         if migration is None or migration.phase not in (Phase.BUILT, Phase.COPYING):
             return None
@@ -200,7 +200,7 @@ class Status:
         return sum(p.start in migration.compared for p in past), len(past)
 
     def next_drops(self) -> list[str]:
-        """The partitions that the next run of the drop job takes."""
+        """The partitions that the next run of the drop job will drop."""
         return [p.name for p in droppable(self.partitions, self.next_drop.date(), self.table.retention_days)]
 
     def as_json(self) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A table of which nothing can be told, and why."""
+    """A table that could not be examined, and why."""
 
     table: TableSpec
     error: ChronosError
@@ -291,7 +291,7 @@ class Unknown:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """The only one."""
+        """The error, as the only problem."""
         return (str(self.error),)
 
     def as_json(self) -> dict[str, Any]:
@@ -301,8 +301,8 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Other:
-    """A table that no file lists, with a migration; ``phase`` None: nobody may look, ``healthy`` false: it is
-    half done, and nobody is at it.
+    """A table with a migration that no file lists. ``phase`` None: this role may not read it; ``healthy``
+    false: it is half done, and nobody is working on it.
     """
 
     table: TableSpec
@@ -312,7 +312,7 @@ class Other:
     def __str__(self) -> str:
         phase = self.phase.value if self.phase else "unknown"
         return (
-            f"also under way, in no {CONFIGURATION}: {self.table.typed} ({phase});"
+            f"also under way, not listed in {CONFIGURATION}: {self.table.typed} ({phase});"
             f" {commands.status(self.table)}"
         )
 
@@ -323,8 +323,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Overview:
-    """All that ``overview`` has found: the ``tables`` that a configuration lists, in its order, and the
-    ``others`` that have a migration under way.
+    """What ``overview`` found: the ``tables`` that a configuration lists, in its order, and the ``others``
+    that have a migration under way.
     """
 
     tables: tuple[Status | Unknown, ...]
@@ -332,7 +332,7 @@ class Overview:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is nothing that somebody should do."""
+        """Whether nothing needs to be done."""
         return all(one.healthy for one in (*self.tables, *self.others))
 
     @property
@@ -344,7 +344,7 @@ class Overview:
         return max(unknown, default=ExitCode.FAILED)
 
     def as_json(self) -> dict[str, Any]:
-        """What ``status --json`` prints; of a single table as ``Status.as_json``."""
+        """What ``status --json`` prints; for a single table, as ``Status.as_json``."""
         shown = [one.as_json() for one in self.tables]
         whole: dict[str, Any] = shown[0] if len(shown) == 1 else {"tables": shown}
         return {**whole, "healthy": self.healthy, "also_under_way": [one.as_json() for one in self.others]}
@@ -352,7 +352,7 @@ class Overview:
 
 @dataclass(frozen=True)
 class _Leases:
-    """Who runs which job by Celery; ``unreachable`` says why nobody can tell."""
+    """Which Celery worker runs which job; ``unreachable`` says why that is unknown."""
 
     holders: dict[str, str | None] = field(default_factory=dict)
     unreachable: str | None = None
@@ -365,18 +365,18 @@ def collect(
     listed: bool = True,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Status:
-    """Look at the database, and at Redis if there is one, and judge; ``clock`` is this machine's.
+    """Inspect the database, and Redis if there is one, for problems; ``clock`` is this machine's.
 
-    ``table`` is the first of the settings when it is not given; ``listed`` tells whether the jobs keep it.
-    ACCESS SHARE on the tables and nothing more, waited for no longer than 1 s. Redis may be away. Raises
-    ChronosError when the table is locked, RefusedError when there is none, it has no such column or no
-    database is set, DBAPIError when the server cannot be reached.
+    ``table`` defaults to the first in the settings; ``listed`` says whether the jobs maintain it. Takes only
+    ACCESS SHARE on the tables, with a wait of at most 1 s. Redis may be down. Raises ChronosError when the
+    table is locked, RefusedError when it does not exist, lacks its time column or no database is set,
+    DBAPIError when the server cannot be reached.
     """
     return _collect(settings, table or settings.tables[0], listed, clock, _leases(settings))
 
 
 def collect_all(settings: Settings) -> list[Status | Unknown]:
-    """The same for every table of the settings; trouble with one does not hide the others.
+    """``collect`` for every table in the settings; trouble with one does not hide the others.
 
     Raises DBAPIError when the server cannot be reached.
     """
@@ -390,7 +390,7 @@ def collect_all(settings: Settings) -> list[Status | Unknown]:
     return found
 
 
-# The comment tells the table of a migration's state from one that only has such a name.
+# The comment distinguishes the state of a migration from a table that only has such a name.
 _STATES = """
 SELECT n.nspname, c.relname, has_table_privilege(c.oid, 'SELECT') AND has_schema_privilege(n.oid, 'USAGE')
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -401,7 +401,7 @@ ORDER BY 1, 2
 
 
 def collect_others(settings: Settings) -> list[Other]:
-    """The tables that the settings do not list and that have a migration.
+    """The tables with a migration that the settings do not list.
 
     ACCESS SHARE on the states of the migrations. Raises DBAPIError when the server cannot be reached.
     """
@@ -458,7 +458,7 @@ def _collect(
 def _jobs(
     conn: Connection, table: TableSpec, leases: _Leases
 ) -> tuple[dict[str, JobStatus] | None, str | None]:
-    """What the jobs did with a table; or why nobody can tell."""
+    """What the jobs did with a table, or why that is unknown."""
     try:
         histories = reports.read(conn, table, [job.name for job in JOBS])
     except UntrustedError as error:
@@ -537,7 +537,7 @@ def _table(conn: Connection, schema: str, table: str, kind: str) -> TableSize | 
 
 
 def _functions(conn: Connection, table: TableSpec) -> dict[str, int]:
-    """The functions that are there, with the version that their comment tells; 0 when it tells none."""
+    """The installed functions with the version that their comment gives; 0 when it gives none."""
     rows = execute(
         conn,
         statement(
@@ -570,7 +570,7 @@ def _by_hand(conn: Connection, migration: State) -> str | None:
 
 
 def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int | None:
-    """How many notes are to be replayed before the swap, a million at the most; None in other phases."""
+    """How many notes must be replayed before the swap, at most a million; None in other phases."""
     if migration.phase is not Phase.READY or migration.plan.attaches:
         return None
     query = statement(
@@ -583,14 +583,14 @@ def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int 
 
 
 def _refused_from(conn: Connection, migration: State) -> datetime | None:
-    """From when on a table that is to become a partition takes no row, for its CHECK; None without one."""
+    """From when a table that will become a partition rejects rows, by its CHECK; None without a CHECK."""
     if not migration.plan.attaches or check_is_valid(conn, migration.table, migration.table.name) is None:
         return None
     return migration.plan.first
 
 
 def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
-    """Where rows lie that retention should have taken, or that have no period's partition. ACCESS SHARE."""
+    """Where rows are that retention should have removed, or that no period's partition has. ACCESS SHARE."""
     partitions = list(partitions)
     going = {p.name for p in expired(partitions, today, table.retention_days)}
     for partition in partitions:
@@ -610,14 +610,14 @@ def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], 
             if _any(conn, statement("SELECT FROM {leaf} WHERE {old}", leaf=leaf, old=old)):
                 delete = render(conn, statement("DELETE FROM {leaf} WHERE {old};", leaf=leaf, old=old))
                 yield (
-                    f"{partition.name} holds rows older than {cutoff:%Y-%m-%d}, and is never dropped for"
-                    f" these alone: {delete}"
+                    f"{partition.name} holds rows older than {cutoff:%Y-%m-%d} that no drop will remove:"
+                    f" {delete}"
                 )
                 continue
         if is_default and _any(conn, statement("SELECT FROM {leaf}", leaf=leaf)):
             yield (
-                f"the default partition {partition.name} holds rows: the partitions of their time cannot be"
-                " made while they are there; move or delete them"
+                f"the default partition {partition.name} holds rows: partitions for their time cannot be"
+                " created while they are there; move or delete them"
             )
 
 
@@ -627,7 +627,7 @@ def _any(conn: Connection, query: Any) -> bool:
 
 
 def judge(status: Status, settings: Settings) -> list[str]:
-    """What is wrong with ``status``, most urgent first; each line says what to type about it."""
+    """The problems in ``status``, most urgent first; each line says what to type."""
     problems = [*_migration_problems(status)]
     if status.partitioned and (status.migration is None or status.migration.phase is Phase.MIGRATED):
         problems += _function_problems(status)
@@ -637,7 +637,7 @@ def judge(status: Status, settings: Settings) -> list[str]:
         direction = "ahead of" if status.clock_ahead_s > 0 else "behind"
         problems.append(
             f"the clock of the database server is {abs(status.clock_ahead_s):.0f} s {direction}"
-            " this machine's; set one of them right"
+            " this machine's; correct one of them"
         )
     return problems
 
@@ -650,12 +650,12 @@ def _migration_problems(status: Status) -> Iterator[str]:
         yield from _half_done(status, migration)
     elif not status.partitioned:
         yield (
-            f"{table.typed} is a plain table, nothing keeps it small; migrate it with:"
+            f"{table.typed} is a plain table, and nothing limits its size; migrate it with:"
             f" {commands.start(table)}"
         )
     elif status.old_table is not None:
         yield (
-            f"{quoted(table.old)} is there, but nothing tells of its migration; if it is not needed, drop it:"
+            f"{quoted(table.old)} exists, but there is no record of its migration; if it is not needed:"
             f" DROP TABLE {_qualified(table, table.old)};"
         )
 
@@ -666,7 +666,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
     refused_from = status.refused_from
     if refused_from is not None and refused_from - status.now < _BOUND_SOON:
         late = phase is Phase.UNDONE or refused_from - status.now < _TOO_LATE
-        yield f"{_refusal(status)}, for its migration is half done; " + (
+        yield f"{_refusal(status)}, because its migration is half done; " + (
             f"undo it with: {undo}; then start again"
             if late
             else f"finish it with: {resume}; or undo it with: {undo}"
@@ -681,7 +681,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
     elif phase is Phase.MIGRATED:
         if not migration.verified:
             yield f"{describe(migration)} " + (
-                f"Its foreign keys are not yet those of the whole; carry on with: {resume}"
+                f"Its foreign keys are not yet those of the whole table; carry on with: {resume}"
                 if attaches
                 else "The rows written shortly before the swap were not compared again; compare them with:"
                 f" {resume}"
@@ -695,16 +695,16 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
             Phase.FINALIZING: f"Finish with: {commands.finalize(table)}",
         }[phase]
         if refused_from is not None:
-            carry_on = f"While it is, {_refusal(status)}. {carry_on}"
+            carry_on = f"In this state, {_refusal(status)}. {carry_on}"
         what = "the rollback of " if phase in (Phase.RETURNING, Phase.UNDONE) else ""
         yield (
-            f"{what}a migration begun at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
-            f" nobody is at it. {describe(migration)} {carry_on}"
+            f"{what}a migration started at {migration.plan.started_at:%Y-%m-%d %H:%M} UTC is half done, and"
+            f" nobody is working on it. {describe(migration)} {carry_on}"
         )
 
 
 def _refusal(status: Status) -> str:
-    """From when on inserts fail into a table that is to become a partition."""
+    """From when inserts fail into a table that will become a partition."""
     assert status.refused_from is not None
     when = f"{status.refused_from:%Y-%m-%d %H:%M} UTC"
     since = f"since {when}" if status.refused_from <= status.now else f"from {when} on"
@@ -712,7 +712,7 @@ def _refusal(status: Status) -> str:
 
 
 def _ready(status: Status) -> str:
-    """`ready since 2025-10-22 13:05 UTC, 1,234 notes wait`, for a migration that waits for its swap."""
+    """`ready since 2025-10-22 13:05 UTC, 1,234 notes to replay`, for a migration that waits for its swap."""
     assert status.migration is not None
     since = status.migration.changed_at
     when = f" since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if since else ""
@@ -720,15 +720,15 @@ def _ready(status: Status) -> str:
         return f"ready{when}, {_refusal(status)}" if status.refused_from else f"ready{when}"
     count = status.notes_waiting or 0
     notes = f"{count:,}{' or more' if count >= _MANY_NOTES else ''}"
-    return f"ready{when}, {notes} {'note waits' if count == 1 else 'notes wait'}"
+    return f"ready{when}, {notes} {'note' if count == 1 else 'notes'} to replay"
 
 
 def _notices(status: Status) -> Iterator[str]:
-    """What may be typed next, though nothing is wrong."""
+    """What you may type next, although nothing is wrong."""
     migration = status.migration
     for kept in (d for d in status.detached if d.drop_on is None):
         yield (
-            f"retention has detached {kept.name}, and somebody has changed it or its comment since, so it"
+            f"retention detached {kept.name}, and somebody has changed it or its comment since, so it"
             f" stays; if nobody needs it: DROP TABLE {quoted(kept.schema)}.{quoted(kept.name)};"
         )
     if migration is not None and migration.plan.attaches and migration.phase is Phase.MIGRATED:
@@ -764,11 +764,11 @@ def _detached_problems(status: Status, last_drop: date) -> Iterator[str]:
     if late := [d for d in status.detached if d.drop_on and d.drop_on <= last_drop]:
         tables = ", ".join(f"{quoted(d.schema)}.{quoted(d.name)}" for d in late)
         names = _some([d.name for d in late])
-        yield f"detached, due and still there: {names}. Drop them: DROP TABLE {tables};"
+        yield f"detached, but the drop is overdue: {names}. Drop them: DROP TABLE {tables};"
 
 
 def _detached_too_early(status: Status) -> Iterator[str]:
-    """What a shorter retention than that of now has detached: its rows are missed."""
+    """What a shorter retention than the current one has detached: its rows are missing."""
     table = status.table
     early = [
         d
@@ -782,16 +782,16 @@ def _detached_too_early(status: Status) -> Iterator[str]:
         period = table.period(one.upper - timedelta(microseconds=1))
         lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (period.start, one.upper))
         yield (
-            f"detached, though within what is kept: {_some([d.name for d in early])}. Attach it: ALTER TABLE"
+            f"detached, but still within retention: {_some([d.name for d in early])}. Attach it: ALTER TABLE"
             f" {_qualified(table, table.name)} ATTACH PARTITION {quoted(one.schema)}.{quoted(one.name)}"
-            f" FOR VALUES FROM ('{lower}') TO ('{upper}'); or, to be rid of this message, change its comment"
+            f" FOR VALUES FROM ('{lower}') TO ('{upper}'); or, to silence this message, change its comment"
         )
 
 
 def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     table = status.table
     create = f"SELECT {_qualified(table, table.create_function)}({table.ahead_days});"
-    # The outermost day comes due at midnight, and its partition with the next run of the job.
+    # The last day becomes due at midnight; its partition comes with the next run of the job.
     settled = _has_run(CREATE, status, settings) >= midnight(status.today)
     ahead_due = table.ahead_days if settled else table.ahead_days - 1
     due = midnight(status.today + timedelta(days=ahead_due + 1))
@@ -799,8 +799,8 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     gaps = [period for period in status.missing if period.start < max(due, newest)]
     ahead = [period for period in gaps if period.end > status.now]
     if ahead:
-        what = "day" if table.every is Interval.DAY else "time"
-        yield f"no partition for {_some(ahead)}: an insert of such a {what} fails. Create them: {create}"
+        what = "days" if table.every is Interval.DAY else "times"
+        yield f"no partition for {_some(ahead)}: inserts for such {what} fail. Create them: {create}"
     yield from _detached_too_early(status)
     there = {(d.schema, d.name) for d in status.detached}
     past = [p for p in gaps if p.end <= status.now and (table.home, table.partition(p)) not in there]
@@ -808,7 +808,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
         leaf = _qualified(table, table.partition(past[0]))
         lower, upper = (f"{at:%Y-%m-%d %H:%M:%S}+00" for at in (past[0].start, past[0].end))
         yield (
-            f"no partition for {_some(past)}, within what is kept. Create it: CREATE TABLE {leaf}"
+            f"no partition for {_some(past)}, within retention. Create it: CREATE TABLE {leaf}"
             f" PARTITION OF {_qualified(table, table.name)} FOR VALUES FROM ('{lower}') TO ('{upper}');"
         )
     if status.runway_days < min(_SHORT_RUNWAY_DAYS, ahead_due):
@@ -817,7 +817,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
         drop = f"Drop them: SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
-        if grace_disagrees(table, status.grace_days):  # it would drop what is to be detached, or the reverse
+        if grace_disagrees(table, status.grace_days):  # it would drop instead of detach, or the reverse
             drop = "Bring the function up to date first"
         yield f"expired and still there: {_some([p.name for p in overdue])}. {drop}"
     yield from _dropped_too_early(status)
@@ -825,7 +825,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     for partition in status.partitions:
         if partition.detach_pending:
             yield (
-                f"{partition.name} was detached half-way; finish it: ALTER TABLE"
+                f"the DETACH of {partition.name} was cut off; finish it: ALTER TABLE"
                 f" {_qualified(table, table.name)} DETACH PARTITION"
                 f" {quoted(partition.schema)}.{quoted(partition.name)} FINALIZE;"
             )
@@ -833,7 +833,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
 
 
 def _dropped_too_early(status: Status) -> Iterator[str]:
-    """Periods that are to be kept, and that the old table alone has any more."""
+    """Periods within retention that only the old table still has."""
     table, migration = status.table, status.migration
     begins = min((p.lower for p in status.partitions if p.lower), default=None)
     endless = any(p.lower is None and p.upper for p in status.partitions)
@@ -844,14 +844,14 @@ def _dropped_too_early(status: Status) -> Iterator[str]:
         kept_from = max(kept_from, midnight(status.today - timedelta(days=table.retention_days)))
     if begins > kept_from:
         yield (
-            f"{table.typed} begins at {table.period(begins)}, and what is to be kept at"
-            f" {table.period(kept_from)}; the rows between are in {quoted(table.old)} alone. Bring them back"
-            f" with: {commands.rollback(table)}; or, if they were to go, lower retention_days"
+            f"{table.typed} begins at {table.period(begins)}, but retention begins at"
+            f" {table.period(kept_from)}; the rows in between are only in {quoted(table.old)}. Bring them"
+            f" back with: {commands.rollback(table)}; or, if they were meant to go, lower retention_days"
         )
 
 
 def _has_run(job: Job, status: Status, settings: Settings) -> datetime:
-    """When ``job`` was last to begin and must be through by now; cron has a day."""
+    """When ``job`` last had to start and must have finished by now; cron gets a day."""
     if status.by_celery:
         return last_due(job, settings, status.now - _JOB_TAKES)
     return status.now - _JOB_OVERDUE
@@ -860,7 +860,7 @@ def _has_run(job: Job, status: Status, settings: Settings) -> datetime:
 def _not_listed(status: Status) -> Iterator[str]:
     table = status.table
     yield (
-        f"no {CONFIGURATION} lists {table.typed}, so the nightly jobs do not keep it; add to the file:"
+        f"no {CONFIGURATION} lists {table.typed}, so the nightly jobs do not maintain it; add to the file:"
         f"\n\n{table.as_toml()}"
     )
 
@@ -878,7 +878,7 @@ def _job_problems(status: Status) -> Iterator[str]:
             when = f"since {job.succeeded:%Y-%m-%d %H:%M} UTC" if job.succeeded else "yet"
             yield f"{job_name} has not succeeded {when}{f' ({why})' if why else ''}; {who}"
         elif job.report.get("status") == "failed":
-            yield f"{job_name} failed at its last run ({why}); run it again with: {commands.upkeep()}"
+            yield f"{job_name} failed in its last run ({why}); run it again with: {commands.upkeep()}"
         if job.running and "never expires" in job.running:
             yield f"{job_name} is locked for good: {job.running}"
 
@@ -894,7 +894,7 @@ def _qualified(table: TableSpec, relation: str) -> str:
 
 
 def show(status: Status | Unknown, console: Console | None = None) -> None:
-    """Print the status for people: 80 columns are enough, without colours where none are wanted."""
+    """Print the status for people: it fits 80 columns, and has colours only where they are wanted."""
     console = console or Console(highlight=False, soft_wrap=False)
     if isinstance(status, Status):
         _Page(console, status).print()
@@ -904,7 +904,7 @@ def show(status: Status | Unknown, console: Console | None = None) -> None:
 
 
 class _Page:
-    """The status on a console, in characters that it has."""
+    """The status on a console, in characters that its encoding has."""
 
     def __init__(self, console: Console, status: Status) -> None:
         self.console = console
@@ -915,12 +915,12 @@ class _Page:
         self.box = box.SIMPLE_HEAD if unicode else None
 
     def copy_progress(self, copied: int, periods: int) -> None:
-        """How far the copy is, since when, whether somebody is at it, and what readers see meanwhile."""
+        """How far the copy is, since when, who is working on it, and what readers see meanwhile."""
         assert self.status.migration is not None
         since = self.status.migration.plan.started_at
         by = self.status.at_work
         self.line(f"copied      {copied} of {periods} periods")
-        self.line(f"migration   begun {since:%Y-%m-%d %H:%M} UTC; readers see every row all the time")
+        self.line(f"migration   started {since:%Y-%m-%d %H:%M} UTC; readers see every row all the time")
         self.line(f"operator    {by or 'none: it was cut off'}")
 
     def print(self) -> None:
@@ -929,7 +929,7 @@ class _Page:
         self.line(f"{status.table.typed}: {status.state}", "bold")
         self.line(f"database    {status.server}")
         if status.in_citus:
-            self.line(f"citus       the table is {status.in_citus}; sizes are those of all nodes")
+            self.line(f"citus       the table is {status.in_citus}; sizes include all nodes")
         if status.copied:
             self.copy_progress(*status.copied)
         if status.state == "ready":
@@ -939,9 +939,9 @@ class _Page:
             self.line(f"partitions  {len(status.partitions)}, {status.oldest} to {status.newest}")
             self.line(f"runway      {counted(status.runway_days, 'day')}")
             self.line(f"missing     {_some(status.missing) or 'none'}")
-            when = f"{status.next_drop:%Y-%m-%d %H:%M} UTC" if status.by_celery else "with the next upkeep"
+            when = f"{status.next_drop:%Y-%m-%d %H:%M} UTC" if status.by_celery else "at the next upkeep"
             self.line(f"next drop   {when}: {drops}")
-        if waiting := [f"{d.name} (goes on {d.drop_on})" for d in status.detached if d.drop_on]:
+        if waiting := [f"{d.name} (drop on {d.drop_on})" for d in status.detached if d.drop_on]:
             self.line(f"detached    {_some(waiting)}")
         if status.old_table:
             rows, size = status.old_table.rows_estimate, status.old_table.bytes
@@ -951,7 +951,7 @@ class _Page:
             goes = expires_on(status.history.upper, status.table.retention_days)
             self.line(
                 f"history     {status.history.name}: before {status.history.upper:%Y-%m-%d},"
-                f" {in_bytes(status.history.bytes)}, {f'goes on {goes}' if goes else 'never goes'}"
+                f" {in_bytes(status.history.bytes)}, {f'drop on {goes}' if goes else 'never dropped'}"
             )
         if status.partitions:
             self.partitions()
@@ -975,7 +975,7 @@ class _Page:
             self.line(text, style)
 
     def line(self, text: str, style: str = "") -> None:
-        """One paragraph of plain text; a character that the console lacks is spelled out."""
+        """One paragraph of plain text; characters that the console lacks are escaped."""
         self.console.print(Text(self.safe(text), style), soft_wrap=True)
 
     def safe(self, text: str) -> str:
@@ -990,7 +990,7 @@ class _Page:
         self.console.print(table)
 
     def partitions(self) -> None:
-        """A row for each partition; days ahead that are empty share one."""
+        """A row for each partition; the empty ones for the days ahead share one."""
         largest = max(p.bytes for p in self.status.partitions) or 1
         table = Table(box=self.box, pad_edge=False, padding=(0, 1))
         table.add_column(self.status.table.every.value, no_wrap=True)
@@ -1016,11 +1016,11 @@ class _Page:
         self.table(table)
 
     def is_empty_and_ahead(self, p: Partition) -> bool:
-        """Whether nothing is lost when this partition has no row of its own."""
+        """Whether the page needs no row for this partition alone."""
         return p.lower is not None and p.lower.date() > self.status.today and p.rows_estimate == 0
 
     def label(self, p: Partition) -> str:
-        """The period, or the name of a partition that is not one period's."""
+        """The period, or the name of a partition that does not hold exactly one."""
         if p.lower and not p.detach_pending:
             period = self.status.table.period(p.lower)
             if (p.lower, p.upper) == (period.start, period.end):
@@ -1050,7 +1050,7 @@ class _Page:
         self.table(table)
 
     def result(self, job: JobStatus) -> str:
-        """What the last run came to, in a few words."""
+        """The outcome of the last run, in a few words."""
         report = job.report
         words = [str(report.get("status", "unknown"))] if report else []
         words += [

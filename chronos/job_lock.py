@@ -1,13 +1,13 @@
-"""The lease that keeps two workers from doing the same night's work, in Redis under the job's own name.
+"""The lease in Redis, under the job's name, that keeps two workers from doing the same night's work.
 
-It saves work and nothing else: the SQL functions take an advisory lock of PostgreSQL, and that one keeps the
-tables safe. A lease that is lost, or a Redis that does not answer, therefore stops no job. Its rules:
+It only saves work: what keeps the tables safe is an advisory lock that the SQL functions take in PostgreSQL.
+So a job goes on when its lease is lost or Redis does not answer. The rules of the lease:
 
 1. The key is the job's name. Its value says who holds it, for people (`GET create_future_partitions_job`).
-2. It expires TTL_S seconds after it was last renewed. A thread renews it three times in that time for as long
-   as the holder's process lives, so a worker that is killed leaves a lease that is gone soon.
-3. It is renewed and released only while the key still holds this very value (redis-py's Lock). A lease that
-   somebody else holds, or that a person has put there by hand, is never touched.
+2. It expires TTL_S seconds after it was last renewed. A thread renews it three times in that time while the
+   holder's process lives, so the lease of a killed worker is soon gone.
+3. It is renewed and released only while the key still has this exact value (redis-py's Lock). A lease that
+   somebody else holds, or that a person has set by hand, is never touched.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LeaseHeldError(ChronosError):
 def connect(settings: Settings) -> redis.Redis:
     """A client of the Redis in ``settings`` that gives up after 3 s; nothing is sent yet.
 
-    Raises RefusedError when none is set or its URL cannot be read, which is never quoted.
+    Raises RefusedError when its URL is not set or cannot be read; the URL is never quoted.
     """
     if not settings.redis_url:
         raise RefusedError(
@@ -64,7 +64,7 @@ def connect(settings: Settings) -> redis.Redis:
 
 
 def holder(client: redis.Redis, key: str) -> str | None:
-    """Who holds the lease, for people: `host=web1 pid=4242 since=...`, without the token; None if nobody.
+    """Who holds the lease, for people: `host=web1 pid=4242 since=...`, without the token; None: nobody.
 
     Raises redis.RedisError.
     """
@@ -77,10 +77,9 @@ def holder(client: redis.Redis, key: str) -> str | None:
 
 @contextmanager
 def keep_lease(client: redis.Redis, key: str, *, ttl_s: float = TTL_S) -> Iterator[None]:
-    """Hold the lease on ``key`` while the block runs, renewed by a thread every third of ``ttl_s``.
+    """Hold the lease on ``key`` while the block runs; a thread renews it every third of ``ttl_s`` seconds.
 
-    Raises LeaseHeldError, before the block is entered. Without an answer from Redis the block runs all the
-    same.
+    Raises LeaseHeldError before the block is entered. If Redis does not answer, the block runs anyway.
     """
     lock = Lock(client, key, timeout=ttl_s, thread_local=False)
     value = f"{this_process()} since={datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} token={secrets.token_hex(8)}"
@@ -89,7 +88,7 @@ def keep_lease(client: redis.Redis, key: str, *, ttl_s: float = TTL_S) -> Iterat
             who = holder(client, key) or "a run that has just ended"
             raise LeaseHeldError(f"{key} is running already: {who}")
     except redis.RedisError as error:
-        logger.warning("no lease on %s, it runs without: Redis does not answer: %s", key, error)
+        logger.warning("no lease on %s, running without it: Redis does not answer: %s", key, error)
         yield
         return
     ended = threading.Event()

@@ -1,17 +1,16 @@
-"""What a nightly job does, from what asks for it to the report that it leaves; Celery is in worker.py.
+"""What a nightly job does, from the request for it to its report; Celery is in worker.py.
 
-One attempt follows another until all is done, an hour is over, or something fails that waiting does not mend.
-An attempt takes every table of the settings in turn, whatever has become of the one before: it calls the
-table's SQL function in transactions of a bounded size. What it came to is the result of the task, a line in
-the log, and for each table a report in the database (reports.py), which `status` shows.
+Attempts follow each other until everything is done, an hour has passed, or something fails that waiting does
+not fix. An attempt takes every table in the settings in turn, even when the one before has failed: it calls
+the table's SQL function in transactions of bounded size. The outcome is the result of the task, a line in the
+log and, for each table, a report in the database (reports.py), which `status` shows.
 
-`upkeep` does both jobs in the same way, once, for cron and without Celery or Redis. It is safe beside them
-and beside itself: the functions take a lock of PostgreSQL, and whoever comes second tries again.
+`upkeep` does both jobs in the same way, once, for cron and without Celery or Redis. It is safe alongside them
+and itself: the functions take a lock in PostgreSQL, and the second caller tries again.
 
-A night counts once, however many messages ask for it: two beats send two, a worker that was off finds one for
-each night it missed, and a broker may deliver one again. The reports say for which tables the night is done,
-and for a message of the schedule that is reason enough to leave these alone. What a person or cron asks for
-always runs.
+A night is done once, however many messages ask for it: two beats send two, a worker that was down finds one
+for each night it missed, and a broker may deliver one again. The reports say for which tables the night is
+done, and a message of the schedule skips those. What a person or cron asks for always runs.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ from chronos.table import Interval, Period, TableSpec
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two attempts: 18 attempts in 54 minutes, so that a job is through before the next.
+# Seconds between two attempts: 18 attempts in 54 minutes, so that a job is finished before the next starts.
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, *[300.0] * 9)
 
-# Days made in one transaction: until it ends, nobody can write the table that the foreign key refers to.
+# Days created in one transaction: until it ends, nobody can write to the table that a foreign key refers to.
 _STEP_DAYS = {Interval.HOUR: 1, Interval.DAY: 7, Interval.WEEK: 49, Interval.MONTH: 210}
 
-# Clocks differ, and a worker's may be behind that of the beat whose message it answers.
+# A worker's clock may be behind that of the beat whose message it answers.
 _CLOCK_SLACK = timedelta(minutes=5)
 
 _LOCK_TIMEOUT_MS = 500
@@ -68,7 +67,7 @@ _LOCK_TIMEOUT_MS = 500
 
 @dataclass(frozen=True)
 class Job:
-    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, a table's SQL function that it calls.
+    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, the SQL function of a table it calls.
 
     ``did`` is what the function has done to the partitions whose names it returns.
     """
@@ -86,7 +85,7 @@ JOBS = (CREATE, DROP)
 
 @dataclass(frozen=True)
 class Message:
-    """What asks for an attempt: ``nightly`` when the schedule does, ``earlier`` the report so far.
+    """The request for an attempt: ``nightly`` when the schedule sends it, ``earlier`` is the report so far.
 
     ``writer`` is the program that reports: `celery` or `upkeep`.
     """
@@ -107,7 +106,7 @@ class JobFailedError(ChronosError):
 
 
 class TryAgainError(ChronosError):
-    """The attempt came to nothing, or not to the end; ``report`` is for the next one."""
+    """The attempt did nothing, or did not finish; ``report`` is for the next one."""
 
     def __init__(self, reason: str, report: Report) -> None:
         super().__init__(reason)
@@ -116,10 +115,10 @@ class TryAgainError(ChronosError):
 
 @dataclass
 class _Turn:
-    """What became of one table in an attempt: ``table`` is its name as the configuration has it.
+    """The outcome for one table in an attempt: ``table`` is its name in the configuration.
 
-    ``undone`` names what is left of it, None when nobody could look. ``located`` is the table where it was
-    found, in which case its report is kept; ``refused`` tells that nothing was begun.
+    ``undone`` names the partitions still to do, None when they are not known. ``located`` is the table where
+    it was found, and only then its report is stored; ``refused`` says that nothing was begun.
     """
 
     table: str
@@ -135,12 +134,12 @@ class _NotReadyError(Exception):
     """The table is not migrated, so there is nothing to do yet."""
 
 
-class _TakenCareOfError(Exception):
-    """The night is done, or another message is at it: nothing to do, and nothing to report."""
+class _AlreadyHandledError(Exception):
+    """The night is done, or another message is working on it: nothing to do, and nothing to report."""
 
 
 class _UnfinishedError(Exception):
-    """Something is in the way that may be gone later; ``undone`` names what is left."""
+    """Something is in the way that may be gone later; ``undone`` names the partitions still to do."""
 
     def __init__(self, reason: str, undone: list[str]) -> None:
         super().__init__(reason)
@@ -162,7 +161,7 @@ def next_due(job: Job, settings: Settings, now: datetime) -> datetime:
 
 
 def _due(job: Job, settings: Settings, day: date) -> datetime:
-    # In UTC, because two times of one zone are compared by what the clock on the wall shows.
+    # In UTC, because Python compares two times of the same zone by wall-clock time.
     return datetime.combine(day, time(job.hour), ZoneInfo(settings.beat_timezone)).astimezone(UTC)
 
 
@@ -173,12 +172,12 @@ def night_of(job: Job, settings: Settings, now: datetime) -> date:
 
 
 def attempt(job: Job, settings: Settings, message: Message, pause_s: float | None) -> Report:
-    """One attempt at ``job`` under its lease; ``pause_s`` is how long until the next, None: this is the last.
+    """One attempt at ``job`` under its lease; ``pause_s``: seconds until the next, None: this is the last.
 
     Returns the report: its ``status`` is `done`, `skipped` (with the ``reason``), or `incomplete` when the
-    last attempt has left something undone (``contended`` names it); ``tables`` says the same of each table.
-    Raises TryAgainError for another attempt, JobFailedError for none. Locks: the SQL function's, each
-    waited for 200 ms at the most and held for one transaction.
+    last attempt has left something undone (``contended`` names it); ``tables`` has the same for each table.
+    Raises TryAgainError when there should be another attempt, else JobFailedError. Locks: those of the SQL
+    function, each with a wait of at most 200 ms and held for one transaction.
     """
     try:
         with connect(settings) as client, keep_lease(client, job.name):
@@ -192,11 +191,11 @@ def attempt(job: Job, settings: Settings, message: Message, pause_s: float | Non
 
 
 def upkeep(settings: Settings, retry_for_s: float, pause: Callable[[float], bool]) -> dict[str, Report]:
-    """Both jobs for every table, once, without a lease: the report of each job by its name.
+    """Do both jobs for every table, once, without a lease. Returns the report of each job by its name.
 
-    What is in use is tried again until ``retry_for_s`` seconds are over; ``pause`` waits for so many seconds,
-    and returns True when nobody wants to wait any longer. Locks as ``attempt``. Raises InterruptedRunError
-    then.
+    What is in use is tried again until ``retry_for_s`` seconds have passed; ``pause`` waits for the given
+    seconds and returns True to stop. Locks as ``attempt``. Raises InterruptedRunError when ``pause`` returns
+    True.
     """
     run, ends = str(uuid.uuid4()), monotonic() + retry_for_s
     found = {}
@@ -214,7 +213,7 @@ def upkeep(settings: Settings, retry_for_s: float, pause: Callable[[float], bool
                 message = replace(message, attempt=message.attempt + 1, earlier=error.report)
                 if pause(left):
                     raise InterruptedRunError(
-                        f"stopped while {job.name} waited: {error}. What it did is done,"
+                        f"stopped while {job.name} waited: {error}. What is done stays done;"
                         " the next run does the rest"
                     ) from None
     return found
@@ -227,8 +226,8 @@ def _attempt(job: Job, settings: Settings, message: Message, pause_s: float | No
             return report
 
 
-def _taken_care_of(earlier: list[Report], night: date) -> str | None:
-    """Why a message of the schedule need not do a table, by what other runs report; None: it must."""
+def _already_handled(earlier: list[Report], night: date) -> str | None:
+    """Why a message of the schedule may skip a table, by the reports of other runs; None: it may not."""
     for report in earlier:
         if report["status"] == "done":
             return f"already done for the night of {night}, at {report['started']}"
@@ -236,11 +235,11 @@ def _taken_care_of(earlier: list[Report], night: date) -> str | None:
         late = datetime.now(UTC) - datetime.fromisoformat(earlier[0]["next_attempt"])
         if late < timedelta(minutes=10):
             following = earlier[0]["next_attempt"]
-            return f"another message of the night of {night} is at it; next attempt {following}"
+            return f"another message is working on the night of {night}; next attempt {following}"
     return None
 
 
-# It runs with the rights of whoever calls it.
+# It runs with the rights of its caller.
 _FUNCTION = """
 SELECT pg_get_userbyid(p.proowner), pg_has_role(p.proowner, c.relowner, 'MEMBER')
 FROM pg_proc p, pg_class c
@@ -265,7 +264,7 @@ class _Attempt:
         self.tables: dict[str, Report] = {}
 
     def run(self) -> Report:
-        """Do the work and leave the reports. Returns that of all, or raises as ``attempt`` does."""
+        """Do the work and store the reports. Returns the one for all tables, or raises as ``attempt``."""
         for spec in self.settings.tables:
             turn = self._turn(spec)
             self.turns.append(turn)
@@ -292,7 +291,7 @@ class _Attempt:
         )
 
     def _turn(self, spec: TableSpec) -> _Turn:
-        """The job for one table. Whatever becomes of it, the next has its turn."""
+        """Do the job for one table. Even if it fails, the next table gets its turn."""
         before = self.earlier.get(spec.typed) or {}
         turn = _Turn(spec.typed, list(before.get(self.job.did) or []))
         if before.get("status") == "done":  # by an earlier attempt of this run, which has reported it
@@ -302,9 +301,9 @@ class _Attempt:
             done = ", ".join(turn.names) or "nothing"
             several = f" in {turn.table}" if len(self.settings.tables) > 1 else ""
             logger.info("%s %s %s%s", self.job.name, self.job.did, done, several)
-        except (_NotReadyError, _TakenCareOfError) as error:
+        except (_NotReadyError, _AlreadyHandledError) as error:
             turn.status, turn.reason = "skipped", str(error)
-            if isinstance(error, _TakenCareOfError):
+            if isinstance(error, _AlreadyHandledError):
                 turn.located = None
             level = logging.WARNING if isinstance(error, _NotReadyError) else logging.INFO
             logger.log(level, "%s skipped: %s", self.job.name, error)
@@ -336,30 +335,30 @@ class _Attempt:
                     turn.names += names
                 self._look(conn, table)
             except DBAPIError as error:
-                if sqlstate(error) == "55000":  # what the functions say of a table that is plain
+                if sqlstate(error) == "55000":  # raised by the functions for a plain table
                     raise _NotReadyError(one_line(error)) from None
                 if not is_lock_failure(error):
                     raise
                 undone = self._look(conn, table)
                 with transaction(conn):
                     holders = lock_holders(conn, [(table.home, name) for name in (table.name, *undone)])
-                reason = f"{one_line(error)}; {table} is in use by "
-                reason += "; ".join(map(str, holders[:3])) or "nobody any more"
-                raise _UnfinishedError(reason, undone) from None
+                users = "; ".join(map(str, holders[:3]))
+                use = f"is in use by {users}" if users else "is no longer in use"
+                raise _UnfinishedError(f"{one_line(error)}; {table} {use}", undone) from None
 
     def _require_a_night_not_done(self, conn: Connection, table: TableSpec) -> None:
         run = self.message.task_id
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
                 found = reports.of_night(conn, table, self.job.name, self.night, run)
-            reason = _taken_care_of(found, self.night)
+            reason = _already_handled(found, self.night)
         except (DBAPIError, reports.UntrustedError, LookupError, TypeError, ValueError):
-            return  # whatever is written there: twice is as good as once
+            return  # the report cannot be read: doing the night twice does no harm
         if reason:
-            raise _TakenCareOfError(reason)
+            raise _AlreadyHandledError(reason)
 
     def _calls(self, conn: Connection, table: TableSpec) -> Iterator[list[str]]:
-        """The names that each call of the function returned; one transaction a call."""
+        """The names that each call of the function returned; one transaction per call."""
         function = self.job.function(table)
         with transaction(conn):
             owner, trusted = execute(
@@ -385,7 +384,7 @@ class _Attempt:
             yield from self._drops(conn, table, table.retention_days)
 
     def _drops(self, conn: Connection, table: TableSpec, days: int) -> Iterator[list[str]]:
-        """Call again for as long as a call drops something, or detaches something to be dropped later."""
+        """Call again as long as a call drops something, or detaches something to be dropped later."""
         waiting: list[str] | None = None if table.grace_days else []
         while True:
             names, before = self._call(conn, table, days), waiting
@@ -409,9 +408,9 @@ class _Attempt:
         return [str(row[0]) for row in rows]
 
     def _look(self, conn: Connection, table: TableSpec) -> list[str]:
-        """Measure what there is, and return the names of what this job has still to do.
+        """Measure the partitions, and return the names of those that this job still has to create or drop.
 
-        ACCESS SHARE on the partitions; where that cannot be had soon, nothing is measured.
+        ACCESS SHARE on the partitions; if the lock is not granted soon, nothing is measured.
         """
         try:
             with transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
@@ -432,7 +431,7 @@ class _Attempt:
     def _measure(
         self, table: TableSpec, existing: list[Partition], now: datetime, lacking: list[Period]
     ) -> None:
-        """Three gauges to be alerted on; they go where the spans go."""
+        """Set three gauges to alert on; they go where the spans go."""
         measured = {"ahead": runway(existing, table, now), "missing": len(lacking)}
         if lowest := min((p.lower for p in existing if p.lower), default=None):
             measured["oldest_age"] = (now.astimezone(UTC).date() - lowest.date()).days
@@ -441,7 +440,7 @@ class _Attempt:
             telemetry.gauge(f"chronos.partitions.{gauge}", unit, value, table=table.name)
 
     def _later(self, reason: str, undone: list[str] | None) -> Report:
-        """Ask for another attempt; after the last, report what is undone, or fail if nobody could look."""
+        """Ask for another attempt; after the last, report what is undone, or fail if that is not known."""
         if self.pause_s is not None:
             logger.warning("%s tries again in %.0f s: %s", self.job.name, self.pause_s, reason)
             following = datetime.now(UTC) + timedelta(seconds=self.pause_s)
@@ -482,7 +481,7 @@ class _Attempt:
         }
 
     def _keep(self, turn: _Turn) -> Report:
-        """The report of one table, kept in the database; where that cannot be, it is no reason to fail."""
+        """The report of one table, stored in the database; a failure to store it does not fail the job."""
         before = self.earlier.get(turn.table) or {}
         if before.get("status") == "done":
             return before
@@ -517,9 +516,9 @@ class _Attempt:
         engine = connect_engine(self.settings.database, application_name=f"chronos {self.job.name}")
         try:
             with opened(engine) as conn, transaction(conn, lock_timeout_ms=_LOCK_TIMEOUT_MS):
-                # A plain table is none of ours yet, and gets nothing beside it.
+                # A plain table is not ours yet, so nothing is created in its schema.
                 reports.keep(conn, turn.located, kept, make=turn.status != "skipped")
         except (DBAPIError, reports.UntrustedError) as error:
             why = one_line(error)
-            logger.warning("the report of %s for %s was not kept: %s", self.job.name, turn.table, why)
+            logger.warning("the report of %s for %s was not stored: %s", self.job.name, turn.table, why)
         return report

@@ -1,4 +1,4 @@
-"""How things stand, as a text file for the textfile collector of Prometheus' node_exporter."""
+"""The status as a text file for the textfile collector of Prometheus' node_exporter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chronos.health import Status, Unknown
 
 
 def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:
-    """Write ``file`` anew, whole or not at all; ``found`` None: the database cannot be asked.
+    """Replace ``file``, whole or not at all; ``found`` None: the database cannot be reached.
 
     Times are seconds since 1970, sizes bytes. Raises RefusedError when the file cannot be written.
     """
@@ -23,20 +23,20 @@ def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:
     def gauge(name: str, what: str, *labels: str) -> Gauge:
         return Gauge(f"chronos_{name}", what, labels, registry=registry)
 
-    gauge("checked_timestamp_seconds", "When status last looked.").set(time.time())
-    gauge("database_up", "1 if the database could be asked, else 0.").set(found is not None)
-    healthy = gauge("healthy", "1 if nothing is to be done about the table, else 0.", "table")
-    problems = gauge("problems", "Problems that status tells of the table.", "table")
+    gauge("checked_timestamp_seconds", "When status last ran.").set(time.time())
+    gauge("database_up", "1 if the database answered, else 0.").set(found is not None)
+    healthy = gauge("healthy", "1 if the table has no problem, else 0.", "table")
+    problems = gauge("problems", "Problems that status reports for the table.", "table")
     partitions = gauge("partitions", "Attached partitions.", "table")
     size = gauge("partitions_bytes", "Size of all partitions with indexes and TOAST.", "table")
     runway = gauge("runway_days", "Days after today for which inserts find a partition.", "table")
     missing = gauge("partitions_missing", "Periods without a partition.", "table")
     last_run = gauge("job_last_run_timestamp_seconds", "When the job last began.", "table", "job_name")
-    succeeded = gauge("job_last_success_timestamp_seconds", "When the job last did all.", "table", "job_name")
-    failed = gauge("job_last_run_failed", "1 if the job failed at its last run, else 0.", "table", "job_name")
+    succeeded = gauge("job_last_success_timestamp_seconds", "Last success of the job.", "table", "job_name")
+    failed = gauge("job_last_run_failed", "1 if the job failed in its last run, else 0.", "table", "job_name")
     nights = gauge(
         "job_contended_nights",
-        "Nights since the last success in which readers kept the job from doing all.",
+        "Nights since the last success in which readers kept the job from finishing.",
         "table",
         "job_name",
     )
@@ -52,7 +52,7 @@ def write(file: Path, found: Sequence[Status | Unknown] | None) -> None:
             runway.labels(table).set(one.runway_days)
             missing.labels(table).set(len(one.missing))
         for name, job in (one.jobs or {}).items():
-            # 0 before the first success, so that an alert on its age needs no rule of its own.
+            # Before the first success: the swap, or 0. So an alert on its age needs no second rule.
             begun = one.migration.fence if one.migration else None
             since = job.succeeded or begun
             succeeded.labels(table, name).set(since.timestamp() if since else 0)

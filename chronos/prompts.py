@@ -1,4 +1,4 @@
-"""What a person is asked before a verb begins: where it is to work, on what, and what will become of it."""
+"""What a person is shown before a verb begins: where it will work, on which table, and what it will do."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def beginning(
 
 
 def resuming(engine: Engine, found: State, options: Options, settings: Settings) -> str:
-    """Before a migration is carried on, with ``options``. ACCESS SHARE on the table, for 1 s at most."""
+    """Before a migration is resumed with ``options``. ACCESS SHARE on the table, waiting at most 1 s."""
     facts = (
         f"{_weight(engine, found.table)}\n"
-        f"Begun: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}"
+        f"Started: {found.plan.started_at:%Y-%m-%d %H:%M} UTC   Phase: {found.phase}"
         f"{f'   Options: {options}' if str(options) else ''}"
     )
     what = f"{describe(found)}\n{_what_is_left(found, hold=options.hold)}"
@@ -37,7 +37,7 @@ def resuming(engine: Engine, found: State, options: Options, settings: Settings)
 
 
 def going_back(url: URL, found: State, settings: Settings, *, by_hand: bool) -> str:
-    """Before a rollback; ``by_hand``: somebody has put the plain table back already."""
+    """Before a rollback; ``by_hand``: somebody has already put the plain table back."""
     table = quoted(found.table.name)
     what = f"{table} was put back by hand, and stays as it is; what is left of the migration will be removed."
     if found.phase is Phase.UNDONE:
@@ -49,17 +49,17 @@ def going_back(url: URL, found: State, settings: Settings, *, by_hand: bool) -> 
 
 
 def finalizing(engine: Engine, found: State, settings: Settings, *, old_is_there: bool) -> str:
-    """Before the way back ends. ACCESS SHARE on both tables, for 1 s at most."""
+    """Before a finalize. ACCESS SHARE on both tables, with a wait of at most 1 s."""
     what = _what_finalize_drops(engine, found, old_is_there=old_is_there)
     return f"{_head(engine.url, found.table, settings=settings)}\n{what}"
 
 
 def _head(url: URL, table: TableSpec, facts: str = "", settings: Settings | None = None) -> str:
-    """Where a verb is about to work, and on what; never the password."""
+    """Where a verb will work, and on which table; never the password."""
     testing = "" if settings is None else f"   TESTING: {str(settings.testing).lower()}"
     return (
         f"Host: {url.host or 'local socket'}   Port: {url.port or 5432}   Database: {url.database}\n"
-        f"User: {url.username or 'of this system'}{testing}\n"
+        f"User: {url.username or 'the system user'}{testing}\n"
         f"Table: {table.typed}{f'   {facts}' if facts else ''}"
     )
 
@@ -69,7 +69,7 @@ def _lock_wait(seconds: float) -> str:
 
 
 def _weighed(engine: Engine, table: TableSpec) -> tuple[datetime, dict[str, tuple[int, int]]] | None:
-    """What ``weigh`` finds, by ACCESS SHARE that is waited for 1 s at most; None: somebody has locked it."""
+    """What ``weigh`` finds, under ACCESS SHARE with a wait of at most 1 s; None: a table is locked."""
     with opened(engine) as conn:
         try:
             with transaction(conn, lock_timeout_ms=1_000):
@@ -84,13 +84,13 @@ def _weight(engine: Engine, table: TableSpec) -> str:
     """Rows and bytes of the table in use."""
     found = _weighed(engine, table)
     if found is None:
-        return "Size: unknown, for somebody has locked it"
+        return "Size: unknown, because somebody has locked it"
     rows, size = found[1][table.name]
     return f"Rows (estimate): {rows:,}   Size: {in_bytes(size)}"
 
 
 def _announcement(found: Survey, *, hold: bool = False) -> tuple[str, str]:
-    """What is known of a table that is to be migrated, and what will be done to it."""
+    """What is known about a table to be migrated, and what will be done to it."""
     table, since = found.spec, f"{found.cutoff:%Y-%m-%d %H:%M} UTC"
     at_last = _at_last(table, hold, attaches=found.attaches)
     if found.attaches:
@@ -109,7 +109,8 @@ def _at_last(table: TableSpec, hold: bool, *, attaches: bool = False) -> str:
         return "no name changes yet."
     if attaches:
         return (
-            f"then it is renamed to {quoted(table.history)},\nand is the partition of all rows before that."
+            f"then it is renamed to {quoted(table.history)}\n"
+            "and becomes the partition for all rows before that."
         )
     return (
         f"then {quoted(table.name)} is renamed to {quoted(table.old)},\n"
@@ -121,10 +122,10 @@ def _what_is_left(found: State, *, hold: bool) -> str:
     """What ``migrate --resume`` will do."""
     table = found.table
     if found.phase is Phase.RETURNING:
-        return f"The rollback is called off: {table} stays partitioned, with all that was written."
+        return f"The rollback is called off: {table} stays partitioned, with everything that was written."
     if found.plan.attaches:
         if found.phase.swapped:
-            return "The foreign keys of the whole adopt those of the partitions."
+            return "The foreign keys of the partitions become part of those of the whole table."
         left = "It is ready" if found.phase is Phase.READY else "It gets an index and a check"
         return f"{left}." if hold else f"{left}; then it becomes the partition {quoted(table.history)}."
     if found.phase.swapped:
@@ -137,7 +138,7 @@ def _what_is_left(found: State, *, hold: bool) -> str:
 def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) -> str:
     if not old_is_there:
         return (
-            f"{quoted(found.plan.former)} was dropped before; what is left of the migration will be removed."
+            f"{quoted(found.plan.former)} is already dropped; what is left of the migration will be removed."
         )
     if found.plan.attaches:
         return (
@@ -146,7 +147,7 @@ def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) ->
         )
     with_it = ""
     if found.table.retention_days is not None:
-        with_it = f", and with it all from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
+        with_it = f", and with it every row from\nbefore {found.plan.cutoff:%Y-%m-%d %H:%M} UTC"
     return (
         f"{describe(found)}\n{_old_and_new(engine, found)}\n"
         f"{quoted(found.table.old)} will be dropped for good{with_it}."
@@ -157,7 +158,7 @@ def _old_and_new(engine: Engine, found: State) -> str:
     """How much both tables hold, and how long ago the names changed."""
     weighed = _weighed(engine, found.table)
     if weighed is None:
-        return "How large they are is unknown: somebody has locked one of them."
+        return "The sizes are unknown: somebody has locked one of the tables."
     now, sizes = weighed
     lines = [
         f"{quoted(relation)}: {counted(rows, 'row')} (estimate), {in_bytes(size)}"

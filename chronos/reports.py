@@ -1,9 +1,9 @@
-"""What the nightly jobs did, kept in the database: one small table in each schema, see sql/reports.sql.
+"""What the nightly jobs did, stored in the database: one small table in each schema, see sql/reports.sql.
 
-Celery's worker and `upkeep` write the same reports, `status` reads them, and a night that is done is known by
-them. A row counts only in the database that it was written in: a dump that is restored elsewhere brings rows
-along, and they are not shown there. Whoever owns the table can put triggers on it, so it is used only when it
-belongs to a role whose functions the jobs call anyhow.
+The Celery worker and `upkeep` write the same reports, `status` reads them, and they tell which nights are
+done. A row counts only in the database in which it was written: rows that came with a dump are not shown
+where it is restored. The owner of the table can put triggers on it, so it is used only when it belongs to a
+role whose functions the jobs call anyway.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Report = dict[str, Any]
 
 NAME = "chronos_reports"
 KEPT_DAYS = 35
-# With these words the comment on it begins: the application may have a table of that name.
+# The comment on it begins with this: the application may have a table of that name.
 _COMMENT = "chronos: "
 
 
 class UntrustedError(ChronosError):
-    """The reports can be neither read nor kept: what is there is not ours, or the role may not use it."""
+    """The reports can be neither read nor stored: the table is not ours, or the role may not use it."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class History:
-    """What a job did with one table: its last report, when it last did all, in how many nights since not."""
+    """What a job did with one table: its last report, when it last did everything, and in how many nights
+    since then it did not.
+    """
 
     last: Report = field(default_factory=dict)
     succeeded: datetime | None = None
     contended_nights: int = 0
 
 
-# Neither an owner whom the table's owner need not trust, nor a view or a policy that could call anything.
+# No owner whom the table's owner need not trust, and no view or policy: they could call anything.
 _STANDING = """
 SELECT pg_get_userbyid(c.relowner),
        c.relkind = 'r' AND NOT c.relrowsecurity AND starts_with(obj_description(c.oid, 'pg_class'), {ours})
@@ -77,7 +79,9 @@ WHERE n.nspname = {schema} AND c.relname = {reports}
 
 
 def _standing(conn: Connection, table: TableSpec) -> tuple[str, bool, bool, bool, bool] | None:
-    """The owner of the reports, and whether they are trusted, readable, writable, and the owner's to read."""
+    """The owner of the reports, and whether they are trusted, readable, writable, and readable by the owner
+    of the table.
+    """
     query = statement(_STANDING, schema=table.home, table=table.name, reports=NAME, ours=_COMMENT)
     found = execute(conn, query).one_or_none()
     return tuple(found) if found else None
@@ -92,8 +96,8 @@ def _is_there(conn: Connection, table: TableSpec, *, to_write: bool = False) -> 
     if not trusted:
         raise UntrustedError(
             f"{reports} belongs to {owner}, not to the owner of {table.typed} or of its schema, or is not the"
-            " plain table that chronos has made, whose comment says so; look at it, and rename it or drop it:"
-            " the next run makes it anew"
+            " plain table that chronos created, whose comment says so; look at it, then rename it or drop it:"
+            " the next run creates it again"
         )
     if not (writable if to_write else readable):
         grant = "SELECT, INSERT, UPDATE, DELETE" if to_write else "SELECT"
@@ -111,7 +115,7 @@ def _require_create(conn: Connection, table: TableSpec, owner: str) -> None:
     if not may:
         reports = f"{quoted(table.home)}.{NAME}"
         raise UntrustedError(
-            f"{quoted(user)} may not create {reports}; let {owner} run {commands.upkeep()} once, which makes"
+            f"{quoted(user)} may not create {reports}; let {owner} run {commands.upkeep()} once to create"
             f" it, then: GRANT SELECT, INSERT, UPDATE, DELETE ON {reports} TO {quoted(user)};"
         )
 
@@ -121,9 +125,9 @@ def _name(table: TableSpec) -> sql.Identifier:
 
 
 def _origin(conn: Connection) -> str:
-    """What tells this database from every other: its server's identifier and its own.
+    """What distinguishes this database from every other: the server's identifier and its own.
 
-    Where the role may not ask for the former, the latter and its name have to do.
+    If the role may not read the server's, the name of the database takes its place.
     """
     query = statement("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')")
     server = "(SELECT system_identifier::text FROM pg_control_system())"
@@ -153,7 +157,7 @@ ORDER BY job, reported DESC
 def read(conn: Connection, table: TableSpec, jobs: Collection[str]) -> dict[str, History]:
     """What each of ``jobs`` did with a located ``table`` in this very database.
 
-    To be called inside ``db.transaction``; ACCESS SHARE on the reports. Raises UntrustedError.
+    Call it inside ``db.transaction``; ACCESS SHARE on the reports. Raises UntrustedError.
     """
     found = dict.fromkeys(jobs, History())
     if _is_there(conn, table):
@@ -170,12 +174,12 @@ def read(conn: Connection, table: TableSpec, jobs: Collection[str]) -> dict[str,
 
 
 def find(conn: Connection, table: TableSpec, job: str, run: str) -> Report:
-    """What ``run`` reported of ``job``, empty when it did not; as ``read``."""
+    """What ``run`` reported for ``job``, or an empty report; locks and errors as ``read``."""
     return next(iter(_reports(conn, table, job, statement("run = {run}", run=run))), {})
 
 
 def of_night(conn: Connection, table: TableSpec, job: str, night: date, run: str) -> list[Report]:
-    """What other runs than ``run`` reported of ``job`` and ``night``, the newest first; as ``read``."""
+    """What runs other than ``run`` reported for ``job`` and ``night``, newest first; else as ``read``."""
     which = statement("night = {night}::date AND run <> {run}", night=night.isoformat(), run=run)
     return _reports(conn, table, job, which)
 
@@ -196,10 +200,10 @@ def _reports(conn: Connection, table: TableSpec, job: str, which: Statement) -> 
 
 
 def keep(conn: Connection, table: TableSpec, kept: Kept, *, make: bool = True) -> None:
-    """Keep a report of a located ``table``, in place of the one of the same run; those of a month ago go.
+    """Store a report of a located ``table``, replace that of the same run, and delete those of a month ago.
 
-    ``make`` the table where there is none. To be called inside ``db.transaction``; ROW EXCLUSIVE on the
-    reports. Raises UntrustedError, or DBAPIError when the role may not.
+    ``make``: create the table of reports if there is none. Call it inside ``db.transaction``; ROW EXCLUSIVE
+    on the reports. Raises UntrustedError, or DBAPIError when the role may not write.
     """
     standing = _standing(conn, table)
     if standing is None and not make:
@@ -256,7 +260,7 @@ BEGIN
     ELSE
         BEGIN
             EXECUTE format('DROP TABLE %s', reports);
-        EXCEPTION WHEN dependent_objects_still_exist THEN  -- somebody's view of the nights
+        EXCEPTION WHEN dependent_objects_still_exist THEN  -- for example a view that reads it
             EXECUTE format('DELETE FROM %s', reports);
         END;
     END IF;
@@ -265,5 +269,5 @@ $do$"""
 
 
 def drop_unused_statement(table: TableSpec) -> Statement:
-    """Forget a table that is plain again: its reports, or all of them when it was the last of its schema."""
+    """Delete the reports of a table that is plain again; drop them all if it was the last of its schema."""
     return statement(_DROP_UNUSED, schema=table.home, reports=NAME, table=table.name, ours=_COMMENT)

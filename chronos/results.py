@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MigrationResult:
-    """What a run of ``migrate`` has done. That there is one says that all was compared and nothing differs.
+    """What a run of ``migrate`` did. It is only returned when everything was compared and nothing differs.
 
-    ``phase`` is ``migrated``, or ``ready`` when the run was to hold; ``former`` is what the plain table is
-    called now, None while it has its name. ``rows_copied`` counts the rows of all runs of this migration,
-    None where nothing is copied; ``notes_replayed`` the notes that this run has replayed. ``periods`` maps
-    each period to what its comparison found. ``seconds`` is how long this run took, ``steps`` each step with
-    its seconds (0: an earlier run did it), ``swap_seconds`` for how long writers can have waited in the swap
-    (None: an earlier run did it, or none yet), ``longest_lock_seconds`` for how long anybody can have waited
-    behind a lock of ours. ``wal_bytes`` is what the whole server wrote meanwhile, None if it did not say.
-    ``report`` is the file that was written, None without one. ``listed`` tells whether a configuration lists
-    the table, so that the nightly jobs keep it.
+    ``phase`` is ``migrated``, or ``ready`` after ``hold``; ``former`` is the current name of the plain table,
+    None while it has its own. ``rows_copied`` counts the rows of all runs of this migration, None where
+    nothing is copied; ``notes_replayed`` counts the notes that this run replayed. ``periods`` maps each
+    period to the result of its comparison. ``seconds`` is how long this run took, ``steps`` each step with
+    its seconds (0: an earlier run did it). ``swap_seconds`` is the longest that writers can have waited in
+    the swap (None: an earlier run did it, or none yet), ``longest_lock_seconds`` the longest that anybody can
+    have waited behind a lock of ours. ``wal_bytes`` is what the whole server wrote meanwhile, None if that is
+    unknown. ``report`` is the file that was written, None without one. ``listed`` says whether a
+    configuration lists the table, so that the nightly jobs maintain it.
     """
 
     table: TableSpec
@@ -48,10 +48,11 @@ class MigrationResult:
 
 @dataclass(frozen=True)
 class RollbackResult:
-    """What ``rollback`` has done: the table is the plain one again.
+    """What ``rollback`` did: the table is the plain one again.
 
-    ``rows_carried`` counts the rows written since the swap that came along, but for those that were noted
-    and replayed; ``by_hand`` tells that somebody had put the plain table back, and only remains were dropped.
+    ``rows_carried`` counts the rows written since the swap that were carried over, without those that were
+    noted and replayed; ``by_hand`` says that somebody had already put the plain table back, and only what was
+    left of the migration was dropped.
     """
 
     table: TableSpec
@@ -62,9 +63,9 @@ class RollbackResult:
 
 @dataclass(frozen=True)
 class FinalizeResult:
-    """What ``finalize`` has done: the way back is closed.
+    """What ``finalize`` did: there is no way back.
 
-    ``dropped`` is the old table, None where it had gone before, or became a partition and stays.
+    ``dropped`` is the old table, None if it was gone already, or became a partition and stays.
     """
 
     table: TableSpec
@@ -75,12 +76,12 @@ class FinalizeResult:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job came to, with all tables: ``create_future_partitions_job`` or ``drop_old_partitions_job``.
+    """The outcome of ``create_future_partitions_job`` or ``drop_old_partitions_job`` for all tables.
 
     ``status`` is ``done``, ``skipped`` (no table is migrated yet), ``incomplete`` (something is in use, and
     left to the next run) or ``failed``. ``names`` are the partitions that were created or dropped, ``left``
-    those that are still to be; ``error`` is why. ``reports`` maps each table to its own report, as it is kept
-    in the database.
+    those still to do; ``error`` says why. ``reports`` maps each table to its own report, as stored in the
+    database.
     """
 
     job: str
@@ -93,7 +94,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class UpkeepResult:
-    """What ``upkeep`` has done: both jobs, in their order."""
+    """What ``upkeep`` did: both jobs, in their order."""
 
     jobs: tuple[JobResult, ...]
 
@@ -112,5 +113,5 @@ class UpkeepResult:
 
     @property
     def ok(self) -> bool:
-        """Whether all that was to do is done."""
+        """Whether everything is done."""
         return self.exit_code is ExitCode.DONE

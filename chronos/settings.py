@@ -29,7 +29,7 @@ from chronos.errors import RefusedError
 from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 
 CONFIGURATION = "chronos.toml"
-# What the environment says of webhook_log, where no file lists tables.
+# The variables that describe webhook_log when no file lists tables.
 VARIABLES = {
     "retention_days": "WEBHOOK_LOG_RETENTION_DAYS",
     "ahead_days": "WEBHOOK_LOG_DAYS_AHEAD",
@@ -65,7 +65,7 @@ class _Table(BaseModel):
 
     @property
     def spec(self) -> TableSpec:
-        """The same, for those who work with it."""
+        """The block as a TableSpec."""
         return replace(
             TableSpec.named(self.name),
             column=self.column,
@@ -119,10 +119,10 @@ def _first_fault(error: ValidationError, read: dict[str, Any]) -> str:
     if isinstance(tables, dict):
         return "write [[tables]], in double brackets, above each table"
     if not tables:
-        others = "".join(f"{key} is no key of it; " for key in read if key != "tables")
+        others = "".join(f"there is no key {key}; " for key in read if key != "tables")
         return f"{others}it lists no table: write [[tables]] above each"
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        return "tables is to be one block for each table, with [[tables]] above it"
+        return "tables must be one block for each table, with [[tables]] above it"
     match first["loc"]:
         case ("tables", int(place), str(key)):
             where = str(tables[place].get("name", f"table number {place + 1}"))
@@ -132,7 +132,7 @@ def _first_fault(error: ValidationError, read: dict[str, Any]) -> str:
                 return f"{where}: there is no key {key}; the keys are {', '.join(_Table.model_fields)}"
             return f"{where}, {key}: {message}"
         case (str(key),) if first["type"] == "extra_forbidden":
-            return f"there is no key {key} beside the blocks [[tables]]"
+            return f"there is no key {key} outside the [[tables]] blocks"
     return message
 
 
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     webhook_log_days_ahead: int = Field(default=30, ge=0, le=3_650)
     webhook_log_grace_days: int = Field(default=0, ge=0, le=3_650)
     beat_timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
-    # What it says may hold a token, as any address of a webhook does.
+    # It may hold a token, like any webhook URL.
     chronos_alert_command: SecretStr | None = None
     chronos_config: Path | None = None
 
@@ -172,13 +172,13 @@ class Settings(BaseSettings):
         if path.is_file():
             return path
         if self.chronos_config is not None:
-            what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
-            raise RefusedError(f"CHRONOS_CONFIG names {path}, and {what}; nothing was changed")
+            what = "that is a directory" if path.is_dir() else "there is no such file"
+            raise RefusedError(f"CHRONOS_CONFIG names {path}, but {what}; nothing was changed")
         return None
 
     @cached_property
     def tables(self) -> tuple[TableSpec, ...]:
-        """The tables that are kept in partitions; their schemas may be still to be located.
+        """The tables to keep partitioned; their schemas may not be located yet.
 
         Raises RefusedError when the file that lists them cannot be read, naming it and the key at fault.
         """
@@ -188,21 +188,21 @@ class Settings(BaseSettings):
 
     @property
     def webhook_log(self) -> TableSpec:
-        """The table that is there without a file, as the environment has it."""
+        """The table that counts without a file, as the environment describes it."""
         return replace(WEBHOOK_LOG, **{what: getattr(self, name.lower()) for what, name in VARIABLES.items()})
 
     @property
     def database(self) -> URL:
         """The database to work on: ``TEST_DATABASE_URL`` when ``TESTING`` is true.
 
-        Raises RefusedError when it is not set or is no PostgreSQL URL; the message never quotes it.
+        Raises RefusedError when it is not set or is not a PostgreSQL URL; the message never quotes it.
         """
         name = "TEST_DATABASE_URL" if self.testing else "DATABASE_URL"
         value = self.test_database_url if self.testing else self.database_url
         if value is None:
             why, database = ("", "chronos")
             if self.testing:
-                why, database = (", which counts because TESTING is true", "chronos_test")
+                why, database = (", and is needed because TESTING is true", "chronos_test")
             raise RefusedError(
                 f"{name} is not set{why}; nothing was changed. Set it in the environment or in .env, "
                 f"for example {name}=postgresql://user:password@127.0.0.1:5432/{database}"
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
 
 
 def postgres_url(text: str, variable: str = "DATABASE_URL") -> URL:
-    """Read a PostgreSQL URL in any of its accepted spellings and name psycopg2 as its driver.
+    """Read a PostgreSQL URL in any accepted spelling and set psycopg2 as its driver.
 
     Raises RefusedError, naming ``variable`` and never the text, which may hold a password.
     """
@@ -230,7 +230,7 @@ def postgres_url(text: str, variable: str = "DATABASE_URL") -> URL:
     # What follows an unencoded @ in a password would be taken for the host, and shown as such.
     if text.count("@") > 1:
         raise RefusedError(
-            f"{variable} has more than one @; nothing was changed. Write %40 for each of them but the one"
+            f"{variable} has more than one @; nothing was changed. Write %40 for every @ except the one"
             " before the host, for example in the password"
         )
     return url.set(drivername="postgresql+psycopg2")
@@ -244,7 +244,7 @@ def get_settings() -> Settings:
     """
     try:
         settings = Settings()
-        settings.tables  # noqa: B018  what is wrong with the file is said before anything is done
+        settings.tables  # noqa: B018  an error in the file is raised before anything is done
         return settings
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]

@@ -23,14 +23,14 @@ class WebhookEndpoint(SQLModel, table=True):
     url: str = Field(sa_type=Text)
 
 
-# PostgreSQL gives a composite key no sequence by itself: without this one, no insert finds an id.
+# A composite key gets no sequence by itself: without this one, inserts get no id.
 _webhook_log_id = Sequence("webhook_log_id_seq", data_type=BigInteger, metadata=SQLModel.metadata)
 
 
 class WebhookLog(SQLModel, table=True):
     """One delivery of a webhook.
 
-    The key is (id, timestamp): a partitioned table's unique key must hold its partition column.
+    The key is (id, timestamp): a unique key of a partitioned table must include its partition column.
     """
 
     __tablename__: ClassVar[Any] = "webhook_log"

@@ -1,4 +1,4 @@
-"""logfire spans, when there is a token or an OTLP endpoint; otherwise silence and no network traffic."""
+"""logfire spans, if there is a token or an OTLP endpoint; otherwise nothing, and no network traffic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def this_process() -> str:
 
 
 def configure(settings: Settings, service_name: str = "chronos") -> None:
-    """Set logfire up for this process, if spans have anywhere to go.
+    """Set up logfire for this process, if there is somewhere to send spans.
 
     That is logfire itself, with ``LOGFIRE_TOKEN``, or any OpenTelemetry backend, with the standard
     ``OTEL_EXPORTER_OTLP_ENDPOINT``.
@@ -53,7 +53,7 @@ def span(template: str, **attributes: Any) -> Iterator[None]:
 
 
 def gauge(name: str, unit: str, value: float, **attributes: str) -> None:
-    """Measure ``value``, if ``configure`` found somewhere to send it."""
+    """Record ``value``, if ``configure`` found somewhere to send it."""
     if _configured:
         import logfire
 
@@ -61,7 +61,7 @@ def gauge(name: str, unit: str, value: float, **attributes: str) -> None:
 
 
 def flush() -> None:
-    """Send what is still to be sent, before the process ends or waits for its next task."""
+    """Send what is still pending, before the process ends or waits for its next task."""
     if _configured:
         import logfire
 

@@ -1,4 +1,4 @@
-"""Which table a command means: by the configuration, by the state of its migration, or as it is described."""
+"""Which table a command means: from the configuration, the state of its migration, or its description."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chronos.table import WEBHOOK_LOG, Interval, TableSpec
 
 
 class Verb(StrEnum):
-    """What is to be done with the table."""
+    """What to do with the table."""
 
     MIGRATE = "migrate"
     RESUME = "migrate --resume"
@@ -33,7 +33,7 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True)
 class Description:
-    """What the command line says of a table; None where it says nothing."""
+    """What the command line says about a table; None where it says nothing."""
 
     column: str | None = None
     every: Interval | None = None
@@ -48,9 +48,9 @@ class Description:
     def require_agreement(
         self, table: TableSpec, source: str, remedy: Callable[[str, object], str] | None = None
     ) -> None:
-        """Raise RefusedError when it contradicts ``table``, which is as ``source`` says.
+        """Raise RefusedError when it contradicts ``table``, as ``source`` describes that.
 
-        ``remedy`` tells, for a key and what was typed for it, how to make ``source`` say the same.
+        ``remedy`` says how to make ``source`` agree, given a key and the value that was typed for it.
         """
         for what, value in self.given.items():
             known = getattr(table, what)
@@ -63,7 +63,7 @@ class Description:
                 )
 
     def applied(self, table: TableSpec) -> TableSpec:
-        """``table`` as it is described."""
+        """``table`` with this description."""
         return replace(table, **self.given)  # type: ignore[arg-type]
 
 
@@ -82,11 +82,11 @@ def which_table(
     name: str | None,
     described: Description | None = None,
 ) -> tuple[TableSpec, bool]:
-    """The table that ``name`` means, the only configured one for None, and whether a configuration lists it.
+    """The table that ``name`` means (None: the only configured one), and whether a configuration lists it.
 
-    What is in no file is as the state of its migration says, as it is described, or as it is partitioned.
-    No locks but ACCESS SHARE on the state. Raises RefusedError when there is no such table, when it cannot
-    be told, or when ``described`` contradicts what is known.
+    A table in no file is taken from the state of its migration, from ``described`` or from its partitions.
+    Takes only ACCESS SHARE on the state. Raises RefusedError when there is no such table, when several are
+    listed and none is named, or when ``described`` contradicts what is known.
     """
     described = described or Description()
     source = str(settings.listed_in or "the environment")
@@ -125,7 +125,10 @@ def which_table(
 
 
 def _listed(conn: Connection, settings: Settings, located: TableSpec, source: str) -> TableSpec | None:
-    """The configured table that is ``located``, by whatever name. Raises RefusedError when a schema lacks."""
+    """The configured table that is ``located``, listed with or without its schema.
+
+    Raises RefusedError when the configuration has to name the schema and does not.
+    """
     for table in settings.tables:
         if table.name != located.name:
             continue
@@ -147,7 +150,7 @@ def _in_no_file(
     table: TableSpec,
     described: Description,
 ) -> TableSpec:
-    """What ``verb`` works with, where neither a file nor a migration tells of ``table``."""
+    """The table that ``verb`` works with when neither a file nor a migration describes ``table``."""
     if verb in (Verb.ROLLBACK, Verb.FINALIZE):
         return table  # they find that there is no migration of it, and say so
     if states.relkind(conn, table.home, table.name) == "p":
@@ -155,14 +158,14 @@ def _in_no_file(
         if column is None or not widths:
             raise RefusedError(
                 f"{table.typed} is partitioned, but not by a time column into hours, days, weeks or months,"
-                " and no file lists it; nothing was changed. Chronos cannot keep it"
+                " and no file lists it; nothing was changed. Chronos cannot maintain it"
             )
         real = replace(table, column=column, every=widths[0], grace_days=grace_days(conn, table))
         if verb in (Verb.STATUS, Verb.UPGRADE_FUNCTIONS):
             return real
         raise RefusedError(
             f"{table.typed} is partitioned already, and no migration of it is under way; nothing was changed."
-            f" For the nightly jobs to keep it, {to_be_listed(settings, real)}"
+            f" For the nightly jobs to maintain it, {to_be_listed(settings, real)}"
         )
     if verb is Verb.MIGRATE and described.column is not None:
         return described.applied(table)
@@ -175,7 +178,7 @@ def _in_no_file(
     command = _migrate_command(conn, table, described)
     if verb is Verb.MIGRATE:
         raise UndescribedError(
-            f"--column is missing, the time column of {table.typed}, which is in no {CONFIGURATION};"
+            f"--column is missing, the time column of {table.typed}, which no {CONFIGURATION} lists;"
             f" nothing was changed. Type: {command}"
         )
     if verb is Verb.RESUME:
@@ -184,7 +187,7 @@ def _in_no_file(
             f" Start one with: {command}"
         )
     raise RefusedError(
-        f"{table.typed} is a plain table in no {CONFIGURATION}, and no migration of it is under way;"
+        f"{table.typed} is a plain table that no {CONFIGURATION} lists, and no migration of it is under way;"
         f" nothing was changed. Migrate it with: {command}"
     )
 
@@ -194,9 +197,9 @@ def to_be_listed(settings: Settings, table: TableSpec) -> str:
     return f"add to {settings.listed_in or CONFIGURATION}:\n\n{table.as_toml()}"
 
 
-def no_job_keeps(settings: Settings, table: TableSpec) -> str:
-    """What to do about a table that the nightly jobs pass over."""
-    return f"No {CONFIGURATION} lists {table.typed}, so no job keeps it: {to_be_listed(settings, table)}"
+def no_job_maintains(settings: Settings, table: TableSpec) -> str:
+    """What to do about a table that the nightly jobs skip."""
+    return f"No {CONFIGURATION} lists {table.typed}, so no job maintains it: {to_be_listed(settings, table)}"
 
 
 _TIME_COLUMNS = """
@@ -207,7 +210,7 @@ WHERE attrelid = to_regclass(format('%I.%I', {schema}, {table})) AND attnum > 0 
 
 
 def _migrate_command(conn: Connection, table: TableSpec, described: Description) -> str:
-    """The command that migrates a table of which the column is not told; where it has one only, with it."""
+    """The command that migrates a table whose time column was not given; if it has only one, with that."""
     columns = execute(conn, statement(_TIME_COLUMNS, schema=table.home, table=table.name)).scalars().all()
     given: dict[str, object] = {
         "column": columns[0] if len(columns) == 1 else "COLUMN",

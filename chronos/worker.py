@@ -38,7 +38,7 @@ app.conf.update(
     accept_content=["json"],
     task_serializer="json",
     result_serializer="json",
-    # A queue of our own: another application's worker on the same Redis would throw our messages away.
+    # A queue of our own: another application's worker on the same Redis would discard our messages.
     task_default_queue="chronos",
     task_acks_late=True,
     worker_prefetch_multiplier=1,
@@ -67,7 +67,7 @@ def create_future_partitions_job(
     pauses: Sequence[float] = jobs.PAUSES_S,
     earlier: jobs.Report | None = None,
 ) -> jobs.Report:
-    """Create the partitions that the days ahead need, for every table."""
+    """Create the partitions for the days ahead, for every table."""
     return _attempt(self, jobs.CREATE, nightly, pauses, earlier)
 
 
@@ -85,7 +85,7 @@ def drop_old_partitions_job(
 def _attempt(
     task: Task[Any, Any], job: jobs.Job, nightly: bool, pauses: Sequence[float], earlier: jobs.Report | None
 ) -> jobs.Report:
-    """One attempt, and after a pause (``pauses``, in seconds, and up to a fifth less) the next."""
+    """One attempt and, after a pause (``pauses``, in seconds, less up to a fifth), the next."""
     settings = get_settings()
     telemetry.configure(settings, service_name="chronos-worker")
     retries = task.request.retries

@@ -1,4 +1,4 @@
-"""Write docs/API.md from the signatures and docstrings of what ``chronos`` offers: ``make docs``."""
+"""Write docs/API.md from the signatures and docstrings of the public names of ``chronos``: ``make docs``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PAGE = Path(__file__).parent / "API.md"
 _HEAD = """\
 # API reference
 
-For programs that run migrations, watch tables or do the upkeep themselves. The command line calls the same
-functions. This page is made from the docstrings by `make docs`.
+For programs that run migrations, check tables or do the upkeep themselves. The command line calls the same
+functions. `make docs` writes this page from the docstrings.
 
 ```python
 import chronos
@@ -33,12 +33,12 @@ for problem in chronos.status("webhook_log").problems:
     print(problem)
 ```
 
-- **Nothing is printed, nobody is asked.** The call is the consent; with `confirm` somebody looks first.
+- **Nothing is printed, nobody is asked.** The call is the consent; `confirm` lets you check first.
 - **Signals stay yours.** `stop` ends a call at the next batch, from any thread or signal handler; Ctrl-C ends
-  it with InterruptedRunError. Of two calls that would change the same table the second is refused.
+  it with InterruptedRunError. Of two calls that would change the same table, the second is refused.
 - **A call blocks** until it is done. In asyncio: `await asyncio.to_thread(chronos.migrate, stop=stop)`.
 - **Settings** are those of the command line: the environment, `.env`, and `chronos.toml` in the working
-  directory, read once by a process, at the first call. `import chronos` alone reads and loads nothing.
+  directory, read once per process, at the first call. `import chronos` alone reads and loads nothing.
 - **Times** are UTC, durations seconds, sizes bytes. The types are complete and checked (`py.typed`).
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """What the page is to say."""
+    """The text of the page."""
     offered = {name: getattr(chronos, name) for name in chronos.__all__}
     functions = [name for name in _IN_ORDER if name in offered]
     functions += sorted(
@@ -69,7 +69,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-# As they are met in the life of a table.
+# In the order in which a table meets them.
 _IN_ORDER = ("migrate", "rollback", "finalize", "status", "overview", "upkeep", "upgrade_functions")
 
 
@@ -108,7 +108,7 @@ def _value(name: str, kind: type) -> str:
 
 
 def _members(kind: type) -> Iterator[str]:
-    """Its properties and methods, each with the first words that are said of it."""
+    """Its properties and methods, each with its docstring."""
     members = []
     for name, member in vars(kind).items():
         if name.startswith("_") or not (isinstance(member, property) or inspect.isfunction(member)):

@@ -1,4 +1,4 @@
-"""Make docs/recording.svg out of a real run of the demo: ``python -m docs.make_recording``."""
+"""Make docs/recording.svg from a real run of the demo: ``python -m docs.make_recording``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 200_000
 
 
 def console() -> Console:
-    """A terminal of 80 columns that shows nothing and remembers all."""
+    """A terminal of 80 columns that shows nothing and records everything."""
     return Console(record=True, width=80, file=io.StringIO(), highlight=False, soft_wrap=True)
 
 

@@ -33,7 +33,7 @@ from tests.waiting import wait_until
 NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
 ALL_WELL = Presence(lost=[], twice=[], repeated_ids=[])
 TIMEOUT = 60.0
-STOPPED = "Error: the demo was stopped; its server is gone, and all that was in it"
+STOPPED = "Error: the demo was stopped; its server is gone, and everything in it"
 
 
 def engine(url: str) -> Engine:
@@ -256,9 +256,9 @@ def test_the_whole_demo_runs_to_its_end(capsys: pytest.CaptureFixture[str]) -> N
             r"2,\d\d\d rows copied; .*",
             r"What the application noticed in these [\d.]+ s:",
             r"  Rows written +[\d,]+, [\d,]+ a second",
-            r"  Errors met +0",
-            r"  Rows lost, rows twice +0, 0",
-            r"  Reads short of rows +0 of [1-9][\d,]*",
+            r"  Errors +0",
+            r"  Rows lost, duplicated +0, 0",
+            r"  Reads that missed rows +0 of [1-9][\d,]*",
             r"  Longest wait of a writer +[\d.]+ m?s, median [\d.]+ m?s",
             r"\d\d-\d\d +[\d,]+ █+ +\d\d-\d\d +[\d,]+ █+",
             r"SELECT create_future_webhook_log_partitions\(60\);",
@@ -328,7 +328,7 @@ def wait_for_the_end_of(servers: list[psutil.Process]) -> None:
 
 def test_without_the_word_the_demo_leaves_nothing() -> None:
     with terminal("--keep", NO_COLOR="1") as (process, master):
-        shown = read(master, until="Type MIGRATE to go on: ")
+        shown = read(master, until="Type MIGRATE to continue: ")
         servers = descendants(process.pid)
         os.write(master, b"migrate\n")
         shown += read(master)
@@ -341,7 +341,7 @@ def test_without_the_word_the_demo_leaves_nothing() -> None:
 @pytest.mark.parametrize("strategy", ["copy", "attach"])
 def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
     with terminal("--strategy", strategy, NO_COLOR="1") as (process, master):
-        shown = read(master, until="Type MIGRATE to go on: ")
+        shown = read(master, until="Type MIGRATE to continue: ")
         os.write(master, b"MIGRATE\n")
         shown += read(master)
         assert process.wait(TIMEOUT) == 0, shown
@@ -350,14 +350,14 @@ def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
     assert [line for line in lines if len(line) > 80] == []
     for title in [f"[Step {number}/6]" for number in range(1, 7)]:
         assert any(line.startswith(title) for line in lines), title
-    assert any(re.fullmatch(r"  Reads short of rows +0 of [1-9]\d*", line) for line in lines)
+    assert any(re.fullmatch(r"  Reads that missed rows +0 of [1-9]\d*", line) for line in lines)
     history = "webhook_log_history, all before "
     assert any(line.startswith(history) for line in lines) == (strategy == "attach")
 
 
 def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
     with terminal("--keep") as (process, master):
-        read(master, until="Type MIGRATE to go on: ")
+        read(master, until="Type MIGRATE to continue: ")
         servers = descendants(process.pid)
         os.write(master, b"MIGRATE\n")
         read(master, until="Total rows to migrate")
@@ -367,7 +367,7 @@ def test_ctrl_c_during_the_migration_leaves_nothing() -> None:
     wait_for_the_end_of(servers)
 
 
-@pytest.mark.parametrize("moment", ["Starting a PostgreSQL", "listens on port"])
+@pytest.mark.parametrize("moment", ["Starting PostgreSQL", "listens on port"])
 def test_ctrl_c_before_the_migration_leaves_nothing(moment: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "chronos", "demo"],

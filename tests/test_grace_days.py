@@ -265,7 +265,7 @@ def test_the_job_drops_what_is_due_and_retries_a_table_being_read(
 ) -> None:
     gone = detach(own)
     overdue(database, gone[0])
-    assert f"due and still there: {gone[0]}" in "".join(look(settings).problems)
+    assert f"the drop is overdue: {gone[0]}" in "".join(look(settings).problems)
     with holding(database, f"SELECT count(*) FROM {gone[0]}"):
         with pytest.raises(TryAgainError) as again:
             attempt(DROP, settings, Message("a task"), 1.0)
@@ -291,14 +291,14 @@ def test_status_names_the_attach_for_partitions_detached_too_early(
     own.commit()
     assert attached(cur) == leaves(cur, -14, 0)
     own.commit()
-    [problem] = [p for p in look(settings).problems if "within what is kept" in p]
+    [problem] = [p for p in look(settings).problems if "within retention" in p]
     assert problem.startswith(
-        f"detached, though within what is kept: {leaves(cur, -15, -15)[0]}. Attach it: "
+        f"detached, but still within retention: {leaves(cur, -15, -15)[0]}. Attach it: "
     )
     own.commit()
     query(database, problem.partition("Attach it: ")[2].partition("; or")[0])
     assert attached(cur) == leaves(cur, -15, 0)
-    assert not [p for p in look(settings).problems if "within what is kept" in p]
+    assert not [p for p in look(settings).problems if "within retention" in p]
 
 
 def test_status_names_a_detached_table_that_is_kept_because_it_changed(

@@ -107,7 +107,7 @@ def test_the_block_runs_without_a_lease_when_redis_does_not_answer(caplog: pytes
         with keep_lease(client, KEY):
             ran = True
         assert ran
-        assert f"no lease on {KEY}, it runs without: Redis does not answer" in caplog.text
+        assert f"no lease on {KEY}, running without it: Redis does not answer" in caplog.text
 
 
 def test_without_a_url_the_error_says_what_to_do_instead() -> None:

@@ -41,7 +41,7 @@ def test_an_application_table_called_chronos_reports_survives_a_rollback(databas
     )
     assert chronos(database, "migrate", "--yes").returncode == 0
     done = chronos(database, "upkeep", env=BY_CRON)
-    assert (done.returncode, "is not the plain table that chronos has made" in done.stderr) == (0, True)
+    assert (done.returncode, "is not the plain table that chronos created" in done.stderr) == (0, True)
     shown = chronos(database, "status", env=BY_CRON)
     assert "what the nightly jobs did is unknown: public.chronos_reports" in shown.stdout
     assert chronos(database, "rollback", "--yes").returncode == 0

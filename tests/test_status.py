@@ -161,7 +161,7 @@ def test_an_abandoned_migration_is_a_problem(
     query(migrated, f"UPDATE webhook_log_migration SET phase = '{phase}'")
     status = look(migrated)
     assert status.state == state
-    assert the_problem(status, "is half done, and nobody is at it").endswith(command)
+    assert the_problem(status, "is half done, and nobody is working on it").endswith(command)
     with holding(migrated, OPERATORS_LOCK):
         assert look(migrated).healthy
 
@@ -187,11 +187,11 @@ def test_a_half_done_migration_is_a_problem_while_an_operator_sits_at_a_prompt(
     ) as process:
         assert process.stdout
         asked = b""
-        while not asked.endswith(b" to go on: "):
+        while not asked.endswith(b" to continue: "):
             more = process.stdout.read(1)
             assert more, process.communicate()
             asked += more
-        the_problem(look(migrated), "is half done, and nobody is at it")
+        the_problem(look(migrated), "is half done, and nobody is working on it")
         process.communicate(b"no\n", timeout=60)
     assert process.returncode == 2
 
@@ -283,7 +283,7 @@ def test_an_attached_table_is_shown_with_its_range_and_drop_date(database: str, 
         [line] = [line for line in shown.splitlines() if line.startswith("history ")]
         assert re.fullmatch(
             rf"history     webhook_log_history: before {bound}, \d+ kB,"
-            rf" goes on {bound + timedelta(days=15)}",
+            rf" drop on {bound + timedelta(days=15)}",
             line,
         ), line
         assert len(line) <= 80
@@ -304,7 +304,7 @@ def test_a_table_without_retention_keeps_its_history(database: str, redis_url: s
     result = chronos(database, "migrate", "event", *described, "--strategy", "attach", "--yes")
     assert result.returncode == 0, result.stderr
     shown = chronos(database, "status", "event").stdout
-    assert re.search(r"^history     event_history: before .*, never goes$", shown, re.MULTILINE)
+    assert re.search(r"^history     event_history: before .*, never dropped$", shown, re.MULTILINE)
 
 
 def test_a_held_attach_is_a_notice_that_names_its_bound(held: str, look: Look) -> None:
@@ -321,14 +321,14 @@ def test_a_held_attach_is_a_notice_that_names_its_bound(held: str, look: Look) -
 
 def test_a_half_done_attach_says_when_inserts_will_start_to_fail(held: str, look: Look) -> None:
     query(held, "UPDATE webhook_log_migration SET phase = 'copying'")
-    problem = the_problem(look(held), "is half done, and nobody is at it")
+    problem = the_problem(look(held), "is half done, and nobody is working on it")
     bound = today(held) + timedelta(days=7)
-    assert f"While it is, inserts into webhook_log fail from {bound} 00:00 UTC on. Carry on with" in problem
+    assert f"In this state, inserts into webhook_log fail from {bound} 00:00 UTC on. Carry on with" in problem
     with holding(held, OPERATORS_LOCK):
         assert look(held).healthy
     query(held, "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_history_bound")
     status = look(held)
-    assert "inserts" not in the_problem(status, "is half done, and nobody is at it")
+    assert "inserts" not in the_problem(status, "is half done, and nobody is working on it")
     assert status.as_json()["migration"]["inserts_fail_from"] is None
 
 
@@ -339,14 +339,14 @@ def test_an_approaching_bound_is_a_problem(held: str, look: Look, phase: str, ru
     with holding(held, OPERATORS_LOCK if running else "SELECT 1"):
         bound = bound_in(held, timedelta(days=2, hours=23))
         assert the_problem(look(held), "").endswith(
-            f"inserts into webhook_log fail from {bound:%Y-%m-%d %H:%M} UTC on, for its migration is half"
+            f"inserts into webhook_log fail from {bound:%Y-%m-%d %H:%M} UTC on, because its migration is half"
             f" done; finish it with: {MIGRATE} --resume; or undo it with: python -m chronos rollback"
         )
         for away, when in ((timedelta(hours=23), "from {} UTC on"), (timedelta(hours=-1), "since {} UTC")):
             bound = bound_in(held, away)
             assert the_problem(look(held), "").endswith(
-                f"inserts into webhook_log fail {when.format(f'{bound:%Y-%m-%d %H:%M}')}, for its migration"
-                " is half done; undo it with: python -m chronos rollback; then start again"
+                f"inserts into webhook_log fail {when.format(f'{bound:%Y-%m-%d %H:%M}')}, because its"
+                " migration is half done; undo it with: python -m chronos rollback; then start again"
             )
 
 
@@ -369,7 +369,7 @@ def test_foreign_keys_that_the_parent_has_not_adopted_are_a_problem(database: st
     problems = look(database).problems
     assert any(
         problem.endswith(
-            f"Its foreign keys are not yet those of the whole; carry on with: {MIGRATE} --resume"
+            f"Its foreign keys are not yet those of the whole table; carry on with: {MIGRATE} --resume"
         )
         for problem in problems
     ), problems
@@ -401,7 +401,7 @@ def test_a_table_that_waits_for_its_swap_is_healthy(database: str, look: Look) -
     [notice] = status.notices
     since = value(database, "SELECT to_char(changed_at, 'YYYY-MM-DD HH24:MI') FROM webhook_log_migration")
     assert notice == (
-        f"ready since {since} UTC, 1,234 notes wait; swap with: {MIGRATE} --resume;"
+        f"ready since {since} UTC, 1,234 notes to replay; swap with: {MIGRATE} --resume;"
         " undo with: python -m chronos rollback"
     )
     assert status.as_json()["notices"] == [notice]
@@ -426,7 +426,7 @@ def test_a_table_that_has_waited_for_a_week_is_a_problem(database: str, look: Lo
 def test_a_million_notes_are_a_problem(database: str, look: Look) -> None:
     begin(database, Phase.READY)
     add_notes(database, 1_000_001, "o")
-    the_problem(look(database), "^ready since .* UTC, 1,000,000 or more notes wait")
+    the_problem(look(database), "^ready since .* UTC, 1,000,000 or more notes to replay")
 
 
 def test_an_old_table_renamed_back_by_hand_is_a_problem(migrated: str, look: Look) -> None:
@@ -475,7 +475,7 @@ def test_a_missing_day_ahead_is_a_problem(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, 10, 10)
     status = look(migrated)
     assert (status.runway_days, status.missing) == (9, gone)
-    problem = the_problem(status, f"no partition for {gone[0]}: an insert of such a day fails")
+    problem = the_problem(status, f"no partition for {gone[0]}: inserts for such days fail")
     query(migrated, problem.partition("Create them: ")[2])
     assert look(migrated).healthy
 
@@ -500,7 +500,7 @@ def test_a_missing_past_day_is_a_problem(migrated: str, look: Look) -> None:
     gone = drop_days(migrated, -9, -9)
     status = look(migrated)
     assert status.missing == gone
-    problem = the_problem(status, f"no partition for {gone[0]}, within what is kept")
+    problem = the_problem(status, f"no partition for {gone[0]}, within retention")
     query(migrated, problem.partition("Create it: ")[2])
     assert look(migrated).healthy
 
@@ -525,8 +525,8 @@ def test_days_dropped_too_early_are_a_problem_while_the_old_table_has_them(
 ) -> None:
     first = today(migrated) - timedelta(days=15)
     query(migrated, "SELECT drop_old_webhook_log_partitions(3)")
-    problem = the_problem(look(migrated), "the rows between are in webhook_log_old alone")
-    assert f"begins at {first + timedelta(days=12)}, and what is to be kept at {first};" in problem
+    problem = the_problem(look(migrated), "the rows in between are only in webhook_log_old")
+    assert f"begins at {first + timedelta(days=12)}, but retention begins at {first};" in problem
     assert "Bring them back with: python -m chronos rollback" in problem
     # An operator who wants those days gone shortens the retention.
     shorter = settings_for(migrated, redis_url).model_copy(update={"webhook_log_retention_days": 3})
@@ -567,7 +567,7 @@ def test_a_half_detached_partition_is_a_problem(migrated: str, look: Look) -> No
     detach_half_way(migrated, pending)
     status = look(migrated)
     assert [str(period) for period in status.missing] == [str(today(migrated) - timedelta(days=3))]
-    finish = next(p for p in status.problems if f"{pending} was detached half-way" in p)
+    finish = next(p for p in status.problems if f"the DETACH of {pending} was cut off" in p)
     query(migrated, finish.partition("finish it: ")[2])
     assert not any("half-way" in problem for problem in look(migrated).problems)
 
@@ -582,7 +582,7 @@ def test_rows_outside_the_retention_are_a_problem(migrated: str, look: Look) -> 
     insert = "INSERT INTO webhook_log (status, timestamp) VALUES ('ok', now() - interval '30 days')"
     query(migrated, insert)
     problem = the_problem(look(migrated), "^Wide holds rows older than")
-    query(migrated, problem.partition("alone: ")[2])
+    query(migrated, problem.partition("remove: ")[2])
     assert look(migrated).healthy
 
 
@@ -671,7 +671,7 @@ def test_a_job_that_failed_last_night_is_a_problem_at_once(migrated: str, redis_
         attempt(
             CREATE, Settings(**{**settings.model_dump(), "webhook_log_days_ahead": 31}), Message("x"), None
         )
-    the_problem(look(migrated), rf"^{CREATE.name} failed at its last run \(.*: the name .* is taken")
+    the_problem(look(migrated), rf"^{CREATE.name} failed in its last run \(.*: the name .* is taken")
 
 
 def test_reports_copied_from_another_database_do_not_count(
@@ -729,7 +729,7 @@ def test_remedies_work_in_a_quoted_schema(migrated: str, look: Look) -> None:
     query(migrated, f'DROP TABLE "It\'s ""here""".{names(migrated, -12, -12)[0]}')
     ahead, past = look(migrated).problems
     query(migrated, past.partition("Create it: ")[2])
-    assert "an insert of such a day fails" in ahead
+    assert "inserts for such days fail" in ahead
     assert '"It\'s ""here""".create_future_webhook_log_partitions(30)' in ahead
 
 

@@ -40,7 +40,7 @@ def test_resume_keeps_the_options_unless_overridden_and_names_them_in_its_prompt
         "   Size: ",
         f"Options: --verify counts --max-lock-wait 0.7 --rate-limit 90000 --report {path}",
         "Writers wait for a lock at most 0.7 s at a time",
-        "Type MIGRATE to go on",
+        "Type MIGRATE to continue",
     ):
         assert " ".join(fact.split()) in " ".join(asked.stdout.split()), fact
 
@@ -217,7 +217,7 @@ def test_status_says_since_when_and_by_whom_a_copy_runs_and_that_readers_see_eve
         "SELECT to_char((plan ->> 'started_at')::timestamptz AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI')"
         " FROM webhook_log_migration",
     )
-    assert f"migration   begun {begun} UTC; readers see every row all the time" in running.splitlines()
+    assert f"migration   started {begun} UTC; readers see every row all the time" in running.splitlines()
     assert re.search(
         rf"^operator    pid \d+, user {user}, from \S+ since {begun[:10]} .* UTC$", running, re.M
     )

@@ -127,7 +127,7 @@ EVENTS = '[[tables]]\nname = "events"\ncolumn = "at"\n'
             EVENTS + 'evry = "day"',
             "events: there is no key evry; the keys are name, column, every, retention_days, ahead_days",
         ),
-        ('table = "events"\n' + EVENTS, "there is no key table beside the blocks [[tables]]"),
+        ('table = "events"\n' + EVENTS, "there is no key table outside the [[tables]] blocks"),
         (
             EVENTS + 'every = "year"',
             "events, every: Input should be 'hour', 'day', 'week' or 'month'",
@@ -148,7 +148,7 @@ EVENTS = '[[tables]]\nname = "events"\ncolumn = "at"\n'
         ("", "it lists no table: write [[tables]] above each"),
         (
             EVENTS.replace("[[tables]]", "[[table]]"),
-            "table is no key of it; it lists no table: write [[tables]]",
+            "there is no key table; it lists no table: write [[tables]]",
         ),
         (EVENTS.replace("[[tables]]", "[tables]"), "write [[tables]], in double brackets"),
         ("tables = [1]", "one block for each table, with [[tables]] above it"),
@@ -168,9 +168,9 @@ def test_an_error_in_the_file_is_reported_in_one_line(
 def test_a_missing_file_is_refused(database: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     line = refused(database, "status", env={"CHRONOS_CONFIG": missing})
-    assert line == f"Error: CHRONOS_CONFIG names {missing}, and there is no such file; nothing was changed"
+    assert line == f"Error: CHRONOS_CONFIG names {missing}, but there is no such file; nothing was changed"
     line = refused(database, "status", env={"CHRONOS_CONFIG": str(tmp_path)})
-    assert "that is a folder, not a file" in line
+    assert "that is a directory" in line
 
 
 def test_a_column_that_does_not_exist_is_reported(database: str, configure: Configure) -> None:
@@ -265,8 +265,8 @@ def test_a_table_without_a_description_is_refused(database: str) -> None:
             "there is no migration of public.events to resume",
             migrate,
         ),
-        (("status",), "public.events is a plain table in no chronos.toml", migrate),
-        (("upgrade-functions",), "public.events is a plain table in no chronos.toml", migrate),
+        (("status",), "public.events is a plain table that no chronos.toml lists", migrate),
+        (("upgrade-functions",), "public.events is a plain table that no chronos.toml lists", migrate),
     ):
         line = refused(database, arguments[0], "events", *arguments[1:])
         assert line.startswith(f"Error: {says}")
@@ -335,7 +335,7 @@ def test_options_that_contradict_the_environment_name_the_variable(database: str
 
 def test_testing_without_a_test_database_url_is_refused(database: str) -> None:
     line = refused(database, "status", env={"TESTING": "true", "TEST_DATABASE_URL": ""})
-    assert "TEST_DATABASE_URL is not set, which counts because TESTING is true" in line
+    assert "TEST_DATABASE_URL is not set, and is needed because TESTING is true" in line
     assert line.endswith("/chronos_test")
 
 
@@ -444,7 +444,7 @@ def test_a_half_done_migration_of_an_unlisted_table_is_a_problem(database: str, 
     page = chronos(database, "status", env=env)
     assert page.returncode == 1
     assert page.stdout.endswith(
-        "also under way, in no chronos.toml: public.audit (finalizing);"
+        "also under way, not listed in chronos.toml: public.audit (finalizing);"
         " python -m chronos status public.audit\n"
     )
 
@@ -484,7 +484,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     page = chronos(database, "status")
     assert page.returncode == 2
     assert page.stdout == (
-        f"\nalso under way, in no chronos.toml: {ORDERS} (ready);"
+        f"\nalso under way, not listed in chronos.toml: {ORDERS} (ready);"
         f" python -m chronos status {shlex.quote(ORDERS)}\n"
     )
     line = refused(database, "migrate", ORDERS, "--every", "day", "--resume", "--yes")
@@ -499,7 +499,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
 
     done = chronos(database, *shlex.split(command)[3:], answer="MIGRATE\n")
     assert done.returncode == 0, done.stderr
-    assert "keep only the tables that are listed" in done.stdout.replace("\n", " ")
+    assert "maintain only the tables that are listed" in done.stdout.replace("\n", " ")
     orders = TableSpec("Order Events", "placed at", Interval.WEEK, None, 14, schema="Sales")
     assert orders.as_toml() in done.stdout
     assert f"python -m chronos finalize {shlex.quote(ORDERS)}" in done.stdout
@@ -507,7 +507,8 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     status = chronos(database, "status", ORDERS)
     assert status.returncode == 1
     assert f"{ORDERS}: migrated" in status.stdout
-    assert 'no chronos.toml lists "Sales"."Order Events", so the nightly jobs do not keep it' in status.stdout
+    unlisted = 'no chronos.toml lists "Sales"."Order Events", so the nightly jobs do not maintain it'
+    assert unlisted in status.stdout
     env = configure(orders.as_toml())
     jobs = json.loads(chronos(database, "status", "--json", env=env).stdout)["jobs"]
     assert {job["last_run"] for job in jobs.values()} == {None}

@@ -220,7 +220,7 @@ def test_a_role_that_cannot_store_the_report_still_does_the_work(url: str) -> No
     finally:
         query(url, f"DROP TABLE chronos_reports; DROP ROLE {role}")
     assert done.returncode == 0
-    assert f"was not kept: public.chronos_reports belongs to {role}" in done.stderr
+    assert f"was not stored: public.chronos_reports belongs to {role}" in done.stderr
     assert partitions(url) == names(url, -5, 3)
 
 
@@ -341,7 +341,7 @@ def test_a_failing_alert_command_harms_nothing_and_is_run_again(url: str, inbox:
     query(url, f"CREATE VIEW {names(url, 4, 4)[0]} AS SELECT 1")
     done = chronos(url, "upkeep", env=failing)
     assert done.returncode == 1
-    assert "CHRONOS_ALERT_COMMAND ended with exit code 7; the alert is given again" in done.stderr
+    assert "CHRONOS_ALERT_COMMAND ended with exit code 7; the alert is sent again" in done.stderr
     assert "hush" not in done.stderr + done.stdout
     assert last(url, DROP)["status"] == "done"
     chronos(url, "upkeep", env={**failing, "CHRONOS_ALERT_COMMAND": into(inbox)})
@@ -354,7 +354,7 @@ def test_a_hanging_alert_command_is_killed_with_its_children(
     monkeypatch.setattr(alerts, "TIMEOUT_S", 1.0)
     pid = tmp_path / "pid"
     tell(settings_that_alert(url, f"sleep 600 & echo $! > {quote(str(pid))}; wait"))
-    assert "CHRONOS_ALERT_COMMAND did not end within 1 s and was killed" in caplog.text
+    assert "CHRONOS_ALERT_COMMAND did not finish within 1 s and was killed" in caplog.text
     wait_until(
         lambda: (
             not psutil.pid_exists(int(pid.read_text()))
@@ -385,7 +385,7 @@ def test_of_two_concurrent_runs_only_one_sends_the_alert(
     with holding(url, "SELECT pg_advisory_xact_lock(hashtextextended('chronos alert', 0))"):
         tell(settings_that_alert(url, into(inbox)))
     assert told(inbox) == []
-    assert "another run is giving the alert" in caplog.text
+    assert "another run is sending the alert" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""chronos beside other tools: each module needs the tool that it is named after."""
+"""Integrations with other tools: each module needs the tool that it is named after."""

@@ -1,6 +1,6 @@
-"""Keep Alembic's autogenerate off what chronos has made: partitions, the old table, a migration's own tables.
+"""Keep Alembic's autogenerate away from what chronos created: partitions, the old table, migration tables.
 
-In ``env.py``, where the connection is at hand::
+In ``env.py``, where the connection is open::
 
     from chronos.contrib.alembic import include_name, include_object
 
@@ -11,12 +11,12 @@ In ``env.py``, where the connection is at hand::
         include_object=include_object,
     )
 
-Either is enough. ``include_name`` also spares the reflection of hundreds of partitions; ``include_object`` is
-for an ``env.py`` that has an ``include_name`` already. Outside ``env.py``: ``Filter(connection)``.
+Either is enough. ``include_name`` also saves reflecting hundreds of partitions; ``include_object`` is for an
+``env.py`` that already has an ``include_name``. Outside ``env.py``: ``Filter(connection)``.
 
-What is left out is found in the catalog, not by its name: partitions by what they are, the old table by the
-note triggers that the migration has put on it, all else by the comment on it or by the state of the
-migration. An application's own ``webhook_log_yearly`` stays, and so does whatever its models name.
+What to leave out is found in the catalog, not by name: partitions because they are partitions, the old table
+by the note triggers that the migration put on it, everything else by the comment on it or by the state of the
+migration. An application's own ``webhook_log_yearly`` stays, and so does everything that its models name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from chronos.table import TableSpec
 if TYPE_CHECKING:
     from alembic.runtime.environment import NameFilterParentNames, NameFilterType
 
-# Whatever the role's search path is, these are PostgreSQL's own tables, functions and operators.
+# PostgreSQL's own tables, functions and operators, whatever the role's search path is.
 _MADE = """
 SELECT n.nspname, c.relname
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
@@ -57,7 +57,7 @@ WHERE c.relkind OPERATOR(pg_catalog.=) 'r'
   AND pg_catalog.starts_with(pg_catalog.obj_description(c.oid, 'pg_class'), :comment)
 """
 
-# The old table, wherever somebody has moved it.
+# The old table, even if somebody has moved it.
 _NOTED = """
 SELECT n.nspname, c.relname
 FROM pg_catalog.pg_trigger t
@@ -71,10 +71,10 @@ WHERE pn.nspname OPERATOR(pg_catalog.=) :schema AND p.proname OPERATOR(pg_catalo
 
 
 def made_by_chronos(connection: Connection) -> set[tuple[str, str]]:
-    """Schema and name of each partition, of the old tables, and of what migrations under way have made.
+    """Schema and name of each partition, of the old tables, and of what migrations under way have created.
 
     That includes an index that becomes a key later. ACCESS SHARE on the catalog and on the states of the
-    migrations, in the transaction that is open; nothing of the session is changed. Raises DBAPIError.
+    migrations, in the current transaction; the session is not changed. Raises DBAPIError.
     """
     found = {(schema, relation) for schema, relation in connection.execute(text(_MADE))}
     suffix = TableSpec("").state
@@ -89,16 +89,16 @@ def made_by_chronos(connection: Connection) -> set[tuple[str, str]]:
         if may_read:
             query = f"SELECT plan::pg_catalog.text FROM {qualified}"
             plan = connection.exec_driver_sql(query, execution_options={"no_parameters": True}).scalar()
-        # While rows are copied, what is to be a partition is a table by itself, known to the plan alone.
+        # While rows are copied, the future partitions are separate tables that only the plan knows.
         periods = Plan.from_json(json.loads(plan)).periods if plan else []
         found |= {(schema, name) for name in (table.new, *map(table.partition, periods))}
     return found
 
 
 class Filter:
-    """What autogenerate over ``connection`` is to look at; the catalog is read once, at the first question.
+    """What autogenerate should look at over ``connection``; the catalog is read once, at the first call.
 
-    ``metadata`` are the application's models: what they name is looked at, whatever it is.
+    ``metadata`` are the application's models: everything that they name is looked at.
     """
 
     def __init__(self, connection: Connection, *metadata: MetaData) -> None:
@@ -136,7 +136,7 @@ class Filter:
         reflected: bool,
         compare_to: SchemaItem | None,
     ) -> bool:
-        """Alembic's ``include_object``: whether to compare what was reflected, or is in the models."""
+        """Alembic's ``include_object``: whether to compare what was reflected or is in the models."""
         if not reflected or compare_to is not None:
             return True
         table: Any = object_ if type_ == "table" else getattr(object_, "table", None)
@@ -147,14 +147,14 @@ _filters: WeakKeyDictionary[MigrationContext, Filter] = WeakKeyDictionary()
 
 
 def _current() -> Filter:
-    """The filter of the run of Alembic that is under way."""
+    """The filter of the current run of Alembic."""
     try:
         run = context.get_context()
-    except (AttributeError, NameError):  # so Alembic says that nothing is running
+    except (AttributeError, NameError):  # Alembic's way to say that nothing is running
         run = None
     if run is None or run.connection is None:
         raise RefusedError(
-            "chronos.contrib.alembic asks the database, and no env.py with a connection is running;"
+            "chronos.contrib.alembic reads the database, but no env.py with a connection is running;"
             " nothing was changed. Use chronos.contrib.alembic.Filter(connection) instead"
         )
     if run not in _filters:
@@ -164,7 +164,7 @@ def _current() -> Filter:
 
 
 def include_name(name: str | None, type_: NameFilterType, parent_names: NameFilterParentNames) -> bool:
-    """For ``context.configure(include_name=...)``: whether Alembic is to reflect what has this name.
+    """For ``context.configure(include_name=...)``: whether Alembic should reflect what has this name.
 
     Locks and errors as in ``made_by_chronos``; raises RefusedError outside ``env.py``.
     """
@@ -178,7 +178,7 @@ def include_object(
     reflected: bool,
     compare_to: SchemaItem | None,
 ) -> bool:
-    """For ``context.configure(include_object=...)``: whether Alembic is to compare it.
+    """For ``context.configure(include_object=...)``: whether Alembic should compare it.
 
     Locks and errors as in ``made_by_chronos``; raises RefusedError outside ``env.py``.
     """

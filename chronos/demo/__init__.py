@@ -1,1 +1,1 @@
-"""A try-out on servers of its own: nothing is installed, and nothing is left behind."""
+"""A demonstration on servers of its own: nothing is installed, and nothing is left behind."""

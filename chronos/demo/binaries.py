@@ -1,4 +1,4 @@
-"""Find the programs of PostgreSQL and Redis: the ones chosen, else a wheel's, else the system's."""
+"""Find the PostgreSQL and Redis programs: the chosen ones, else a wheel's, else the system's."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _INSTALL = "run `make setup` or `pip install -r requirements-dev.txt`"
 
 
 class EmbeddedServerError(RefusedError):
-    """A server for the demo or the tests could not be had."""
+    """A server for the demo or the tests could not be found or started."""
 
 
 def find_postgres() -> Path:
     """The folder with initdb, postgres and psql: PG_BIN, else a wheel's, else the system's."""
     if chosen := os.environ.get("PG_BIN"):
         if not _is_postgres(Path(chosen)):
-            raise EmbeddedServerError(f"PG_BIN={chosen} holds no initdb and postgres")
+            raise EmbeddedServerError(f"PG_BIN={chosen} does not contain initdb and postgres")
         return Path(chosen).resolve()
     candidates = [
         folder
@@ -39,7 +39,7 @@ def find_postgres() -> Path:
         return found
     raise EmbeddedServerError(
         f"there is no PostgreSQL to start: {_INSTALL}, "
-        "or set PG_BIN to a folder that holds initdb and postgres"
+        "or set PG_BIN to a folder that contains initdb and postgres"
     )
 
 
@@ -53,7 +53,7 @@ def find_redis() -> Path:
             # Links are not followed: redis-server may be one, and its name says what it does.
             return Path(found).absolute()
     if chosen:
-        raise EmbeddedServerError(f"REDIS_SERVER={chosen} is no program")
+        raise EmbeddedServerError(f"REDIS_SERVER={chosen} is not a program")
     raise EmbeddedServerError(
         f"there is no Redis to start: {_INSTALL}, or set REDIS_SERVER to a redis-server or a valkey-server"
     )
@@ -76,7 +76,7 @@ def _is_postgres(folder: Path) -> bool:
 
 
 def _package_folder(name: str) -> Path:
-    """Where a package is installed, found without importing it; else a folder that is not there."""
+    """Where a package is installed, found without importing it; else a folder that does not exist."""
     spec = find_spec(name)
     places = spec.submodule_search_locations if spec else None
     return Path(places[0] if places else "/nowhere")

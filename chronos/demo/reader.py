@@ -1,4 +1,4 @@
-"""An application that counts rows which nobody changes, again and again, and remembers what it saw."""
+"""An application that repeatedly counts rows that nobody changes, and records what it saw."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PAUSE_S = 0.05
 
 
 class CountingReader:
-    """Counts the rows from ``since`` on that are there when a ``with`` block begins, while it runs.
+    """While a ``with`` block runs, counts the rows from ``since`` on that existed when it began.
 
-    ``reads`` is how often, ``short`` how often a row was missing, ``longest_s`` the longest read in seconds,
-    ``errors`` what the server refused. The rows must be changed by nobody, and no newer one may be as old in
-    its id.
+    ``reads`` is the number of counts, ``short`` how many of them missed a row, ``longest_s`` the longest in
+    seconds, ``errors`` what the server refused. Nobody may change these rows, and every row that is added
+    must have a higher id.
     """
 
     def __init__(self, url: URL, since: datetime, schema: str = "public") -> None:

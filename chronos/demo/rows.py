@@ -1,4 +1,4 @@
-"""Make webhook_log as an application's database has it before the migration: plain, indexed and full."""
+"""Create webhook_log as an application has it before the migration: plain, indexed and full of rows."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _KEY_TYPES: dict[KeyType, str] = {
     "identity always": "bigint GENERATED ALWAYS AS IDENTITY",
 }
 
-# Few enough for a progress bar, and Ctrl-C, to be served at once.
+# Few enough that a progress bar, and Ctrl-C, respond at once.
 _ROWS_A_STATEMENT = 5_000
 
-# Busy and quiet days come in waves of about a week: the busiest has half as many rows again.
+# Busy and quiet days alternate in waves of about a week: the busiest has half as many rows again.
 _WAVE_DAYS = 7
 _WAVE_HEIGHT = 0.35
 
@@ -52,7 +52,7 @@ CREATE TABLE {log} (
 )
 """
 
-# A payload's content comes out of its number and the seed: the hexadecimal digits h are cut into ids and
+# A payload's content follows from its number and the seed: the hexadecimal digits h are cut into ids and
 # signatures, the number r decides the rest. One in a hundred got no answer, six an error.
 _PAYLOADS = """
 SELECT
@@ -110,7 +110,7 @@ CROSS JOIN LATERAL (
 ) AS picked
 """
 
-# Rows {first} to {last} of {rows}: each is one of the payloads under an X-Request-Id of its own. A
+# Rows {first} to {last} of {rows}: each is one of the payloads with an X-Request-Id of its own. A
 # delivery is written up to a minute after it began, so ids follow timestamps only roughly.
 _FILL = """
 INSERT INTO {log} (id, request_headers, request_body, response_headers, response_body,
@@ -127,7 +127,7 @@ CROSS JOIN LATERAL (
 JOIN webhook_payload AS p ON p.payload = 1 + r % {payloads}
 """
 
-# After the rows: to sort them once costs less than to put each into three indexes.
+# After the rows: sorting them once costs less than inserting each into three indexes.
 _CREATE_INDEXES = """
 ALTER TABLE {log} ADD CONSTRAINT webhook_log_pkey PRIMARY KEY (id);
 CREATE INDEX ix_webhook_log_timestamp ON {log} ("timestamp");
@@ -140,7 +140,7 @@ SELECT setval(pg_get_serial_sequence(format('%I.%I', {schema}, {table}), 'id'),
 
 
 def payloads(seed: int = 1) -> Statement:
-    """A query for the 1,000 payloads that rows are made of: what went out, what came back.
+    """A query for the 1,000 payloads that rows are made from: what went out, what came back.
 
     Its columns are ``payload`` (1 to PAYLOADS) and those of webhook_log from request_headers through
     status_code; a payload takes about 1 kB.
@@ -162,10 +162,10 @@ def create_webhook_log(
 ) -> None:
     """Create webhook_endpoint and webhook_log in ``schema``, with ``rows`` rows of about 1.1 kB.
 
-    The timestamps spread over the ``days`` days before ``now`` (an aware datetime; the server's clock
-    without it), UTC in a ``timestamp`` column too; ids are 1 to ``rows``. The same ``now`` and ``seed``
-    give the same rows. ``on_progress`` is told how many are written, several times a second. The table
-    is vacuumed and analyzed in the end.
+    The timestamps are spread over the ``days`` days before ``now`` (an aware datetime; by default the
+    server's clock), UTC in a ``timestamp`` column too; ids are 1 to ``rows``. The same ``now`` and ``seed``
+    give the same rows. ``on_progress`` gets the number of rows written, several times a second. The table
+    is vacuumed and analyzed at the end.
     """
     log = name(schema, WEBHOOK_LOG.name)
     endpoint = name(schema, ENDPOINT_TABLE)

@@ -52,7 +52,7 @@ Confirm = Callable[[URL, Survey], None]
 
 
 class DemoOutput(Output):
-    """The demo has a summary of its own, and is to fit on two screens."""
+    """The demo has a summary of its own, and must fit on two screens."""
 
     def summary(self, found: Summary) -> None:
         """Only what the migration cost the server."""
@@ -65,9 +65,9 @@ def demo(
 ) -> None:
     """Migrate a webhook_log of ``rows`` rows on an embedded PostgreSQL while an application uses it.
 
-    ``confirm`` is shown the server's URL and what preflight found, and raises RefusedError to call it
-    off. With ``keep`` the server stays up in the end, and the last lines say how to go on and how to
-    stop it. Otherwise, and whenever something goes wrong, no process and no file is left. Raises
+    ``confirm`` gets the server's URL and what preflight found, and raises RefusedError to cancel. With
+    ``keep`` the server keeps running at the end, and the last lines say how to use it and how to stop it.
+    Otherwise, and whenever something goes wrong, no process and no file is left behind. Raises
     InterruptedRunError when stopped by a signal, ChronosError when the application met an error or a
     row is not where it should be.
     """
@@ -94,20 +94,18 @@ def demo(
             if keep:
                 _say_how_to_go_on(server, output, strategy)
     except KeyboardInterrupt:
-        # If it came while a library executed a text of its own, Python would end by the signal, whatever the
-        # exit code; unless another text has been executed since.
+        # If the signal came while a library was running code by exec, Python would end by the signal and
+        # ignore the exit code, unless exec has run again since.
         exec("")
         if output.console.is_terminal:
-            output.line()  # the cursor stands behind a ^C
-        raise InterruptedRunError(
-            "the demo was stopped; its server is gone, and all that was in it"
-        ) from None
+            output.line()  # the cursor is after a ^C
+        raise InterruptedRunError("the demo was stopped; its server is gone, and everything in it") from None
 
 
 @contextmanager
 def _server(keep: bool, output: Output) -> Iterator[EmbeddedPostgres]:
     """An embedded PostgreSQL; it outlives the block only with ``keep``, and only if all went well."""
-    output.line("Starting a PostgreSQL in a temporary directory...")
+    output.line("Starting PostgreSQL in a temporary directory...")
     with EmbeddedPostgres(keep=keep) as server:
         output.ok(f"PostgreSQL {server.version} listens on port {server.port}")
         try:
@@ -136,7 +134,7 @@ def _make_table(engine: Engine, rows: int, output: Output) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """A migration as the application saw it: its time, the wait of each insert meanwhile, the reads."""
+    """A migration as the application saw it: its duration, the wait of each insert, and the reads."""
 
     seconds: float
     waits: list[float]
@@ -184,9 +182,9 @@ def _summarize(engine: Engine, writer: LiveWriter, run: _Run, output: Output) ->
     output.line(f"What the application noticed in these {run.seconds:.1f} s:")
     for label, value in (
         ("Rows written", f"{len(run.waits):,}, {len(run.waits) / run.seconds:,.0f} a second"),
-        ("Errors met", f"{len(writer.errors) + len(reader.errors)}"),
-        ("Rows lost, rows twice", f"{len(presence.lost)}, {len(presence.twice)}"),
-        ("Reads short of rows", f"{reader.short} of {reader.reads:,}"),
+        ("Errors", f"{len(writer.errors) + len(reader.errors)}"),
+        ("Rows lost, duplicated", f"{len(presence.lost)}, {len(presence.twice)}"),
+        ("Reads that missed rows", f"{reader.short} of {reader.reads:,}"),
         ("Longest wait of a writer", f"{_ms(max(waits))}, median {_ms(statistics.median(waits))}"),
         ("Longest read", _ms(reader.longest_s)),
     ):
@@ -230,7 +228,7 @@ def _partitions(conn: Connection) -> dict[str, _Partition]:
 
 
 def _chart(days: list[tuple[date, int]], output: Output) -> None:
-    """A bar for each day, in two columns, made of # where the terminal's encoding has no blocks."""
+    """A bar for each day, in two columns; # where the terminal's encoding has no block characters."""
     block = "█" if output.console.encoding.startswith("utf") else "#"
     most = max(rows for _, rows in days)
     half = (len(days) + 1) // 2
@@ -245,7 +243,7 @@ def _chart(days: list[tuple[date, int]], output: Output) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of one of the SQL functions: what it returned, how long it took, and a writer meanwhile."""
+    """A call of one of the SQL functions: what it returned, how long it took, and a writer's longest wait."""
 
     names: list[str]
     seconds: float
@@ -296,16 +294,16 @@ def _say_what_becomes_of_the_table(engine: Engine, output: Output) -> None:
 
 
 def _require_every_row(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
-    """Look once more for every row that the application was told is stored."""
+    """Check again that every row is there that the server reported as stored."""
     with engine.connect() as conn:
         presence = writer.check(conn)
     problems: dict[str, list[Any]] = {
-        "errors met by the writer": writer.errors,
-        "errors met by the reader": run.reader.errors,
+        "errors of the writer": writer.errors,
+        "errors of the reader": run.reader.errors,
         "reads that missed a row": [f"of {run.reader.reads}"] * run.reader.short,
         "rows lost": presence.lost,
         "rows stored twice": presence.twice,
-        "ids given twice": presence.repeated_ids,
+        "ids used twice": presence.repeated_ids,
     }
     found = [f"{len(what)} {problem} (the first: {what[0]})" for problem, what in problems.items() if what]
     if found:
@@ -318,7 +316,7 @@ def _say_how_to_go_on(server: EmbeddedPostgres, output: Output, strategy: Strate
     python = os.path.relpath(sys.executable)
     url = make_url(server.url).set(drivername="postgresql").render_as_string(hide_password=False)
     output.line()
-    output.line("The server stays up. To look around in it:")
+    output.line("The server keeps running. To look around in it:")
     output.line()
     output.line(f"export DATABASE_URL={url}")
     if strategy is Strategy.COPY:  # its days were dropped
@@ -326,7 +324,7 @@ def _say_how_to_go_on(server: EmbeddedPostgres, output: Output, strategy: Strate
     for verb, effect in (
         ("status", "partitions, gaps, sizes"),
         ("rollback", "back to the plain table, or:"),
-        ("finalize", "give the way back up" if strategy is Strategy.ATTACH else "drop webhook_log_old"),
+        ("finalize", "end the way back" if strategy is Strategy.ATTACH else "drop webhook_log_old"),
     ):
         output.line(f"{f'{python} -m chronos {verb}':<44}# {effect}")
     output.line()

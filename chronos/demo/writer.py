@@ -1,4 +1,4 @@
-"""An application that logs webhooks while something is done to its table, and remembers what it was told."""
+"""An application that logs webhooks while its table is migrated, and records what the server confirmed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _RECONNECT_PAUSE_S = 0.05
 
 
 class Commit(NamedTuple):
-    """A row that the server said is stored.
+    """A row that the server confirmed as stored.
 
-    ``timestamp`` is aware; ``marker`` is its X-Request-Id, unlike any other row's; ``seconds`` is what
-    the application waited, from BEGIN until it was told.
+    ``timestamp`` is aware; ``marker`` is its X-Request-Id, which is unique; ``seconds`` is how long the
+    application waited, from BEGIN to the confirmation.
     """
 
     id: int
@@ -41,7 +41,7 @@ class Commit(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """An insert that came to nothing after ``seconds``; without ``sqlstate`` the server was gone."""
+    """An insert that failed after ``seconds``; ``sqlstate`` None: the server was gone."""
 
     marker: str
     sqlstate: str | None
@@ -51,10 +51,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Presence:
-    """How a table differs from what the writer was told: all is well when the three are empty.
+    """How a table differs from what the server confirmed: all is well when the three are empty.
 
     ``lost`` are commits that are not in the table, ``twice`` the markers of those that are in it more
-    than once, ``repeated_ids`` the ids, of any row, that more than one row has.
+    than once, ``repeated_ids`` the ids that more than one row has, whoever wrote it.
     """
 
     lost: list[Commit]
@@ -63,17 +63,16 @@ class Presence:
 
 
 class LiveWriter:
-    """Connections that insert row after row, a transaction each, while a ``with`` block runs.
+    """Connections that insert row after row, each in its own transaction, while a ``with`` block runs.
 
-    ``rate`` is the number of inserts a second over all ``threads`` connections (None: as fast as it
-    goes); what a stall has missed is not made up for. ``past_share`` of the rows (0 to 1) are from one
-    day to ``past_days`` days old. Every other connection uses a prepared statement, as some drivers do
-    by themselves. A connection that the server cuts is an error, and the end of it; with ``reconnect``
-    it is made again instead, for as long as that takes.
+    ``rate`` is the number of inserts a second over all ``threads`` connections (None: as fast as
+    possible); inserts missed during a stall are not made up for. ``past_share`` of the rows (0 to 1) are
+    from one day to ``past_days`` days old. Every other connection uses a prepared statement, as some
+    drivers do by themselves. A connection that the server cuts counts as an error and stays closed; with
+    ``reconnect`` it is opened again instead, however long that takes.
 
-    What is remembered can be read at any time: ``commits``; ``errors``; and, with ``reconnect``,
-    ``in_doubt`` (cut off in the middle of COMMIT: to be stored or not is both right) and ``cut_off``
-    (before COMMIT: not stored).
+    The records can be read at any time: ``commits``; ``errors``; and, with ``reconnect``, ``in_doubt``
+    (cut off during COMMIT: the row may be stored or not) and ``cut_off`` (before COMMIT: not stored).
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class LiveWriter:
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Connect and begin to insert; raises what the driver raises when that is not possible."""
+        """Connect and begin to insert; raises the driver's error if that is not possible."""
         with connect_engine(self._url).connect() as conn, transaction(conn):
             self._payloads = execute(
                 conn,
@@ -129,7 +128,7 @@ class LiveWriter:
             thread.start()
 
     def stop(self) -> None:
-        """Let each connection end the insert under way, and close it; nothing to do the second time."""
+        """Let each connection finish its current insert, and close it; a second call does nothing."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
@@ -142,7 +141,7 @@ class LiveWriter:
         self.stop()
 
     def catch_up(self) -> None:
-        """Return when each connection has ended one more insert: then nobody waits for what was before."""
+        """Return when each connection has finished one more insert: earlier waits are then all recorded."""
         before = list(self._turns)
         for number, thread in enumerate(self._threads):
             while thread.is_alive() and self._turns[number] == before[number]:
@@ -153,8 +152,8 @@ class LiveWriter:
         return max((commit.seconds for commit in self.commits[since:]), default=0.0)
 
     def check(self, conn: Connection) -> Presence:
-        """Look every remembered commit up in the table, which is read as a whole; takes no lock but that."""
-        remembered = list(self.commits)
+        """Look up every recorded commit in the table, which is read in full; locks: ACCESS SHARE."""
+        recorded = list(self.commits)
         log = name(self._schema, WEBHOOK_LOG.name)
         with transaction(conn):
             rows = execute(
@@ -172,7 +171,7 @@ class LiveWriter:
         found = {(marker, key, _utc(timestamp)) for marker, key, timestamp in rows}
         times = Counter(row[0] for row in rows)
         return Presence(
-            lost=[c for c in remembered if (c.marker, c.id, c.timestamp) not in found],
+            lost=[c for c in recorded if (c.marker, c.id, c.timestamp) not in found],
             twice=[marker for marker, number in times.items() if number > 1],
             repeated_ids=[row[0] for row in repeated],
         )
@@ -195,7 +194,7 @@ class LiveWriter:
         }
         session: connection = psycopg2.connect(**parameters)
         with session, session.cursor() as cursor:
-            # What goes into a `timestamp` column is UTC, whatever the zone of the server.
+            # Values in a `timestamp` column are UTC, whatever the zone of the server.
             cursor.execute("SET TIME ZONE 'UTC'")
             if _prepares(number):
                 cursor.execute(f"PREPARE log_delivery AS {self._insert([f'${n}' for n in range(1, 10)])}")
@@ -206,7 +205,7 @@ class LiveWriter:
             try:
                 return self._connect(number)
             except psycopg2.Error:
-                continue  # not there yet
+                continue  # not up yet
         return None
 
     def _work(self, number: int, session: connection | None) -> None:
@@ -225,7 +224,7 @@ class LiveWriter:
             session.close()
 
     def _log_delivery(self, session: connection, query: str, marker: str, chance: random.Random) -> bool:
-        """Insert one row and remember what came of it; returns whether the connection can be used on."""
+        """Insert one row and record the outcome; returns whether the connection is still usable."""
         timestamp = datetime.now(UTC)
         if chance.random() < self._past_share:
             timestamp -= timedelta(days=chance.uniform(1, self._past_days))

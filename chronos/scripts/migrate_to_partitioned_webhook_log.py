@@ -1,4 +1,4 @@
-"""The documented way to start the migration; the same as ``python -m chronos migrate webhook_log``."""
+"""The documented command for the migration; the same as ``python -m chronos migrate webhook_log``."""
 
 import sys
 
