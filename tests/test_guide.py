@@ -144,7 +144,7 @@ def write(url: str) -> None:
 
 def stop_half_way(url: str) -> None:
     """Press Ctrl-C while a migration copies."""
-    with started(url, "migrate", "--yes", "--batch-size", "5", "--rate-limit", "5") as process:
+    with started(url, "migrate", "--yes", "--batch-size", "5", "--rate-limit", "50") as process:
         assert process.stdout is not None
         assert any(line.startswith("Migrated") for line in process.stdout)
         process.send_signal(signal.SIGINT)
