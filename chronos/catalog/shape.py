@@ -540,7 +540,10 @@ def read(conn: Connection, spec: TableSpec, table: str) -> TableShape:
         force_row_security=forced,
         replica_identity=replica_identity,
         tablespace=tablespace,
-        default_grantees={kind: tuple(roles) for kind, roles in execute(conn, statement(_DEFAULT_GRANTEES, schema=schema)).all()},
+        default_grantees={
+            kind: tuple(roles)
+            for kind, roles in execute(conn, statement(_DEFAULT_GRANTEES, schema=schema)).all()
+        },
     )
 
 

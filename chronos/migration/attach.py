@@ -23,8 +23,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import (
-    enable_statements,
     continue_identity,
+    enable_statements,
     identity_statements,
     key_body,
     parent_statements,
@@ -579,7 +579,9 @@ def back_statements(migration: Migration, filled: list[Statement]) -> list[State
     ]
 
 
-def _restore_plain(migration: Migration, filled: list[Statement], *, by_hand: bool = False) -> list[Statement]:
+def _restore_plain(
+    migration: Migration, filled: list[Statement], *, by_hand: bool = False
+) -> list[Statement]:
     """Give the plain table, under its name again, what it had before, and the rows of ``filled`` partitions.
 
     ``by_hand``: the partitioned table is gone, and its identity sequence with it, so the new one starts after

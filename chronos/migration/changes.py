@@ -11,7 +11,7 @@ from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.ddl import literal, revoke_execute, owner_only, script
+from chronos.catalog.ddl import literal, owner_only, revoke_execute, script
 from chronos.catalog.shape import TableShape
 from chronos.db import (
     Statement,

@@ -561,9 +561,7 @@ def carried(
         for grant in shape.grants
         if grant.grantee != shape.owner
     ]
-    found += [
-        (f"trigger {t.name}", "the same; does not fire for copied rows") for t in shape.triggers
-    ]
+    found += [(f"trigger {t.name}", "the same; does not fire for copied rows") for t in shape.triggers]
     if shape.row_security:
         found.append(("row security", "on" + (", forced" if shape.force_row_security else "")))
     found += [(f"policy {p.name}", same) for p in shape.policies]
@@ -733,9 +731,7 @@ class _Report:
                 self._fact("SQL", f"none was written to {path}, as there is a blocker")
             return
         # Not wrapped: a path must stay copyable.
-        self.raw(
-            f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement to a file'}"
-        )
+        self.raw(f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement to a file'}")
         if not verbose:
             self._fact("", "--verbose prints the full report")
 

@@ -18,10 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from chronos import reports
 from chronos.catalog.ddl import (
     bound_check,
-    foreign_key_statements,
-    restore_statements,
     disable_statements,
+    foreign_key_statements,
     rename,
+    restore_statements,
     sequences_back_statements,
     validate_statement,
 )
@@ -124,9 +124,7 @@ def undo(
             found = take_over(conn, found)
         command = rollback_command(table)
         if found.phase.swapped and found.verified and not found.plan.attaches:
-            command += (
-                f"; or call it off and keep the partitioned table: {migrate_command(table)} --resume"
-            )
+            command += f"; or call it off and keep the partitioned table: {migrate_command(table)} --resume"
         with resumable_with(command, "rollback", engine, table):
             if by_hand:
                 tidy_up(engine, conn, found, operator)
@@ -138,9 +136,7 @@ def undo(
             carried = roll_back(migration, check_stop=operator.check_stop)
         came = ""
         if found.phase.swapped:  # newer rows are counted; late, updated and deleted ones are not
-            came = (
-                f"; it has everything written since the swap, including {counted(carried, 'newer row')}"
-            )
+            came = f"; it has everything written since the swap, including {counted(carried, 'newer row')}"
         operator.output.ok(f"{table} is the plain table again{came}")
         if left := _still_detached(migration.conn, table):
             operator.output.line(left)

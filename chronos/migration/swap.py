@@ -18,13 +18,13 @@ from dataclasses import replace
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.ddl import (
+    disable_statements,
     enable_statements,
     force_statements,
     foreign_key_statements,
-    restore_statements,
     partition_differences,
-    disable_statements,
     rename,
+    restore_statements,
     rule_statements,
     sequence_statements,
     sequences_back_statements,
@@ -278,9 +278,7 @@ def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]
     ]
 
 
-def _renamed(
-    plan: Plan, position: Callable[[tuple[str, str, str, str]], tuple[str, str]]
-) -> list[Statement]:
+def _renamed(plan: Plan, position: Callable[[tuple[str, str, str, str]], tuple[str, str]]) -> list[Statement]:
     return [rename(plan.table.home, found[0], *position(found)) for found in plan.renames]
 
 
