@@ -627,7 +627,7 @@ def differences(
         found += [
             f"{what}: {key} is new"
             for key in afters.keys() - befores.keys()
-            if not (announced and _belongs_to_the_key(afters[key], was.spec))
+            if not (announced and _comes_with_the_key(afters[key], was.spec))
         ]
         for key in befores.keys() & afters.keys():
             found += [
@@ -658,7 +658,7 @@ def _comparable(part: Any, was: TableShape, announced: bool) -> Any:
     return part
 
 
-def _belongs_to_the_key(part: Any, spec: TableSpec) -> bool:
+def _comes_with_the_key(part: Any, spec: TableSpec) -> bool:
     """Whether it comes with the primary key that includes the time column."""
     if isinstance(part, Index):
         return part.primary

@@ -6,8 +6,8 @@ and a CHECK that every row lies before the bound, so that nothing is scanned und
 milliseconds: names, primary key, ATTACH. The rows never move, so there is nothing to note, replay or compare,
 and no snapshot can miss a row.
 
-The old table is then called T_history, never T_old: if you follow the manual rollback of a copy
-(DROP TABLE T CASCADE), you must not find that name.
+The old table is then called T_history, never T_old: the manual rollback of a copy (DROP TABLE T CASCADE) must
+not find that name.
 """
 
 from __future__ import annotations

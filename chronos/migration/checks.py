@@ -957,7 +957,7 @@ def _ctid_idiom(subject: Subject) -> Iterator[str]:
     for text in subject.texts:
         if idioms.uses_ctid(text, shape):
             yield (
-                f"{text.where} finds rows of {subject.spec} by ctid, and partitions share the same ctids:"
+                f"{text.where} finds rows of {subject.spec} by ctid, and ctids repeat across partitions:"
                 " DELETE or UPDATE WHERE ctid IN (SELECT ctid ...) would hit the wrong rows; use the"
                 f" key: ({', '.join(shape.new_key)}) IN (SELECT {', '.join(shape.new_key)} ...)"
             )

@@ -453,7 +453,7 @@ def _clean_up(migration: Migration) -> None:
     """Drop what the migration made: its foreign keys, the triggers, each partition by itself, then the rest.
 
     ACCESS EXCLUSIVE for moments on the tables that the foreign keys refer to, and on the plain table for our
-    triggers. These stay until the last key is gone: it must not refer to a row that the application deletes.
+    triggers. These stay until the last key is gone: no deleted row may be left in a table that has one.
     """
     table, conn = migration.table, migration.conn
     home = table.home

@@ -7,7 +7,7 @@ still running) cannot write another row. Batches of the copy hold ROW EXCLUSIVE 
 the table, not the row, because table locks are queued fairly: batches in quick succession cannot starve a
 claim.
 
-Objects are kept by name, never by OID, so a migration can carry on in a restored dump.
+Objects are stored by name, never by OID, so a migration can carry on in a restored dump.
 """
 
 from __future__ import annotations
