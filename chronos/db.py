@@ -19,7 +19,7 @@ Statement = sql.Composable
 
 
 def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
-    """An engine for ``url``; each ``connect()`` opens one connection of its own, and no lock is taken."""
+    """An engine for ``url``; each ``connect()`` opens a new connection. No lock is taken."""
     engine = create_engine(
         url,
         poolclass=NullPool,
@@ -27,26 +27,26 @@ def connect_engine(url: URL, *, application_name: str = "chronos") -> Engine:
         hide_parameters=True,
         use_native_hstore=False,
     )
-    # SQLAlchemy asks two questions of every new connection, for hstore and for the current schema, with the
-    # operators and functions that the role's search path has, which may be a stranger's. We need neither.
+    # On every new connection SQLAlchemy queries for hstore and for the current schema, with operators and
+    # functions found through the role's search path, which may be somebody else's. We need neither.
     engine.dialect._get_default_schema_name = lambda _: ""  # type: ignore
     event.listen(engine, "connect", _require_standard_strings)
     return engine
 
 
 def _require_standard_strings(driver: Any, _: object) -> None:
-    """Our statements have backslashes in their strings, and so have those that the parser has taken apart."""
+    """Our statements have backslashes in their strings, and so have those that pglast deparses."""
     if driver.get_parameter_status("standard_conforming_strings") == "off":
         raise RefusedError(
-            "standard_conforming_strings is off for this role or database, so the server would misread what"
-            " chronos tells it; nothing was changed. Connect as a role that has it on: ALTER ROLE ... SET"
+            "standard_conforming_strings is off for this role or database, so the server would misread"
+            " chronos's statements; nothing was changed. Connect as a role that has it on: ALTER ROLE ... SET"
             " standard_conforming_strings = on"
         )
 
 
 @contextmanager
 def opened(engine: Engine) -> Iterator[Connection]:
-    """A connection for the block; one that the server has cut is let go without a word."""
+    """A connection for the block; one that the server has closed is discarded silently."""
     conn = engine.connect()
     try:
         yield conn
@@ -55,7 +55,7 @@ def opened(engine: Engine) -> Iterator[Connection]:
 
 
 def discard(conn: Connection) -> None:
-    """Close a connection, alive or dead; what it had not committed is undone by the server."""
+    """Close a connection, alive or dead; the server rolls back what it had not committed."""
     if conn.closed:
         return
     with suppress(DBAPIError, PendingRollbackError):
@@ -71,7 +71,7 @@ def name(*parts: str) -> sql.Identifier:
 def statement(template: str, **parts: Any) -> sql.Composed:
     """``template`` with each ``{part}`` filled in: a Composable as it is, any other value as a literal.
 
-    The driver does all the quoting, and the text that it yields can be read, logged and run by psql.
+    The driver does all the quoting, and the resulting text can be read, logged and run by psql.
     """
     return sql.SQL(template).format(
         **{
@@ -93,7 +93,7 @@ def render(conn: Connection, query: Statement) -> str:
 
 
 def execute(conn: Connection, query: Statement) -> CursorResult[*tuple[Any, ...]]:
-    """Run one statement, or several separated by semicolons, in the transaction that is open."""
+    """Run one statement, or several separated by semicolons, in the open transaction."""
     return conn.exec_driver_sql(render(conn, query), execution_options={"no_parameters": True})
 
 
@@ -101,12 +101,11 @@ def execute(conn: Connection, query: Statement) -> CursorResult[*tuple[Any, ...]
 def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Connection]:
     """One transaction with UTC, no row filtering and the given ``lock_timeout`` (0: none).
 
-    READ COMMITTED, whatever the role or the database has as its default: what is read after a lock was
-    waited for must be what is there by then.
+    READ COMMITTED, whatever the default of the role or database: what is read after waiting for a lock must
+    be current.
 
-    Its search path is pg_catalog alone: each name is written with its schema, and the server prints
-    it so. The settings are local to the transaction, so a pooler that hands the server connection on
-    leaves them behind.
+    Its search path is pg_catalog alone: we write each name with its schema, and so does the server. The
+    settings are local to the transaction, so a pooler that reuses the server connection does not see them.
     """
     with conn.begin():
         begin(conn, lock_timeout_ms=lock_timeout_ms)
@@ -114,14 +113,14 @@ def transaction(conn: Connection, *, lock_timeout_ms: int = 0) -> Iterator[Conne
 
 
 def begin(conn: Connection, *, lock_timeout_ms: int = 0) -> None:
-    """The settings of ``transaction``, for one that is open already and has done nothing yet."""
+    """The settings of ``transaction``, for one that is already open and has done nothing yet."""
     execute(conn, session_settings(lock_timeout_ms))
 
 
 def session_settings(lock_timeout_ms: int = 0) -> Statement:
     """What ``transaction`` begins with."""
     return statement(
-        # The path first: until then the role's own holds, and somebody's functions may come first there.
+        # The path first: until then the role's own applies, where somebody else's functions may come first.
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path = pg_catalog, pg_temp;\n"
         "SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true),"
         " set_config('row_security', 'off', true), set_config('statement_timeout', '0', true),"
@@ -133,7 +132,7 @@ def session_settings(lock_timeout_ms: int = 0) -> Statement:
 
 
 def no_transaction_timeout() -> Statement:
-    """Switches off for this transaction what servers before 17 do not know."""
+    """Disable transaction_timeout, which servers before 17 do not have, for this transaction."""
     return statement(
         "CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL"
         " THEN set_config('transaction_timeout', '0', true) END"
@@ -141,9 +140,9 @@ def no_transaction_timeout() -> Statement:
 
 
 def application_path() -> Statement:
-    """For what moves rows: functions in the table's checks may count on the role's own search path.
+    """For moving rows: functions in the table's checks may rely on the role's own search path.
 
-    It comes behind pg_catalog, so that no operator or function of anybody's stands before those we mean.
+    It comes after pg_catalog, so that nobody's operator or function takes precedence over the ones we mean.
     """
     return statement("SELECT {setting}", setting=application_path_setting())
 
@@ -163,9 +162,9 @@ def our_path() -> Statement:
 
 @contextmanager
 def autocommit(conn: Connection) -> Iterator[Connection]:
-    """For the block, each message to the server is a transaction by itself: one round trip, not three.
+    """For the block, each message to the server is its own transaction: one round trip, not three.
 
-    A message of several statements is one transaction too, in which local settings hold.
+    A message of several statements is also one transaction, in which local settings apply.
     """
     with conn.begin():
         driver: Any = conn.connection.dbapi_connection
@@ -184,15 +183,15 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def is_lock_failure(error: BaseException) -> bool:
-    """Whether a transaction failed for want of a lock, so that trying again may succeed."""
-    # This is how Citus says that another node could not do its part, be it for a lock or for a connection.
+    """Whether a transaction failed because it got no lock, so that a retry may succeed."""
+    # How Citus reports that another node failed to do its part, whether for a lock or a connection.
     if "failure on connection marked as essential" in str(error):
         return True
     return sqlstate(error) in (errorcodes.LOCK_NOT_AVAILABLE, errorcodes.DEADLOCK_DETECTED)
 
 
 def is_disconnect(error: BaseException) -> bool:
-    """Whether the server went away or cut the connection, as opposed to refusing a statement."""
+    """Whether the server went away or closed the connection, as opposed to rejecting a statement."""
     if not isinstance(error, DBAPIError):
         return False
     code = sqlstate(error)
@@ -205,17 +204,17 @@ def is_disconnect(error: BaseException) -> bool:
     )
 
 
-# Conflicts, resources that ran out, a lock, an operator who stepped in, trouble with the system.
+# Conflicts, exhausted resources, a lock, operator intervention, system errors.
 _PASSING = ("40", "53", "55", "57", "58")
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same statement may succeed another time: the connection was lost, or something ran out."""
+    """Whether the same statement may succeed later: see _PASSING, or the connection was lost."""
     return is_disconnect(error) or (sqlstate(error) or "")[:2] in _PASSING
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what a driver error says, without the statement and its values."""
+    """The first line of a driver error, without the statement and its values."""
     original = error.orig if isinstance(error, DBAPIError) else error
     lines = str(original).strip().splitlines()
     return lines[0].strip() if lines else type(original).__name__

@@ -1,7 +1,7 @@
-"""The SQL functions that keep tables in partitions: a pair for each table, and one that does their work.
+"""The SQL functions that maintain partitions: a pair for each table, and a shared pair that does the work.
 
-The pair of a table is in the hands of the table's owner. The other serves all tables of the schema; whose it
-may be is said in sql/shared_functions_check.sql.
+A table's pair belongs to the table's owner. The shared pair serves all tables of the schema;
+sql/shared_functions_check.sql says who may own it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chronos import commands
 from chronos.agreement import require_agreement
-from chronos.catalog.ddl import nobody_calls, script
+from chronos.catalog.ddl import revoke_execute, script
 from chronos.catalog.locate import require_located
 from chronos.catalog.shape import TableShape, read
 from chronos.db import Statement, execute, joined, name, one_line, opened, sqlstate, statement, transaction
@@ -27,7 +27,7 @@ _INSUFFICIENT_PRIVILEGE = "42501"
 
 
 def function_statements(shape: TableShape) -> list[Statement]:
-    """Create the functions, or replace their text. Raises insufficient_privilege, see ``distrusted``."""
+    """Create the functions, or replace them. Raises insufficient_privilege, see ``distrusted``."""
     table = shape.spec
     return [
         *installation(table, shape.owner),
@@ -42,13 +42,13 @@ def function_statements(shape: TableShape) -> list[Statement]:
         *(
             query
             for function in table.functions
-            for query in nobody_calls(shape, name(table.home, function), "integer")
+            for query in revoke_execute(shape, name(table.home, function), "integer")
         ),
     ]
 
 
 def installation(table: TableSpec, owner: str) -> list[Statement]:
-    """The functions for a table of ``owner``; its own pair belongs to the current user as yet."""
+    """The functions for a table of ``owner``; its own pair still belongs to the current user."""
     return [_script(file, table, owner) for file in ("shared_functions_check.sql", "partition_functions.sql")]
 
 
@@ -66,9 +66,9 @@ def _script(file: str, table: TableSpec, owner: str) -> Statement:
 
 
 def distrusted(conn: Connection, shape: TableShape) -> str | None:
-    """Why the functions cannot be installed for a table of this owner by the current user; None: they can.
+    """Why the current user cannot install the functions for a table of this owner; None if they can.
 
-    Changes nothing. In a transaction, whose end other installations in the schema wait for.
+    Changes nothing. In a transaction; other installations in the schema wait until it ends.
     """
     try:
         with conn.begin_nested():
@@ -81,12 +81,12 @@ def distrusted(conn: Connection, shape: TableShape) -> str | None:
 
 
 def upgrade(engine: Engine, *tables: TableSpec, listed_in: Path | None = None) -> list[str]:
-    """Install the functions of this version for each of ``tables``, or for none; safe to call again.
+    """Install this version's functions for all of ``tables``, or for none; safe to call again.
 
-    A plain table that is not being migrated gets none: nothing would take them away again. Returns what was
-    done, a sentence for each. No lock on the tables. Raises RefusedError when there is no such table, all
-    of them are plain, one lacks its time column or is not as ``listed_in`` says, or the current user must
-    not or cannot install them.
+    A plain table that is not being migrated gets none: nothing would remove them again. Returns a sentence
+    for each table. No lock on the tables. Raises RefusedError when a table does not exist, all of them are
+    plain, one lacks its time column or disagrees with ``listed_in``, or the current user must not or cannot
+    install them.
     """
     with opened(engine) as conn:
         located = [require_located(conn, table, listed_in) for table in tables]
@@ -112,7 +112,7 @@ def upgrade(engine: Engine, *tables: TableSpec, listed_in: Path | None = None) -
                 execute(conn, joined(function_statements(shape), ";\n"))
                 functions = " and ".join(f"{quoted(table.home)}.{quoted(f)}" for f in table.functions)
                 changed = definitions(conn, table) != before
-                done.append(f"Installed {functions}" if changed else f"{functions} are current already")
+                done.append(f"Installed {functions}" if changed else f"{functions} are already current")
     return [*done, *without]
 
 
@@ -120,7 +120,7 @@ def _is_plain(conn: Connection, table: TableSpec) -> bool:
     return states.relkind(conn, table.home, table.name) == "r" and states.read(conn, table) is None
 
 
-# pg_get_functiondef tells neither owner nor privileges nor comment.
+# pg_get_functiondef includes neither owner nor privileges nor comment.
 _DEFINITIONS = r"""
 SELECT f.signature, concat(
     pg_get_functiondef(p.oid),
@@ -143,9 +143,9 @@ ORDER BY 1
 
 
 def definitions(conn: Connection, table: TableSpec) -> dict[str, str]:
-    """What stands under the names of the table's own pair: signature -> the statements that make it again.
+    """The functions that have the names of the table's own pair: signature -> statements that recreate it.
 
-    To be called inside ``db.transaction``, whose search path makes the server print each name in full.
+    Call it inside ``db.transaction``, whose search path makes the server print each name in full.
     """
     names = joined([statement("{f}", f=function) for function in table.functions])
     rows = execute(conn, statement(_DEFINITIONS, schema=table.home, names=names)).all()
@@ -160,14 +160,14 @@ WHERE p.oid = to_regprocedure(format('%I.%I(integer)', {schema}, {function}))
 
 
 def grace_days(conn: Connection, table: TableSpec) -> int:
-    """For how many days the function that drops leaves a partition detached. No lock."""
+    """For how many days the drop function leaves a partition detached. No lock."""
     query = statement(_GRACE, schema=table.home, function=table.drop_function)
     found: int = execute(conn, query).scalar_one()
     return found
 
 
 def grace_disagrees(table: TableSpec, installed: int) -> str | None:
-    """What to do when the function has another ``grace_days`` than the configuration; None: it has not."""
+    """What to do if the function's ``grace_days`` differs from the configuration; None if it does not."""
     if installed == table.grace_days:
         return None
     return (
@@ -197,5 +197,5 @@ $do$"""
 
 
 def drop_unused_statement(table: TableSpec) -> Statement:
-    """Drop the pair that all tables of the schema share, unless a table's own still calls it."""
+    """Drop the pair that all tables of the schema share, unless a table's own pair still calls it."""
     return statement(_DROP_UNUSED, schema=table.home)

@@ -1,7 +1,7 @@
-"""Strong locks in short attempts: who holds them, what would end it, and one more attempt after a pause.
+"""Strong locks in short attempts: who holds them, what would end that, and a retry after a pause.
 
-Whoever waits long in the lock queue stops everybody behind. So an attempt waits 100 ms at most, lets go,
-and says who was in the way. Only when attempts fail for long may each wait longer, up to the operator's
+A long wait in the lock queue blocks everybody behind it. So an attempt waits 100 ms at most, gives up its
+place, and says who was in the way. Only when attempts keep failing may each wait longer, up to the operator's
 ``--max-lock-wait``.
 """
 
@@ -24,7 +24,7 @@ Tables = list[tuple[str, str]]
 
 _POLL_S = 0.02
 _GRACE_S = 0.05
-# What the server has instead of a query that the current user may not see.
+# What the server shows instead of a query that the current user may not see.
 _NOT_SHOWN = "<insufficient privilege>"
 
 
@@ -33,9 +33,9 @@ class Patience:
     """How long to wait for a lock, and how often.
 
     An attempt waits ``shortest_s`` seconds; after ``short_attempts`` of them each waits twice as long as the
-    one before, up to ``longest_s``: nobody queues behind us for longer. ``attempts`` bounds the whole. The
+    one before, up to ``longest_s``: nobody queues behind us for longer. ``attempts`` is the maximum. The
     pause between two attempts doubles up to ``longest_pause_s`` and is jittered, so that two waiters do not
-    meet again and again.
+    keep colliding.
     """
 
     shortest_s: float = 0.1
@@ -51,7 +51,7 @@ class Patience:
         grown = self.shortest_s * 2.0 ** min(max(0, attempt - self.short_attempts), 16)
         if grown < self.longest_s:
             return grown
-        # A moment more than the deadlock_timeout of most servers, after which they call autovacuum off.
+        # Slightly more than the usual deadlock_timeout, after which the server cancels a blocking autovacuum.
         return self.longest_s + (_GRACE_S if self.longest_s >= 1 else 0)
 
     def pause_s(self, attempt: int) -> float:
@@ -62,7 +62,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class LockConflict:
-    """Why an attempt came to nothing: the whole ``text``, and of it ``what`` is waited for, ``who`` is in the
+    """Why an attempt failed: the whole ``text``, and its parts: ``what`` was waited for, ``who`` was in the
     way (a pid and its application) and the ``remedy``, the statement that would end that; empty if unknown.
     """
 
@@ -76,7 +76,7 @@ class LockConflict:
 
 
 class BlockedError(Exception):
-    """What an attempt needs is not to be had now, though no lock was refused."""
+    """An attempt cannot get what it needs now, though no lock was refused."""
 
     def __init__(self, conflict: LockConflict) -> None:
         super().__init__(conflict.text)
@@ -85,7 +85,7 @@ class BlockedError(Exception):
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a lock that we wait for: a session by its pid, or a prepared transaction by its gid."""
+    """The holder of a lock that we wait for: a session by its pid, or a prepared transaction by its gid."""
 
     pid: int | None
     gid: str | None
@@ -114,7 +114,7 @@ class LockHolder:
             return f"{self.who}, open for {self.seconds:.0f} s; {self.remedy} would end it"
         if self.query == _NOT_SHOWN:
             return (
-                f"{self.who}, of a role whose queries only a member of pg_monitor sees;"
+                f"{self.who}, of a role whose queries only members of pg_monitor can see;"
                 f" {self.remedy} would end it"
             )
         doing = f", query: {self.query}" if self.query else ""
@@ -122,8 +122,8 @@ class LockHolder:
         return f"{self.who}, {state} for {self.seconds:.0f} s{doing}; {self.remedy} would end it"
 
 
-# A query may quote a row: the first words say what it is, and no more of it is shown; nor may it tell the
-# terminal what to do.
+# A query may contain a row's data, so only its first words are shown, without literals; and no control
+# characters reach the terminal.
 _HOLDERS = r"""
 WITH held AS (
     SELECT DISTINCT l.pid, l.virtualtransaction FROM pg_locks l
@@ -153,7 +153,7 @@ ORDER BY age DESC
 def lock_holders(conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -> list[LockHolder]:
     """Who holds locks on ``tables`` (schema, name), the oldest first; takes no lock itself.
 
-    ``ours`` are the pids of our own other connections, which are no holders to wait for.
+    ``ours`` are the pids of our own other connections, which are left out.
     """
     wanted = joined([statement("({schema}, {table})", schema=s, table=t) for s, t in tables])
     mine = statement("{pids}::int[]", pids=list(ours))
@@ -162,7 +162,7 @@ def lock_holders(conn: Connection, tables: Tables, ours: tuple[int, ...] = ()) -
 
 
 def lock_table(schema: str, table: str, mode: str, *, partitions: bool = False) -> Statement:
-    """LOCK TABLE, for this table alone unless its ``partitions`` are to be locked as well."""
+    """LOCK TABLE, for this table alone unless its ``partitions`` are to be locked too."""
     return statement(
         "LOCK TABLE {only}{table} IN {mode} MODE",
         only=sql.SQL("" if partitions else "ONLY "),
@@ -172,7 +172,7 @@ def lock_table(schema: str, table: str, mode: str, *, partitions: bool = False) 
 
 
 class Attempt:
-    """One short transaction on ``conn``; a lock that is not to be had ends it without an error."""
+    """One short transaction on ``conn``; a lock that it cannot get ends it without an error."""
 
     def __init__(self, locks: Locks, conn: Connection, wait_s: float) -> None:
         self._locks = locks
@@ -185,18 +185,18 @@ class Attempt:
 
     @property
     def left_s(self) -> float:
-        """Seconds left of what others may have to wait for this attempt."""
+        """Seconds left of the time that others may have to wait for this attempt."""
         return max(self.wait_s - (time.monotonic() - self.asked), 0.0)
 
     def asks_now(self) -> None:
-        """For work that first looks around: only from here on does anybody wait."""
+        """Call it after preliminary checks: others wait only from here on."""
         self.asked = time.monotonic()
 
     def __enter__(self) -> Connection:
         self._transaction = self._conn.begin()
         begin(self._conn, lock_timeout_ms=max(1, round(self.wait_s * 1000)))
-        # Nobody behind our lock need wait for the disk as well: a commit that anybody makes
-        # after ours takes ours along to the disk, so after a crash both are there, or neither.
+        # Sessions behind our lock need not wait for the disk too: any later commit flushes ours with it, so
+        # after a crash both are there, or neither.
         execute(self._conn, statement("SELECT set_config('synchronous_commit', 'off', true)"))
         return self._conn
 
@@ -227,10 +227,9 @@ class Attempt:
 class Locks:
     """Attempts at strong locks: ``for attempt in locks.attempts(...): with attempt as conn: ...``.
 
-    ``on_blocked`` is told of each attempt that came to nothing; it may raise to give up.
-    ``longest_s`` is the longest that any attempt lasted from the moment it asked for the strong lock,
-    waiting and working together: nobody can have stood behind one of ours for longer than that;
-    ``last_s`` is that of the last attempt.
+    ``on_blocked`` is called for each failed attempt; it may raise to give up. ``longest_s`` is the longest
+    that any attempt took from the moment it asked for the strong lock, waiting and working together: no
+    session can have waited behind one of ours for longer; ``last_s`` is that of the last attempt.
     """
 
     def __init__(
@@ -256,10 +255,10 @@ class Locks:
         raise LockUnavailableError(f"gave up {conflict} ({number} attempts)")
 
     def _wait_for_a_gap(self, conn: Connection, tables: Tables, ours: tuple[int, ...]) -> None:
-        """Until one of the holders has let go: the best moment to ask is before it comes back.
+        """Wait until one of the holders has let go: the best moment to ask is before it comes back.
 
-        Two readers whose queries follow each other closely, out of step, may never leave a gap by themselves;
-        who comes back while we ask has to wait, and falls into step with the other.
+        Two readers with overlapping queries may never leave a gap by themselves; one that comes back while we
+        ask must wait, and falls into step with the other.
         """
         before: set[int] | None = None
         for _ in range(round(self.patience.longest_pause_s / _POLL_S)):
@@ -274,7 +273,7 @@ class Locks:
         with transaction(conn):
             holders = lock_holders(conn, tables, ours)
         what = f"a lock on {' and '.join(dict.fromkeys(table for _, table in tables))}"
-        gone = "a session that is gone by now"
+        gone = "a session that has since gone"
         held_by = "; ".join(map(str, holders[:3])) or gone
         first = holders[0] if holders else None
         return LockConflict(

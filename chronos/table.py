@@ -25,12 +25,12 @@ def derived_name(base: str, suffix: str) -> str:
 
 
 def quoted(identifier: str) -> str:
-    """An identifier as one types it in SQL: in quotes where it needs them, behind the name of a schema."""
+    """An identifier as you type it in SQL after a schema name: in quotes only if it needs them."""
     return identifier if re.fullmatch(r"[a-z_][a-z0-9_]*", identifier) else in_quotes(identifier)
 
 
 def in_quotes(identifier: str) -> str:
-    """An identifier in quotes, which make it safe wherever it stands."""
+    """An identifier in quotes, safe anywhere."""
     return '"' + identifier.replace('"', '""') + '"'
 
 
@@ -92,17 +92,17 @@ class Period:
     end: datetime
 
     def __str__(self) -> str:
-        """``2025-10-22``, with the time of day where the period does not begin at midnight UTC."""
+        """``2025-10-22``, with the time of day unless the period begins at midnight UTC."""
         return f"{self.start:%Y-%m-%d}" if self.start.time() == time() else f"{self.start:%Y-%m-%d %H:%M}"
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table that chronos keeps in partitions. ``schema`` is None until the table has been located.
+    """A table that chronos partitions. ``schema`` is None until the table has been located.
 
     ``column`` is the time column; ``retention_days`` None means that every row is kept and copied;
-    ``ahead_days`` is how far ahead partitions are made; ``grace_days`` for how long an expired partition
-    stays detached before it is dropped, 0: it is dropped at once.
+    ``ahead_days`` is how far ahead partitions are created; ``grace_days`` how long an expired partition stays
+    detached before it is dropped, 0: it is dropped at once.
     """
 
     name: str
@@ -118,13 +118,13 @@ class TableSpec:
 
     @classmethod
     def named(cls, text: str) -> TableSpec:
-        """The table that ``text`` names as SQL does: ``t``, ``schema.t``, ``"Sales"."Order Events"``.
+        """The table that ``text`` names in SQL syntax: ``t``, ``schema.t``, ``"Sales"."Order Events"``.
 
-        What stands in no quotes is folded to lower case. Raises ValueError when it is no such name.
+        Unquoted parts are folded to lower case. Raises ValueError when it is not such a name.
         """
         parts = re.fullmatch(rf"{_PART}(?:\.{_PART})?", text.strip())
         if parts is None:
-            raise ValueError(f'{text} is no name of a table as SQL writes it: t, schema.t or "Any Name"')
+            raise ValueError(f'{text} is not a table name in SQL syntax: t, schema.t or "Any Name"')
         first, second = (
             p and (p[1:-1].replace('""', '"') if p.startswith('"') else p.lower()) for p in parts.groups()
         )
@@ -132,7 +132,7 @@ class TableSpec:
 
     @property
     def typed(self) -> str:
-        """The name as one types it in SQL, with the schema where that is known."""
+        """The name as you type it in SQL, with the schema if that is known."""
         return ".".join(quoted(part) for part in (self.schema, self.name) if part is not None)
 
     @property
@@ -152,7 +152,7 @@ class TableSpec:
 
     @property
     def history(self) -> str:
-        """The name of the plain table once it has become a partition, of all that was before a bound."""
+        """The name of the plain table once it has become the partition for all rows before a bound."""
         return f"{self.name}_history"
 
     @property
@@ -187,19 +187,19 @@ class TableSpec:
 
     @property
     def unlink_function(self) -> str:
-        """The trigger function that takes a deleted row out of the table that is not in use."""
+        """The trigger function that deletes the copy of a deleted row from the table not in use."""
         return f"{self.name}_unlink_copy"
 
     @property
     def snapshot_function(self) -> str:
-        """The trigger function that lets no UPDATE run under a snapshot from before the swap."""
+        """The trigger function that rejects UPDATE and DELETE under a snapshot from before the swap."""
         return f"{self.name}_note_snapshot"
 
     @property
     def note_triggers(self) -> tuple[str, ...]:
-        """The triggers that belong to chronos, and to no shape of the table."""
+        """The triggers that belong to chronos, and are not part of the table's shape."""
         noting = (f"{self.name}_note_{w}" for w in ("insert", "update", "delete", "truncate", "snapshot"))
-        # Triggers fire in the order of their names: this one after whatever else fires before a change.
+        # Triggers fire in name order: this one after all other BEFORE triggers.
         return *noting, f"~{self.name}_unlink"
 
     @property
@@ -233,7 +233,7 @@ class TableSpec:
             period = Period(period.end, self.every.next(period.end))
 
     def wanted(self, now: datetime, *, back: bool = True) -> list[Period]:
-        """The periods that should have a partition: those within retention, today's, those ahead."""
+        """The periods that should have a partition: those within retention, today's, and those ahead."""
         today = midnight(now.astimezone(UTC).date())
         first = now
         if back and self.retention_days is not None:
@@ -272,7 +272,7 @@ class TableSpec:
 
 
 def _toml(text: str) -> str:
-    """A string of TOML, which writes strings as JSON does."""
+    """A TOML string, which is written like a JSON string."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -76,7 +76,7 @@ def test_held_before_the_swap_it_can_be_resumed(
         before = dump(database, pg_bin)
         output = table.run(*MIGRATE, "--hold")
         assert "[Step 6/6]" not in output
-        assert "inserts fail until it has" in output
+        assert "UTC on fail until the swap" in output
         assert phase(database) == "ready"
         assert is_plain(database)
         output = table.run(*RESUME, swaps=1)

@@ -59,7 +59,7 @@ REFUSED = [
     (
         "not-ordinary-table",
         "ALTER TABLE webhook_log SET UNLOGGED",
-        "webhook_log is no ordinary table",
+        "webhook_log is not an ordinary table",
     ),
     (
         "names-taken",
@@ -92,18 +92,18 @@ REFUSED = [
     (
         "no-key",
         "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_pkey",
-        "webhook_log has no key by which a changed row could be found again",
+        "webhook_log has no key to find a changed row by",
     ),
     (
         "no-key",
         "ALTER TABLE webhook_log DROP CONSTRAINT webhook_log_pkey, ALTER id DROP NOT NULL;"
         " CREATE UNIQUE INDEX nullable ON webhook_log (id, timestamp)",
-        "webhook_log has no key by which a changed row could be found again",
+        "webhook_log has no key to find a changed row by",
     ),
     (
         "no-time-index",
         "DROP INDEX by_time; CREATE INDEX by_time ON webhook_log USING brin (timestamp)",
-        "no index begins with timestamp, by which the migration finds the rows of a period;"
+        "no index begins with timestamp, and the migration needs one to find the rows of a period;"
         ' CREATE INDEX CONCURRENTLY ON public.webhook_log ("timestamp")',
     ),
     (
@@ -114,7 +114,7 @@ REFUSED = [
     (
         "unique-without-time",
         "CREATE UNIQUE INDEX only_id ON webhook_log (id, status)",
-        "the unique index only_id does not hold the timestamp",
+        "the unique index only_id does not include timestamp",
     ),
     (
         "exclusion-constraint",
@@ -135,14 +135,14 @@ REFUSED = [
     (
         "inbound-fk",
         "CREATE TABLE retry (log_id bigint REFERENCES webhook_log)",
-        "table public.retry has a foreign key (retry_log_id_fkey) to webhook_log, whose (id)"
+        "table public.retry has a foreign key (retry_log_id_fkey) to webhook_log, where (id)"
         " alone will not be unique; drop it first",
     ),
     (
         "inbound-fk",
         "CREATE UNIQUE INDEX pair ON webhook_log (id, timestamp); CREATE TABLE retry (id bigint,"
         " at timestamptz, FOREIGN KEY (id, at) REFERENCES webhook_log (id, timestamp))",
-        "table public.retry has a foreign key (retry_id_at_fkey) to webhook_log, and would go on"
+        "table public.retry has a foreign key (retry_id_at_fkey) to webhook_log, and would keep"
         " referring to webhook_log_old; drop it first",
     ),
     (
@@ -179,7 +179,7 @@ REFUSED = [
         "transition-tables",
         "CREATE TRIGGER t AFTER UPDATE ON webhook_log REFERENCING NEW TABLE AS n FOR EACH ROW"
         " EXECUTE FUNCTION note()",
-        "trigger t has transition tables for each row",
+        "row trigger t has transition tables",
     ),
     (
         "unknown-dependent",
@@ -196,7 +196,7 @@ REFUSED = [
         "replica-identity-index",
         "CREATE UNIQUE INDEX u ON webhook_log (id, timestamp); ALTER TABLE webhook_log REPLICA"
         " IDENTITY USING INDEX u",
-        "the replica identity of webhook_log is an index of its own",
+        "the replica identity of webhook_log is an index, which its partitions do not inherit",
     ),
     (
         "typed-table",
@@ -212,7 +212,7 @@ REFUSED = [
     (
         "statistics-elsewhere",
         "CREATE SCHEMA away; CREATE STATISTICS away.pair ON id, status FROM webhook_log",
-        "extended statistics pair stand in another schema",
+        "extended statistics pair are in another schema",
     ),
     (
         "rows-without-a-place",
@@ -296,7 +296,7 @@ def test_rows_beyond_the_last_partition_are_named_with_the_last_day(database: st
     found = surveyed(database)
     day = f"{found.now + timedelta(days=30):%Y-%m-%d}"
     assert [b.id for b in found.blockers] == ["rows-without-a-place"]
-    assert f"of 1 row lies after {day}, the last day that gets a partition" in found.blockers[0].text
+    assert f"of 1 row lies after {day}, the last day with a partition" in found.blockers[0].text
 
 
 def test_many_partitions_are_a_warning_that_names_the_next_wider_interval(database: str) -> None:
@@ -307,7 +307,7 @@ def test_many_partitions_are_a_warning_that_names_the_next_wider_interval(databa
     with connect_engine(make_url(database)).connect() as conn, transaction(conn):
         [warning] = [w for w in warnings(conn, found) if w.id == "many-partitions"]
     assert re.match(
-        r"about 1,1\d\d partitions, each of one hour, .*; by the day it would be 46$", warning.text
+        r"about 1,1\d\d partitions, one per hour, .*; with one per day there would be 46$", warning.text
     )
 
 
@@ -364,17 +364,17 @@ def test_checks_work_for_any_table_and_column_name(database: str) -> None:
         '  USING (n IN (SELECT count(*) FROM "Odd Place"."Event % Log"));',
     )
     assert [str(b) for b in surveyed(database, spec).blockers] == [
-        "no index begins with At, by which the migration finds the rows of a period;"
+        "no index begins with At, and the migration needs one to find the rows of a period;"
         ' CREATE INDEX CONCURRENTLY ON "Odd Place"."Event % Log" ("At"); [no-time-index]',
-        "the check constraint few is NO INHERIT, which a partitioned table cannot have; drop it, and add it"
-        " again without [no-inherit]",
-        "table public.child has a foreign key (child_tenant_no_fkey) to Event % Log, whose (tenant, No) alone"
+        "the check constraint few is NO INHERIT, which a partitioned table cannot have; drop it and add it"
+        " again without NO INHERIT [no-inherit]",
+        "table public.child has a foreign key (child_tenant_no_fkey) to Event % Log, where (tenant, No) alone"
         " will not be unique; drop it first: ALTER TABLE public.child DROP CONSTRAINT child_tenant_no_fkey;"
-        " afterwards refer to a lookup table, which is a plain table of these keys that a trigger fills; or"
-        " make it composite, which keeps partitions from being dropped: ALTER TABLE public.child ADD FOREIGN"
+        " afterwards refer to a lookup table, a plain table of these keys that a trigger fills; or make it"
+        " composite, which stops retention from dropping partitions: ALTER TABLE public.child ADD FOREIGN"
         ' KEY ("tenant", "no", ...) REFERENCES "Odd Place"."Event % Log" ("tenant", "No", "At");'
         " [inbound-fk]",
-        "policy own reads Event % Log itself, and would go on reading Event % Log_old; drop it first"
+        "policy own reads Event % Log itself, and would keep reading Event % Log_old; drop it first"
         " [policy-reads-table]",
     ]
     query(
@@ -414,7 +414,7 @@ def test_a_name_that_is_too_long_is_refused(database: str) -> None:
     query(database, _TABLE.replace("webhook_log", spec.name))
     [found] = surveyed(database, spec).blockers
     assert found.id == "name-too-long"
-    assert "rename the table: 38 bytes are the most" in found.text
+    assert "rename the table, to at most 38 bytes" in found.text
 
 
 def test_without_retention_everything_since_the_oldest_row_is_kept(database: str) -> None:
@@ -497,7 +497,7 @@ def test_a_slot_for_a_publication_by_table_sends_no_copied_row(database: str) ->
 @pytest.mark.parametrize(
     ("tables", "remedy"),
     [
-        ("ALL TABLES", "make the publication again, FOR TABLE"),
+        ("ALL TABLES", "create the publication again, FOR TABLE"),
         ("TABLES IN SCHEMA public", "ALTER PUBLICATION sent DROP TABLES IN SCHEMA public, and ADD TABLE"),
     ],
 )
@@ -518,7 +518,7 @@ def test_a_slot_of_another_plugin_is_refused_unless_duplicates_are_accepted(data
     with slot(database, "$libdir/pgoutput") as name:
         [found] = surveyed(database).blockers
         assert found.id == "slot-sends-everything"
-        assert f"replication slot {name} sends whatever is written in this database" in found.text
+        assert f"replication slot {name} sends everything written in this database" in found.text
         assert f"SELECT pg_drop_replication_slot('{name}')" in found.text
         assert found.text.endswith(f"--accept-duplicates {name}")
         assert chronos(database, "migrate", "--yes", "--hold").returncode == 2
@@ -653,5 +653,5 @@ CREATE FUNCTION fine() RETURNS void LANGUAGE sql AS $$
         ("serial-sequence", "public.last_id"),
     ]
     [isolation] = [w for w in found if w.id == "repeatable-read"]
-    assert isolation.text.startswith("this database has transactions REPEATABLE READ")
+    assert isolation.text.startswith("this database defaults to REPEATABLE READ")
     assert "currval('public.webhook_log_id_seq')" in next(w.text for w in found if w.id == "serial-sequence")

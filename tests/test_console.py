@@ -15,7 +15,7 @@ from chronos.migration.throttle import Lag
 from chronos.table import WEBHOOK_LOG, Interval, Period, TableSpec, midnight
 
 STOPPED = (
-    "Error: stopped as asked in step 3; nothing is lost, and the application can go on writing. Carry on"
+    "Error: stopped as asked in step 3; nothing is lost, and the application can keep writing. Carry on"
     " with: python -m chronos.scripts.migrate_to_partitioned_webhook_log --resume; or undo it with:"
     " python -m chronos rollback"
 )
@@ -23,8 +23,8 @@ STOPPED = (
 
 def test_a_terminal_gets_whole_words_and_commands_to_copy() -> None:
     assert for_reading(STOPPED, 79).splitlines() == [
-        "Error: stopped as asked in step 3; nothing is lost, and the application can go",
-        "on writing. Carry on with:",
+        "Error: stopped as asked in step 3; nothing is lost, and the application can",
+        "keep writing. Carry on with:",
         "  python -m chronos.scripts.migrate_to_partitioned_webhook_log --resume",
         "or undo it with:",
         "  python -m chronos rollback",
@@ -60,8 +60,8 @@ def test_statements_and_blocks_get_lines_of_their_own_at_any_length() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "to go back by hand with DROP TABLE events CASCADE would drop all else that refers to it; beware",
-        "Detach them first (ALTER TABLE events DETACH PARTITION ...), and move what is left; then go on",
+        "going back with DROP TABLE events CASCADE would drop everything else that refers to it; beware",
+        "Detach them first (ALTER TABLE events DETACH PARTITION ...), and move any rows that belong there",
         "a SELECT of an old snapshot, or a DELETE FROM it, waits; so",
     ],
 )
@@ -155,7 +155,7 @@ def on_a_terminal(width: int) -> tuple[Console, io.StringIO]:
 def test_on_a_terminal_the_partitions_are_one_line() -> None:
     console, file = on_a_terminal(80)
     Output(console).partitions(WEBHOOK_LOG, [day(2026, 11, 11 + n) for n in range(16)])
-    assert file.getvalue() == "Created 16 partitions, one a day: 2026-11-11 to 2026-11-26\n"
+    assert file.getvalue() == "Created 16 partitions, one per day: 2026-11-11 to 2026-11-26\n"
 
 
 def test_on_a_terminal_the_summary_has_one_line_for_all_periods() -> None:
@@ -203,7 +203,7 @@ def test_in_a_pipe_each_attempt_at_a_lock_is_a_line() -> None:
     output = Output(Console(file=file, width=80, color_system=None, soft_wrap=True))
     output.waiting(HELD, 1)
     output.close()
-    assert file.getvalue() == f"  {HELD.text} (attempt 1, trying again)\n"
+    assert file.getvalue() == f"  {HELD.text} (attempt 1, retrying)\n"
 
 
 def test_a_terminal_that_cannot_rewrite_a_line_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:

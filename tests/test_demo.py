@@ -351,7 +351,7 @@ def test_the_demo_fits_on_two_screens_of_forty_lines(strategy: str) -> None:
     for title in [f"[Step {number}/6]" for number in range(1, 7)]:
         assert any(line.startswith(title) for line in lines), title
     assert any(re.fullmatch(r"  Reads that missed rows +0 of [1-9]\d*", line) for line in lines)
-    history = "webhook_log_history, all before "
+    history = "webhook_log_history, all rows before "
     assert any(line.startswith(history) for line in lines) == (strategy == "attach")
 
 

@@ -197,7 +197,7 @@ def test_a_partition_being_read_is_detached_by_a_later_call(database: str, own: 
         assert drop(cur, 15) == []
         own.commit()
         assert attached(cur) == [used, *leaves(cur, -15, 0)]
-        with pytest.raises(errors.LockNotAvailable, match=f"somebody is using them: {used}"):
+        with pytest.raises(errors.LockNotAvailable, match=f"they are in use: {used}"):
             drop(cur, 15)
         own.rollback()
     detach(own)
@@ -339,9 +339,8 @@ def test_a_rollback_names_days_since_the_swap_that_are_only_detached(database: s
     )
     refused = chronos(database, "rollback", "--yes")
     assert refused.returncode == 2
-    assert f"no other table than those that wait detached; attach them first: {written_since}" in " ".join(
-        refused.stderr.split()
-    )
+    said = " ".join(refused.stderr.split())
+    assert f"no other table than those still waiting detached; attach them first: {written_since}" in said
 
 
 def test_a_rollback_names_the_detached_tables_that_nobody_drops_any_more(database: str) -> None:

@@ -386,7 +386,7 @@ def test_a_full_disk_during_the_copy_is_rolled_back_with_a_remedy(database: str)
     [line] = result.stderr.splitlines()
     assert "step 3 " in line
     assert "could not extend file" in line
-    assert "rolled back: webhook_log is the plain table it was, with every row. Make room" in line
+    assert "rolled back: webhook_log is the plain table it was before, with every row. Make room" in line
     assert line.endswith(" --strategy attach [disk-full]"), line
     assert (relations(database), digest(database)) == (before, rows)
 
@@ -745,7 +745,7 @@ def test_held_before_the_swap_later_writes_are_replayed(database: str) -> None:
     with LiveWriter(database, threads=2, rate=200, past_share=0.3) as writer:
         held = chronos(database, "migrate", "--yes", "--hold")
         assert held.returncode == 0, held.stdout + held.stderr
-        assert "READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED" in held.stdout
+        assert "READY: EVERYTHING IS COPIED AND COMPARED; NO NAME HAS CHANGED YET" in held.stdout
         assert "[Step 6/6]" not in held.stdout
         assert "Next:" not in held.stdout
         assert state(database) == ("ready", False)
@@ -831,7 +831,7 @@ def test_a_truncate_before_the_swap_ends_the_migration(database: str, when: str)
             code = process.returncode
 
     assert code == 1, output + errors
-    assert "webhook_log was emptied by TRUNCATE while it was copied" in errors
+    assert "webhook_log was emptied by TRUNCATE during the copy" in errors
     assert "rolled back: webhook_log is the plain table it was" in errors
     assert state(database) is None
     assert digest(database)[0] == 0

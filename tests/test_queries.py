@@ -254,7 +254,7 @@ def test_each_statement_gets_advice_that_names_what_is_wrong() -> None:
     }
     assert list(found.values()) == [Why.KEY, Why.FUNCTION, Why.ROW, Why.LIMIT, Why.OR, None]
     assert Why.FUNCTION.advice("at") == (
-        "at stands in an expression: compare the bare column, at >= ... AND at < ..."
+        "at is inside an expression: compare the bare column, at >= ... AND at < ..."
     )
 
 
@@ -415,5 +415,5 @@ def test_without_the_parser_one_line_says_how_to_install_it(
         found = workload(conn, _LOG, _PARTITIONS)
     assert found.statements == ()
     assert found.notes == (
-        "to read the statements takes the package pglast: pip install pglast (the extra plan)",
+        "reading the statements needs the package pglast: pip install pglast (the extra plan)",
     )

@@ -106,10 +106,10 @@ def test_a_complete_run_reports_who_where_when_what_and_how_to_roll_back(
         f"--batch-size 500 --report {path}",
         "PostgreSQL",
         "Notes replayed",
-        "Swap, all in all",
+        "Swap, in total",
         f"{rows:,} rows in 16 partitions",
-        "every one is equal to its origin",
-        "no attempts at a lock came to nothing",
+        "each is equal to its source",
+        "no failed attempts at a lock",
         "python -m chronos status",
         "python -m chronos finalize",
         "python -m chronos rollback",
@@ -226,7 +226,7 @@ def test_a_failed_run_writes_a_partial_report_that_says_so(database: str, tmp_pa
     assert found["outcome"] == "failed"
     assert found["last_step"] == 6
     assert f"Error: {found['message']}\n" == result.stderr
-    assert found["tables"] == "webhook_log is the plain table it was, with every row."
+    assert found["tables"] == "webhook_log is the plain table it was before, with every row."
     assert (found["watch"], found["go_back"]) == ([], [])
 
 
@@ -298,7 +298,7 @@ def test_charts_of_thousands_of_periods_stay_small() -> None:
     assert chart is not None
     assert len(chart.bars) <= 62
     assert [bar.well for bar in chart.bars].count(False) == 1
-    assert "one differs from its origin" in chart.says
+    assert "one differs from its source" in chart.says
     assert rows_chart([]) is None
     assert rate_chart([{"seconds": 0.0, "rows": 0}], []) is None
 

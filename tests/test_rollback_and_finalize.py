@@ -335,7 +335,7 @@ def test_rollback_after_a_manual_one_reports_and_removes_what_is_left(database: 
     result = chronos(database, "rollback", "--yes")
 
     assert result.returncode == 0, result.stderr
-    assert "webhook_log was put back by hand before; what was left over is gone" in result.stdout
+    assert "webhook_log had been put back by hand; the remains are removed" in result.stdout
     assert (relations(database), shape(database)) == before
     again = chronos(database, "rollback", "--yes")
     assert again.returncode == 2
@@ -487,7 +487,7 @@ def test_finalize_refuses_when_the_old_table_was_written_to(database: str) -> No
 
     assert result.returncode == 2
     assert (
-        "1 rows of webhook_log_old were written after the swap. See whether webhook_log has them"
+        "1 rows of webhook_log_old were written after the swap. Check whether webhook_log has them"
         in result.stderr
     )
     assert relations(database) == before
@@ -532,7 +532,7 @@ def test_rollback_refuses_when_both_tables_have_a_row_with_the_same_key(database
     refused = chronos(database, "rollback", "--yes")
 
     assert refused.returncode == 2
-    assert "1 rows were written to webhook_log_old after the swap under keys that webhook_log has" in (
+    assert "1 rows were written to webhook_log_old after the swap with keys that webhook_log also has" in (
         refused.stderr
     )
     assert (relations(database), phase(database)) == (before, "migrated")

@@ -20,17 +20,17 @@ from tests.tables import digest, planned, query, relations, value
         ("CREATE INDEX by_status ON webhook_log (status)", "by_status"),
         (
             "INSERT INTO webhook_log (id, status, timestamp) SELECT 500, 'again', now()",
-            "takes only one of each: 500; delete one, or give it another key [repeated-key]",
+            "allows only one: 500; delete one, or give it another key [repeated-key]",
         ),
         (
             "INSERT INTO webhook_log (id, status, timestamp) VALUES (900, 'once', now()),"
             " (900, 'twice', now() - interval '1 day')",
-            "takes only one of each: 900",
+            "allows only one: 900",
         ),
         (
             "DO $$ BEGIN EXECUTE format('TRUNCATE %s',"
             " (SELECT tableoid::regclass FROM webhook_log WHERE id = 480)); END $$",
-            "were emptied by TRUNCATE, which is not noted for a single partition",
+            "were emptied by TRUNCATE, which is not noted for single partitions",
         ),
         (
             "ALTER TABLE webhook_log DISABLE TRIGGER webhook_log_note_update",
@@ -102,7 +102,7 @@ def test_a_deleted_row_whose_key_is_reused_is_carried_back(database: str) -> Non
 def stop_on_the_way_back(url: str) -> None:
     """Leave behind a rollback that was stopped while waiting for its swap."""
     errors = stop_a_rollback(url)
-    assert "or call it off, and stay with the partitioned table: python -m chronos.scripts" in errors
+    assert "or call it off and keep the partitioned table: python -m chronos.scripts" in errors
     assert phase(url) == "returning"
 
 
@@ -124,7 +124,7 @@ def test_a_rollback_that_cannot_finish_can_be_cancelled_and_repeated(database: s
     stayed = chronos(database, "migrate", "--yes", "--resume")
 
     assert stayed.returncode == 0, stayed.stderr
-    assert "The rollback is called off; webhook_log stays partitioned" in stayed.stdout
+    assert "Rollback called off; webhook_log stays partitioned" in stayed.stdout
     assert phase(database) == "migrated"
     assert chronos(database, "status", env={"REDIS_URL": ""}).stdout.startswith(
         "public.webhook_log: migrated"

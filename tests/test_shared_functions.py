@@ -226,7 +226,7 @@ def test_an_older_pair_that_cannot_be_replaced_is_refused_and_a_newer_one_stays(
     install(shop, EVENTS, alice)
     comment = "COMMENT ON FUNCTION shop.chronos_drop_partitions IS 'chronos {}: of another version'"
     query(shop, comment.format(VERSION - 1))
-    with pytest.raises(errors.InsufficientPrivilege, match=f"are of version {VERSION - 1} and belong to"):
+    with pytest.raises(errors.InsufficientPrivilege, match=f"are version {VERSION - 1} and belong to"):
         install(shop, METRICS, bob, by=bob)
     query(shop, comment.format(VERSION + 1))
     for by in (bob, None):
@@ -287,7 +287,7 @@ def test_an_upgrade_from_version_2_says_what_it_did(database: str) -> None:
         conn.commit()
     functions = " and ".join(f"public.{function}" for function in WEBHOOK_LOG.functions)
     assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"Installed {functions}"]
-    assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"{functions} are current already"]
+    assert upgrade(engine_for(database), WEBHOOK_LOG) == [f"{functions} are already current"]
     with connected(database, autocommit=False) as conn, conn.cursor() as cur:
         assert create(cur, 1) == leaves(cur, 0, 1)
         assert drop(cur, 15) == leaves(cur, -16, -16)
@@ -405,7 +405,7 @@ def set_phase(cur: cursor, phase: str, *, verified: bool = True) -> None:
     [
         ("returning", True, "webhook_log is on its way back to the plain table; no partition was dropped"),
         ("returning", False, "webhook_log is on its way back to the plain table; no partition was dropped"),
-        ("migrated", False, "shortly before the swap is not compared yet; no partition was dropped"),
+        ("migrated", False, "shortly before the swap are not compared yet; no partition was dropped"),
     ],
 )
 def test_nothing_is_dropped_while_rows_are_still_to_be_compared(

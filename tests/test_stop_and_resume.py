@@ -68,7 +68,7 @@ def test_resume_refuses_when_the_first_runs_report_can_no_longer_be_written(
     refused = chronos(database, "migrate", "--yes", "--resume")
 
     assert refused.returncode == 2
-    assert "nothing was changed. Give a file that can be written with --report" in refused.stderr
+    assert "nothing was changed. Name a writable file with --report" in refused.stderr
     assert state(database) == ("ready", False)
     other = chronos(database, "migrate", "--yes", "--resume", "--report", str(tmp_path / "other.html"))
     assert other.returncode == 0, other.stderr
@@ -101,7 +101,7 @@ def test_a_column_that_is_added_while_rows_are_copied_undoes_the_migration_and_i
     result = chronos(database, "migrate", "--yes", "--resume")
     assert result.returncode == 1, result.stdout
     assert (
-        "webhook_log is the plain table it was, with every row. Somebody has changed its columns"
+        "webhook_log is the plain table it was before, with every row. Somebody changed its columns"
         in result.stderr
     )
     assert result.stderr.rstrip().endswith("[table-changed]")
@@ -200,7 +200,7 @@ def test_on_a_terminal_a_wait_for_a_lock_leaves_one_line(database: str) -> None:
     about_it = [line for line in ended if f"pid {pid}" in line]
     assert len(about_it) == 1
     assert re.match(r"  waited \d+:\d\d for pid \d+", about_it[0])
-    assert "Created 46 partitions, one a day: " in shown
+    assert "Created 46 partitions, one per day: " in shown
     assert len(ended) <= 60
 
 

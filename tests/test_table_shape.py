@@ -236,7 +236,7 @@ def test_a_change_of_the_table_before_the_swap_is_not_lost(sink: str, pg_bin: Pa
         reader.close()
         out, err = run.communicate(timeout=60)
     assert run.returncode == 3, out + err
-    assert "was changed since webhook_log_new was built, from which it differs now: grants" in err
+    assert "was changed after webhook_log_new was built, and now differs from it: grants" in err
     query(sink, 'REVOKE DELETE ON "Hooks".webhook_log FROM chronos_auditor')
     resumed = chronos(sink, "migrate", "--yes", "--resume")
     assert resumed.returncode == 0, resumed.stderr

@@ -144,7 +144,7 @@ EVENTS = '[[tables]]\nname = "events"\ncolumn = "at"\n'
         ('[[tables]]\ncolumn = "at"', "table number 1 lacks the key name"),
         (EVENTS + EVENTS, "events is listed twice"),
         (EVENTS + EVENTS.replace("events", "public.events"), "may be the same table; name both schemas"),
-        (EVENTS.replace('"events"', "'Order Events'"), "Order Events is no name of a table as SQL writes it"),
+        (EVENTS.replace('"events"', "'Order Events'"), "Order Events is not a table name in SQL syntax"),
         ("", "it lists no table: write [[tables]] above each"),
         (
             EVENTS.replace("[[tables]]", "[[table]]"),
@@ -274,7 +274,7 @@ def test_a_table_without_a_description_is_refused(database: str) -> None:
     query(database, "ALTER TABLE events ADD until date")
     assert "migrate public.events --column COLUMN --every day" in refused(database, "migrate", "events")
     assert "there is no table nothing" in refused(database, "migrate", "nothing", "--column", "at")
-    assert "is no name of a table as SQL writes it" in refused(database, "status", "Order Events")
+    assert "is not a table name in SQL syntax" in refused(database, "status", "Order Events")
 
 
 def test_webhook_log_missing_from_the_file_is_refused_with_what_to_add(
@@ -513,7 +513,7 @@ def test_a_quoted_table_in_another_schema_goes_through_every_verb(
     jobs = json.loads(chronos(database, "status", "--json", env=env).stdout)["jobs"]
     assert {job["last_run"] for job in jobs.values()} == {None}
     assert orders.as_toml() in status.stdout
-    assert "are current already" in chronos(database, "upgrade-functions", ORDERS).stdout
+    assert "are already current" in chronos(database, "upgrade-functions", ORDERS).stdout
 
     back = chronos(database, "rollback", ORDERS, answer="ROLLBACK\n")
     assert back.returncode == 0, back.stderr
@@ -556,7 +556,7 @@ def test_two_operators_can_migrate_two_tables_at_once(database: str, configure: 
         )
         busy = chronos(database, "rollback", "events", env=env)
         assert busy.returncode == 2
-        assert "somebody else is at work on events" in busy.stderr
+        assert "somebody else is working on events" in busy.stderr
     for run in runs:
         done = run.finish()
         assert done.returncode == 0, done.stderr

@@ -209,7 +209,7 @@ def test_the_command_waits_for_a_standby(own_postgres: OwnPostgres) -> None:
             lines = iter(migration.stdout.readline, "")
             assert any(line.startswith("  paused: replica walreceiver lags") for line in lines)
             query(standby.url, "SELECT pg_wal_replay_resume()")
-            assert any(line == "  going on\n" for line in lines)
+            assert any(line == "  continuing\n" for line in lines)
             rest, errors = migration.communicate(timeout=60)
         assert migration.returncode == 0, errors
         assert "  paused" not in rest

@@ -1,1 +1,1 @@
-"""What PostgreSQL says of a table, and the statements that say it again."""
+"""What PostgreSQL's catalogs say about a table, and the statements that recreate it."""

@@ -1,4 +1,4 @@
-"""What Citus knows of tables, in a database that has Citus."""
+"""What Citus manages, in a database that has Citus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
 
-# Nothing but an extension that a superuser made can put a table into pg_catalog.
+# Only an extension created by a superuser can put a table into pg_catalog.
 _IS_THERE = "SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
 
 _MANAGES = """
@@ -14,14 +14,14 @@ SELECT CASE WHEN partmethod = 'n' THEN 'local' ELSE 'distributed' END FROM pg_ca
 WHERE logicalrelid = to_regclass(format('%I.%I', {schema}, {table}))
 """
 
-# undistribute_table leaves the sequence of a table among the objects that Citus knows.
+# undistribute_table leaves the sequence of a table among the objects that Citus manages.
 _OBSTACLES = """
 SELECT CASE WHEN c.relkind = 'S'
-            THEN format('Citus manages the sequence %s, and lets nobody alter it; after undistribute_table of'
-                        ' its table: SELECT citus_unmark_object_distributed(''pg_class''::regclass,'
+            THEN format('Citus manages the sequence %s, so it cannot be altered; after undistribute_table'
+                        ' of its table: SELECT citus_unmark_object_distributed(''pg_class''::regclass,'
                         ' %L::regclass, 0, false);', c.oid::regclass, c.oid::regclass)
-            ELSE format('Citus manages the table %s; as long as it does, neither its name nor its rows may be'
-                        ' exchanged: SELECT undistribute_table(%L, cascade_via_foreign_keys => true);',
+            ELSE format('Citus manages the table %s; while it does, its name and rows cannot be swapped:'
+                        ' SELECT undistribute_table(%L, cascade_via_foreign_keys => true);',
                         c.oid::regclass, c.oid::regclass) END
 FROM pg_class c
 WHERE (EXISTS (SELECT FROM pg_catalog.pg_dist_partition WHERE logicalrelid = c.oid)
@@ -47,9 +47,9 @@ def is_there(conn: Connection) -> bool:
 
 
 def manages(conn: Connection, schema: str, table: str) -> str | None:
-    """What the table is to Citus: `distributed`, `local` for one that is merely known to it, None: nothing.
+    """What the table is to Citus: `distributed`, `local` if Citus only tracks it, None if it is unknown.
 
-    To be called inside ``db.transaction``; no lock.
+    Call it inside ``db.transaction``; no lock.
     """
     if not is_there(conn):
         return None
@@ -73,7 +73,7 @@ def sizes(conn: Connection, schema: str, table: str) -> dict[str, int]:
 def obstacles(conn: Connection, schema: str, table: str, old: str, new: str) -> list[str]:
     """Which of the three tables and of their sequences Citus manages, and what to type about it.
 
-    To be called inside ``db.transaction``; no lock.
+    Call it inside ``db.transaction``; no lock.
     """
     if not is_there(conn):
         return []

@@ -1,4 +1,4 @@
-"""A shape as statements: the partitioned table and its partitions, made in the plain one's likeness."""
+"""A shape as statements: the partitioned table and its partitions, built like the plain table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from chronos.catalog.shape import ForeignKey, Grant, Index, OwnedSequence, Table
 from chronos.db import Statement, execute, joined, name, statement
 from chronos.table import Period, TableSpec, derived_name, in_quotes
 
-# How far the old table's own identity sequence is put ahead. Should somebody drop the new table by
-# hand and rename the old one back, its next ids are none that the new table has given out.
+# How far the old table's own identity sequence is moved ahead. If somebody drops the new table by hand and
+# renames the old one back, its next ids do not repeat any of the new table.
 _IDENTITY_GAP = 1_000_000_000
 
 _PLACEHOLDER = re.compile(r"@(#|')?([a-z_]+)'?@")
@@ -23,8 +23,8 @@ _PLACEHOLDER = re.compile(r"@(#|')?([a-z_]+)'?@")
 def script(file: str, spec: TableSpec, **more: str) -> Statement:
     """A file of ``chronos/sql`` for the table ``spec``, with its schema first in the search path.
 
-    ``@table@`` in it becomes the quoted name of the table, ``@'table'@`` the name as a string, ``@#table@``
-    the name as it is; likewise old, new, state, changes, replayed, the functions, column, schema, every.
+    ``@table@`` becomes the quoted name of the table, ``@'table'@`` the name as a string literal, ``@#table@``
+    the bare name; likewise old, new, state, changes, replayed, the functions, column, schema, every.
     ``more`` are further texts, for ``@#...@``.
     """
     known: dict[str, str] = {
@@ -66,7 +66,7 @@ def script(file: str, spec: TableSpec, **more: str) -> Statement:
 
 
 def literal(text: str) -> str:
-    """A string as SQL writes it, for the text of a function."""
+    """A string as an SQL literal, for the body of a function."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -80,17 +80,17 @@ def bounds(shape: TableShape, period: Period) -> Statement:
 
 
 def bound_check(leaf: str) -> str:
-    """The name of the CHECK that spares ATTACH a scan, and goes once the partition is attached."""
+    """The name of the CHECK that saves ATTACH a scan, dropped once the partition is attached."""
     return derived_name(leaf, "_bound")
 
 
 def primary_key_name(shape: TableShape) -> str:
-    """The name of the primary key: that of the index by which the plain table knows its rows."""
+    """The name of the primary key: that of the index that identifies the plain table's rows."""
     return shape.key_index.name if shape.key_index else derived_name(shape.spec.name, "_pkey")
 
 
 def primary_key_statement(shape: TableShape, table: Statement, as_name: str | None = None) -> Statement:
-    """The primary key on ``table``: the plain table's key, with the time column in it."""
+    """The primary key on ``table``: the plain table's key plus the time column."""
     return statement(
         "ALTER TABLE {table} ADD {named}{constraint}",
         table=table,
@@ -109,11 +109,11 @@ def _primary_key(shape: TableShape) -> Statement:
 
 
 def _with_time_column(shape: TableShape, definition: str, before: str) -> Statement:
-    """A definition of the key with the time column as the last of the columns that follow ``before``."""
+    """A definition of the key with the time column added to the list of columns after ``before``."""
     assert shape.key_index is not None
     if shape.spec.column in shape.key_index.columns:
         return sql.SQL(definition)
-    # A quoted name may hold the bracket that ends the list.
+    # A quoted name may contain the bracket that would end the list.
     listed = re.match(before + r' \((?:[^")]|"(?:[^"]|"")*")*', definition)
     assert listed is not None
     return statement(
@@ -125,7 +125,7 @@ def _with_time_column(shape: TableShape, definition: str, before: str) -> Statem
 
 
 def key_body(shape: TableShape) -> Statement:
-    """What the index of the primary key with the time column is, from USING on."""
+    """The definition of the primary key's index with the time column, from USING on."""
     index = shape.key_index
     assert index is not None, f"{shape.name} has no key"
     if not index.primary:
@@ -144,7 +144,7 @@ def secondary_indexes(shape: TableShape) -> list[Index]:
 
 
 def index_statement(index: Index, table: Statement, as_name: str | None = None) -> Statement:
-    """``index`` made again on ``table``; PostgreSQL picks the name when none is given."""
+    """``index`` created on ``table``; PostgreSQL picks the name when none is given."""
     if index.constraint:
         return statement(
             "ALTER TABLE {table} ADD {named}{constraint}",
@@ -196,7 +196,7 @@ def _comment(kind: str, what: Statement, text: str, table: Statement | None = No
 
 
 def renames(shape: TableShape) -> list[tuple[str, str, str, str]]:
-    """The names that pass from what the plain table has to the new one's: (kind, name, aside, built as)."""
+    """The names that move from the plain table's objects to the new one's: (kind, name, aside, built as)."""
     names = [
         *(("INDEX", index.name) for index in (shape.key_index,) if index),
         *(("INDEX", i.name) for i in secondary_indexes(shape)),
@@ -207,7 +207,7 @@ def renames(shape: TableShape) -> list[tuple[str, str, str, str]]:
 
 
 def _ordinary_settings() -> list[Statement]:
-    """For this transaction: no setting of the session's decides where a table goes or how it is kept."""
+    """For this transaction: no session setting decides a new table's tablespace or access method."""
     return [
         statement(
             "SELECT set_config('default_tablespace', '', true),"
@@ -217,9 +217,9 @@ def _ordinary_settings() -> list[Statement]:
 
 
 def parent_statements(shape: TableShape, renames: Iterable[tuple[str, str, str, str]]) -> list[Statement]:
-    """The partitioned table under its building name, without partitions.
+    """The partitioned table under its temporary name, without partitions.
 
-    The application's triggers are off, and row security is not on: the swap switches both on.
+    The application's triggers and row security are disabled; the swap enables both.
     """
     new = name(shape.schema, shape.spec.new)
     built_as = {original: temporary for _, original, _, temporary in renames}
@@ -264,7 +264,7 @@ def parent_statements(shape: TableShape, renames: Iterable[tuple[str, str, str, 
 
 
 def _not_null_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """From PostgreSQL 18 on NOT NULL bears a name: a good one, before the primary key makes one up."""
+    """From PostgreSQL 18 on, NOT NULL has a name: set a good one before the primary key invents one."""
     named = any(check.kind == "n" for check in shape.checks)
     nullable = any(column.name == shape.spec.column and not column.not_null for column in shape.columns)
     if not (named and nullable):
@@ -284,7 +284,7 @@ def _tablespace(shape: TableShape) -> Statement:
 
 
 def _column_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """What a column does not hand down: its statistics target and options."""
+    """What LIKE does not copy for a column: its statistics target and options."""
     statements: list[Statement] = []
     for column in shape.columns:
         alter = statement("ALTER TABLE {table} ALTER COLUMN {c} ", table=table, c=name(column.name))
@@ -300,7 +300,7 @@ def _column_statements(shape: TableShape, table: Statement) -> list[Statement]:
 
 
 def identity_statements(shape: TableShape, table: Statement, built_as: dict[str, str]) -> list[Statement]:
-    """The identities of ``shape`` on ``table``, each with its sequence under another name."""
+    """The identities of ``shape`` on ``table``, each with its sequence named by ``built_as``."""
     statements: list[Statement] = []
     for identity in shape.identities:
         sequence = name(shape.schema, built_as[identity.name])
@@ -371,7 +371,7 @@ def _policy_statements(shape: TableShape, table: Statement) -> list[Statement]:
 
 
 def trigger_statements(trigger: Trigger, table: Statement) -> list[Statement]:
-    """``trigger`` made on ``table``, with its comment, and switched off."""
+    """``trigger`` created on ``table``, with its comment, and disabled."""
     trigger_name = name(trigger.name)
     statements = [
         statement(
@@ -395,7 +395,7 @@ _STATES = {"O": "ENABLE", "D": "DISABLE", "R": "ENABLE REPLICA", "A": "ENABLE AL
 
 
 def trigger_state(trigger: str, table: Statement, state: str) -> Statement:
-    """Put the trigger of this name on ``table``, and on its partitions, into a state."""
+    """Set the state of the trigger of this name on ``table`` and its partitions."""
     return statement(
         "ALTER TABLE {table} {state} TRIGGER {trigger}",
         table=table,
@@ -405,7 +405,7 @@ def trigger_state(trigger: str, table: Statement, state: str) -> Statement:
 
 
 def enable_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """In the swap: the application's triggers and row security are on, as they are in ``shape``."""
+    """In the swap: enable the application's triggers and row security as in ``shape``."""
     statements = [trigger_state(t.name, table, t.enabled) for t in shape.triggers if t.enabled != "D"]
     if shape.row_security:
         statements.append(statement("ALTER TABLE {table} ENABLE ROW LEVEL SECURITY", table=table))
@@ -415,23 +415,23 @@ def enable_statements(shape: TableShape, table: Statement) -> list[Statement]:
 
 
 def force_statements(shape: TableShape, table: Statement, *, off: bool = False) -> list[Statement]:
-    """Row security binds the table's owner as before; ``off``: copies can be taken out in that name."""
+    """Force row security on the table's owner as before; ``off``: let the owner delete copies freely."""
     if not shape.force_row_security:
         return []
     change = sql.SQL("NO FORCE" if off else "FORCE")
     return [statement("ALTER TABLE {table} {change} ROW LEVEL SECURITY", table=table, change=change)]
 
 
-def quiet_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """Rows can be moved into the plain ``table``, which nobody sees, and no trigger or rule takes notice."""
+def disable_statements(shape: TableShape, table: Statement) -> list[Statement]:
+    """Disable triggers and rules of the plain ``table``, which is not in use, to move rows into it."""
     return [
         *(trigger_state(t.name, table, "D") for t in shape.triggers if t.enabled != "D"),
         *(_rule_state(r.name, table, "D") for r in shape.rules if r.enabled != "D"),
     ]
 
 
-def loud_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """Undo ``quiet_statements``."""
+def restore_statements(shape: TableShape, table: Statement) -> list[Statement]:
+    """Undo ``disable_statements``."""
     return [
         *(trigger_state(t.name, table, t.enabled) for t in shape.triggers if t.enabled != "D"),
         *(_rule_state(r.name, table, r.enabled) for r in shape.rules if r.enabled != "D"),
@@ -445,7 +445,7 @@ def _rule_state(rule: str, table: Statement, state: str) -> Statement:
 
 
 def rule_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """In the swap: the rules, which name the table as it is called by then."""
+    """In the swap: the rules, which use the table's name at that time."""
     statements: list[Statement] = []
     for rule in shape.rules:
         statements.append(sql.SQL(rule.definition.rstrip(";")))
@@ -461,19 +461,19 @@ def _roles(roles: Sequence[str | None]) -> Statement:
 
 
 def grant_statements(shape: TableShape, table: Statement) -> list[Statement]:
-    """The old table's privileges, the owner's own included, and no other, on ``table``."""
+    """Exactly the old table's privileges, including the owner's, on ``table``."""
     return _grants(shape, "TABLE", table, shape.grants)
 
 
 def _grants(shape: TableShape, kind: str, what: Statement, grants: tuple[Grant, ...]) -> list[Statement]:
-    """``grants`` on ``what``, a new object, in place of those that default privileges have put there."""
-    leaked = shape.leaked.get(kind[0] if kind == "SEQUENCE" else "r", ())
+    """``grants`` on ``what``, a new object, in place of those from default privileges."""
+    grantees = shape.default_grantees.get(kind[0] if kind == "SEQUENCE" else "r", ())
     statements: list[Statement] = [
         statement(
             "REVOKE ALL ON {kind} {what} FROM {roles}",
             kind=sql.SQL(kind),
             what=what,
-            roles=_roles(list(dict.fromkeys([shape.owner, *leaked]))),
+            roles=_roles(list(dict.fromkeys([shape.owner, *grantees]))),
         )
     ]
     for grant in grants:
@@ -498,39 +498,39 @@ def _grants(shape: TableShape, kind: str, what: Statement, grants: tuple[Grant, 
 
 
 def owner_only(shape: TableShape, table: Statement) -> list[Statement]:
-    """Take away what default privileges have given on ``table``, a new one: it is its owner's alone.
+    """Revoke what default privileges granted on ``table``, a new one: only its owner keeps privileges.
 
-    Partitions are read and written through their parent, whose privileges and policies count there; a
-    right on a partition itself would be a way around the policies.
+    Partitions are read and written through their parent, whose privileges and policies apply; a privilege on
+    a partition itself would bypass the policies.
     """
-    leaked = shape.leaked.get("r", ())
-    if not leaked:
+    grantees = shape.default_grantees.get("r", ())
+    if not grantees:
         return []
     return [
-        statement("REVOKE ALL ON TABLE {table} FROM {roles}", table=table, roles=_roles(leaked)),
+        statement("REVOKE ALL ON TABLE {table} FROM {roles}", table=table, roles=_roles(grantees)),
         statement("GRANT ALL ON TABLE {table} TO {owner}", table=table, owner=name(shape.owner)),
     ]
 
 
 def state_grants(shape: TableShape) -> list[Statement]:
-    """The state's table is the operator's, who runs what is kept in it. The table's owner may read it, for
-    the functions of the notes are the owner's.
+    """The state's table belongs to the operator, whose runs execute what it holds. The table's owner may read
+    it, because the note functions run as the owner.
     """
     state = name(shape.schema, shape.spec.state)
-    leaked = shape.leaked.get("r", ())
+    grantees = shape.default_grantees.get("r", ())
     return [
         *(
-            [statement("REVOKE ALL ON TABLE {state} FROM {roles}", state=state, roles=_roles(leaked))]
-            if leaked
+            [statement("REVOKE ALL ON TABLE {state} FROM {roles}", state=state, roles=_roles(grantees))]
+            if grantees
             else []
         ),
         statement("GRANT SELECT ON TABLE {state} TO {owner}", state=state, owner=name(shape.owner)),
     ]
 
 
-def nobody_calls(shape: TableShape, function: Statement, arguments: str = "") -> list[Statement]:
-    """Take away what default privileges have given on a new function."""
-    roles = [role for role in shape.leaked.get("f", ()) if role != shape.owner]
+def revoke_execute(shape: TableShape, function: Statement, arguments: str = "") -> list[Statement]:
+    """Revoke what default privileges granted on a new function."""
+    roles = [role for role in shape.default_grantees.get("f", ()) if role != shape.owner]
     if not roles:
         return []
     return [
@@ -544,9 +544,9 @@ def nobody_calls(shape: TableShape, function: Statement, arguments: str = "") ->
 
 
 def leaf_statements(shape: TableShape, period: Period, *, indexes: bool) -> list[Statement]:
-    """A partition beside the table: ready to be attached, with ``indexes``; or bare, to be filled.
+    """A detached partition: with ``indexes``, ready to be attached; or bare, to be filled.
 
-    A bare one has a CHECK that spares ATTACH a scan, and autovacuum stays away from it.
+    A bare one has a CHECK that saves ATTACH a scan, and autovacuum is off for it.
     """
     spec = shape.spec
     leaf_name = spec.partition(period)
@@ -578,7 +578,7 @@ def leaf_statements(shape: TableShape, period: Period, *, indexes: bool) -> list
 
 
 def _leaf_settings(shape: TableShape, leaf: Statement) -> list[Statement]:
-    """What a partition does not get from its parent: owner, storage parameters, replica identity."""
+    """What a partition does not inherit from its parent: owner, storage parameters, replica identity."""
     return [
         statement("ALTER TABLE {leaf} OWNER TO {owner}", leaf=leaf, owner=name(shape.owner)),
         *(
@@ -599,7 +599,7 @@ def _leaf_settings(shape: TableShape, leaf: Statement) -> list[Statement]:
 
 
 def attach_statements(shape: TableShape, period: Period, *, checked: bool) -> list[Statement]:
-    """Put a partition into its place in the table that is built; ``checked``: its CHECK has done its work.
+    """Attach a partition to the new table; ``checked``: then drop its CHECK, which has done its work.
 
     SHARE UPDATE EXCLUSIVE on the partitioned table, ACCESS EXCLUSIVE on the partition.
     """
@@ -620,7 +620,7 @@ def attach_statements(shape: TableShape, period: Period, *, checked: bool) -> li
 
 
 def index_statements(shape: TableShape, leaf: Statement) -> list[Statement]:
-    """Primary key and indexes of a partition that is filled."""
+    """Primary key and indexes of a filled partition."""
     return [
         *_ordinary_settings(),
         primary_key_statement(shape, leaf),
@@ -629,10 +629,10 @@ def index_statements(shape: TableShape, leaf: Statement) -> list[Statement]:
 
 
 def statistics_statement(shape: TableShape, leaf: Statement) -> Statement:
-    """Statistics of the indexed columns, so that readers find a partition that is attached quickly.
+    """Statistics of the indexed columns, so that queries on an attached partition are planned well at once.
 
-    Those of the others, large documents above all, would cost as much as copying 100,000 rows; they
-    are gathered, all of them from larger samples, when everything is in its place.
+    Those of the other columns, above all large documents, would cost as much as copying 100,000 rows; all are
+    gathered later, from larger samples, when everything is in place.
     """
     indexed = {column for index in shape.indexes for column in index.columns} | set(shape.new_key)
     columns = [name(column.name) for column in shape.columns if column.name in indexed]
@@ -646,8 +646,8 @@ def statistics_statement(shape: TableShape, leaf: Statement) -> Statement:
 def final_statistics(conn: Connection, shape: TableShape, periods: Iterable[Period]) -> Statement:
     """Statistics of the table as a whole, which autovacuum never gathers, and of some ``periods``.
 
-    The other partitions have some, and autovacuum will do better, unless it is off for the table; but
-    only a server of version 18 or newer can leave them out in one statement.
+    The other partitions have some, and autovacuum will improve on them, unless it is off for the table; but
+    only PostgreSQL 18 or later can leave them out in one statement.
     """
     spec = shape.spec
     table = name(spec.home, spec.name)
@@ -658,10 +658,10 @@ def final_statistics(conn: Connection, shape: TableShape, periods: Iterable[Peri
 
 
 def autovacuum_as_before_statements(shape: TableShape, periods: Iterable[Period]) -> list[Statement]:
-    """The partitions' setting for autovacuum is that of the plain table again; SHARE UPDATE EXCLUSIVE."""
+    """Give the partitions the plain table's autovacuum setting again; SHARE UPDATE EXCLUSIVE."""
     change: Statement = sql.SQL("RESET (autovacuum_enabled)")
     if own_autovacuum(shape):
-        # All of them, so that they also stand in their old order.
+        # All of them, so that they also keep their order.
         options = joined([sql.SQL(option) for option in shape.options])
         change = statement("SET ({options})", options=options)
     return [
@@ -680,8 +680,8 @@ def own_autovacuum(shape: TableShape) -> bool:
     return any(option.startswith("autovacuum_enabled ") for option in shape.options)
 
 
-# Halves are taken before the difference, which may be more than a bigint holds.
-_GO_ON_COUNTING = """
+# Halve before subtracting: the difference may exceed a bigint.
+_CONTINUE_SEQUENCE = """
 DO $do$
 DECLARE
     ahead bigint;
@@ -701,14 +701,14 @@ $do$"""
 
 
 def sequence_statements(shape: TableShape) -> list[Statement]:
-    """Let ids go on counting, whichever of the two tables is dropped one day, and by whom.
+    """Keep ids counting up, whichever of the two tables is dropped later, and by whom.
 
-    A serial's sequence serves both tables and belongs to neither. An identity's cannot be shared:
-    the new table's goes on where the old one's stands, the old one's leaps ahead.
+    A serial's sequence serves both tables and is owned by neither. An identity's cannot be shared: the new
+    table's continues from the old one's value, and the old one's jumps ahead.
     """
     return [
         statement(
-            _GO_ON_COUNTING,
+            _CONTINUE_SEQUENCE,
             sequence=name(sequence.schema, derived_name(sequence.name, "_old")),
             sequence_schema=sequence.schema,
             sequence_name=derived_name(sequence.name, "_old"),
@@ -727,7 +727,7 @@ def sequence_statements(shape: TableShape) -> list[Statement]:
     ]
 
 
-_IDENTITY_GOES_ON = """
+_CONTINUE_IDENTITY = """
 DO $do$
 DECLARE
     ahead bigint;
@@ -742,15 +742,15 @@ END
 $do$"""
 
 
-def identity_goes_on(schema: str, one: str, other: str, column: str) -> Statement:
-    """Let the identity of the table ``other`` go on where that of ``one`` stands."""
-    return statement(_IDENTITY_GOES_ON, schema=schema, one=one, other=other, column=column)
+def continue_identity(schema: str, one: str, other: str, column: str) -> Statement:
+    """Let the identity of the table ``other`` continue from the value of that of ``one``."""
+    return statement(_CONTINUE_IDENTITY, schema=schema, one=one, other=other, column=column)
 
 
 def sequences_back_statements(spec: TableSpec, sequences: Iterable[OwnedSequence]) -> list[Statement]:
-    """After the renames: the plain table's ids go on where the new one's stopped; it owns its sequences."""
+    """After the renames: the plain table's ids continue from the new one's, and it owns its sequences."""
     return [
-        identity_goes_on(spec.home, spec.new, spec.name, sequence.column)
+        continue_identity(spec.home, spec.new, spec.name, sequence.column)
         if sequence.identity
         else statement(
             "ALTER SEQUENCE {sequence} OWNED BY {column}",
@@ -762,7 +762,7 @@ def sequences_back_statements(spec: TableSpec, sequences: Iterable[OwnedSequence
 
 
 def rename(schema: str, kind: str, old: str, new: str) -> Statement:
-    """ALTER TABLE or ALTER INDEX ... RENAME; an index takes its constraint's name along."""
+    """ALTER TABLE or ALTER INDEX ... RENAME; renaming an index renames its constraint too."""
     return statement(
         "ALTER {kind} {old} RENAME TO {new}",
         kind=sql.SQL(kind),
@@ -771,7 +771,7 @@ def rename(schema: str, kind: str, old: str, new: str) -> Statement:
     )
 
 
-# One look at all partitions: they are alike, or there is something to tell.
+# All partitions at once: each must match, or the difference is reported.
 _PARTITIONS = r"""
 SELECT format('partition %s: %s', c.relname, d.what)
 FROM pg_inherits i
@@ -785,13 +785,13 @@ CROSS JOIN LATERAL (VALUES
                                       AND ct.reloptions IS NOT DISTINCT FROM ot.reloptions),
     ('its tablespace differs', c.reltablespace = o.reltablespace),
     ('its replica identity differs', c.relreplident = o.relreplident),
-    ('somebody but the owner has privileges on it',
+    ('a role other than the owner has privileges on it',
      NOT EXISTS (SELECT FROM aclexplode(c.relacl) x WHERE x.grantee <> c.relowner)),
     ('a trigger is missing or in another state',
      NOT EXISTS (SELECT FROM pg_trigger p LEFT JOIN pg_trigger t ON t.tgparentid = p.oid AND t.tgrelid = c.oid
                  WHERE p.tgrelid = i.inhparent AND NOT p.tgisinternal AND p.tgtype & 1 <> 0
                    AND t.tgenabled IS DISTINCT FROM p.tgenabled)),
-    ('a column is not as before',
+    ('a column differs',
      NOT EXISTS (SELECT FROM pg_attribute a LEFT JOIN pg_attribute b
                      ON b.attrelid = c.oid AND b.attname = a.attname AND NOT b.attisdropped
                  WHERE a.attrelid = i.inhparent AND a.attnum > 0
@@ -810,6 +810,6 @@ LIMIT 5
 
 
 def partition_differences(conn: Connection, was: TableShape, parent: int) -> list[str]:
-    """What the partitions of ``parent`` lack that the plain table had, a line each."""
+    """How the partitions of ``parent`` differ from the plain table, a line each."""
     rows = execute(conn, statement(_PARTITIONS, old=was.oid, new=parent)).all()
     return [row[0] for row in rows]

@@ -1,7 +1,7 @@
-"""What refers to the table by its identity, not by its name: views, rules, functions, policies, publications.
+"""What refers to the table by OID, not by name: views, rules, functions, policies, publications.
 
-A rename leaves them all with the old table. Each is written down, as the server prints it, while the
-table still bears its name, and made again from the same text when another table bears it.
+A rename leaves them all with the old table. So each definition is read from the server while the table still
+has its name, and run again once another table has that name.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from chronos.errors import ShapeError
 
 @dataclass(frozen=True)
 class Dependent:
-    """One such object. ``again`` makes it refer to the table that has the name then; ``traits`` is all
-    else that there is to know of it, and must not change: grants, comments, triggers, defaults.
-    ``schema`` is where the owner needs CREATE for it, None where not.
+    """One such object. ``again`` makes it refer to the table that has the name at that time; ``traits`` is
+    everything else about it, which must not change: grants, comments, triggers, defaults. ``schema`` is
+    where recreating it needs CREATE, None where not.
 
-    A publication has no ``again`` of its own: ``publication`` is its name, ``member`` what it publishes
-    of the table.
+    A publication has no ``again``: ``publication`` is its name, ``member`` what it publishes of the table.
     """
 
     kind: str
@@ -35,7 +34,7 @@ class Dependent:
     member: str | None = None
 
 
-# The rules of the table itself come last: they may name views that come before.
+# Rules come late: they may name the views before them.
 _DEPENDENTS = r"""
 WITH referring AS (
     SELECT DISTINCT classid, objid FROM pg_depend
@@ -103,7 +102,7 @@ ORDER BY place, name
 
 
 def oid_of(conn: Connection, schema: str, table: str) -> int:
-    """By what the dependents of a table refer to it."""
+    """The OID of a table, by which its dependents refer to it."""
     oid: int = execute(
         conn,
         statement(
@@ -114,16 +113,16 @@ def oid_of(conn: Connection, schema: str, table: str) -> int:
 
 
 def dependents(conn: Connection, oid: int) -> list[Dependent]:
-    """What refers to the table ``oid``, but for its own indexes, constraints, triggers and rules."""
+    """What refers to the table ``oid``, except its own indexes, constraints, triggers and rules."""
     rows = execute(conn, statement(_DEPENDENTS, oid=oid)).all()
     return [Dependent(*row[1:]) for row in rows]
 
 
 def redirect_statements(found: list[Dependent], table: Statement, former: Statement) -> list[Statement]:
-    """After the renames: let all of them refer to ``table``, which was not what they referred to.
+    """After the renames: make all of them refer to ``table`` instead of ``former``.
 
-    ``former`` is the table that they did refer to, by the name that it has by now. ACCESS EXCLUSIVE on
-    each view, which nobody can be using, for it is the table's lock that they would wait for.
+    ``former`` is the table they referred to before, by its current name. ACCESS EXCLUSIVE on each view, which
+    nobody can be using: a query on it would be waiting for the lock on the table.
     """
     statements: list[Statement] = []
     for dependent in found:
@@ -144,10 +143,10 @@ def redirect_statements(found: list[Dependent], table: Statement, former: Statem
 
 
 def require_dependents(conn: Connection, before: list[Dependent], oid: int) -> None:
-    """Raise ShapeError unless what was there ``before`` now refers to the table ``oid``, unchanged."""
+    """Raise ShapeError unless everything in ``before`` now refers to the table ``oid``, unchanged."""
     if not before:
         return
     after = dependents(conn, oid)
     lost = [f"{d.kind} {d.name}" for d in before if d not in after]
     if lost:
-        raise ShapeError(f"{', '.join(lost)} would not be as before on the other table")
+        raise ShapeError(f"{', '.join(lost)} would not be the same on the other table")

@@ -1,4 +1,4 @@
-"""In which schema a table is, and why there is none of that name."""
+"""Which schema a table is in, or why there is no such table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chronos.db import execute, joined, statement
 from chronos.errors import RefusedError
 from chronos.table import TableSpec
 
-# The session's own path decides where to look, so nothing of it may decide which function is called here.
+# The session's own path decides where to look, but must not decide which function is called here.
 _PATH = "SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]"
 
 _SCHEMAS = """
@@ -36,8 +36,8 @@ def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
     """``table`` with its schema: the one it names, else the first on the connection's own search path that
     has it, else the only one that has it.
 
-    The state of a half-done migration counts like the table. None when there is no such table, or when it
-    is in several schemas and none of them is on the search path. In a transaction of its own.
+    The state of a half-done migration counts as the table. None when there is no such table, or when it is in
+    several schemas, none of them on the search path. In a transaction of its own.
     """
     with conn.begin():
         path: list[str] = execute(conn, sql.SQL(_PATH)).scalar_one()
@@ -53,8 +53,8 @@ def locate(conn: Connection, table: TableSpec) -> TableSpec | None:
 
 
 def require_located(conn: Connection, table: TableSpec, listed_in: Path | None = None) -> TableSpec:
-    """The table with its schema. Raises RefusedError when there is no such table, or more than one; the text
-    says what there is instead, and names ``listed_in`` as the file that lists the table.
+    """The table with its schema. Raises RefusedError when there is no such table, or more than one; its text
+    says what exists instead, and names ``listed_in`` as the file that lists the table.
     """
     located = locate(conn, table)
     if located is None:
@@ -64,7 +64,7 @@ def require_located(conn: Connection, table: TableSpec, listed_in: Path | None =
 
 
 def _instead(conn: Connection, table: TableSpec) -> str:
-    """Why there is no such table, and which may be meant."""
+    """Why there is no such table, and which one may be meant."""
     with conn.begin():
         execute(conn, sql.SQL("SET LOCAL search_path = pg_catalog, pg_temp"))
         database = execute(conn, sql.SQL("SELECT current_database()")).scalar_one()
@@ -83,11 +83,11 @@ def _instead(conn: Connection, table: TableSpec) -> str:
     if of_its_name:
         names = ", ".join(found.typed for found, _ in of_its_name)
         return (
-            f"{table.typed} is in several schemas, and none of them is on the search path; nothing was"
-            f" changed. Name one of {names}"
+            f"{table.typed} is in several schemas, none of them on the search path; nothing was changed."
+            f" Name one of {names}"
         )
     tables = {found.typed: found for found, kind in relations if kind not in _KINDS}
-    # As it is spelled, whatever its case and its quotes, with its schema where one was typed.
+    # By spelling, ignoring case and quotes, with the schema if one was typed.
     spelled = {
         ".".join((*((found.home,) if table.schema else ()), found.name)).lower(): typed
         for typed, found in tables.items()

@@ -14,16 +14,16 @@ from chronos.table import Interval, Period, TableSpec, midnight
 
 _BEGINNING = datetime.min.replace(tzinfo=UTC)
 _END = datetime.max.replace(tzinfo=UTC)
-# As far ahead as the function goes that creates partitions.
+# The furthest ahead that the create function goes.
 _TEN_YEARS = 3650
 _NEWEST_FEW = 3
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One attached partition, as the catalog has it.
+    """One attached partition, from the catalog.
 
-    ``lower`` and ``upper`` (UTC; ``upper`` is exclusive) are None for a bound that is no time:
+    ``lower`` and ``upper`` (UTC; ``upper`` is exclusive) are None for a bound that is not a time:
     MINVALUE, MAXVALUE, or the default partition, which has neither.
     """
 
@@ -37,7 +37,7 @@ class Partition:
 
 
 # pg_get_expr prints timestamptz bounds in the session's zone; db.transaction() pins UTC and ISO. A bound
-# names no column, so it needs no relation to be printed, and asks for no lock on one.
+# names no column, so printing it needs no relation, and no lock on one.
 _BOUNDS = r"""
     SELECT to_timestamp(extract(epoch FROM bound[1]::timestamp)) AS lower,
            to_timestamp(extract(epoch FROM bound[2]::timestamp)) AS upper
@@ -66,7 +66,7 @@ ORDER BY m.lower NULLS LAST, c.relname
 def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> list[Partition]:
     """The partitions of ``spec``, or of ``table`` beside it, oldest first.
 
-    To be called inside ``db.transaction``. ACCESS SHARE on each partition, for its size.
+    Call it inside ``db.transaction``. ACCESS SHARE on each partition, for its size.
     """
     qualified = execute(
         conn, statement("SELECT format('%I.%I', {s}, {t})", s=spec.home, t=table or spec.name)
@@ -79,8 +79,8 @@ def attached(conn: Connection, spec: TableSpec, table: str | None = None) -> lis
 class Detached:
     """A former partition that retention has detached.
 
-    ``drop_on`` is the UTC day on which it is dropped: its grace is over, and its last row has expired. None:
-    somebody has changed it since, and it stays. ``upper`` is where it ended (UTC, exclusive).
+    ``drop_on`` is the UTC day on which it is dropped: its grace is over and its last row has expired. None:
+    it was changed since then, and stays. ``upper`` is where it ended (UTC, exclusive).
     """
 
     name: str
@@ -113,9 +113,9 @@ ORDER BY 4, 1
 
 
 def detached(conn: Connection, spec: TableSpec) -> list[Detached]:
-    """The former partitions of ``spec`` that retention has detached, in the order in which they go.
+    """The former partitions of ``spec`` that retention has detached, in the order of their drop.
 
-    To be called inside ``db.transaction``. ACCESS SHARE on each, for its size.
+    Call it inside ``db.transaction``. ACCESS SHARE on each, for its size.
     """
     found = []
     for table, schema, size, day, upper in execute(
@@ -147,10 +147,10 @@ ORDER BY m.lower DESC
 
 
 def scheme(conn: Connection, spec: TableSpec) -> tuple[str | None, list[Interval]]:
-    """By which column a table is partitioned, and the intervals of its newest few partitions, newest first.
+    """The column that a table is partitioned by, and the intervals of its newest partitions, newest first.
 
-    A partition that is not exactly one period of any interval tells nothing. None and nothing for a plain
-    table. To be called inside ``db.transaction``; no lock but the catalog's own.
+    A partition that is not exactly one period of any interval is ignored. (None, []) for a plain table. Call
+    it inside ``db.transaction``; only catalog locks.
     """
     table = statement("format('%I.%I', {s}, {t})", s=spec.home, t=spec.name)
     column = execute(conn, statement(_COLUMN, table=table)).scalar_one_or_none()
@@ -163,12 +163,12 @@ def scheme(conn: Connection, spec: TableSpec) -> tuple[str | None, list[Interval
 
 
 def _covered(existing: Iterable[Partition]) -> list[tuple[datetime, datetime]]:
-    """The time that has its place in a partition, as ranges that neither overlap nor touch, oldest first."""
+    """The time covered by partitions, as ranges that neither overlap nor touch, oldest first."""
     ranges: list[tuple[datetime, datetime]] = []
     for lower, upper in sorted(
         (p.lower or _BEGINNING, p.upper or _END)
         for p in existing
-        if not p.detach_pending and (p.lower or p.upper)  # the default partition is no time's place
+        if not p.detach_pending and (p.lower or p.upper)  # the default partition covers no time
     ):
         if ranges and lower <= ranges[-1][1]:
             ranges[-1] = (ranges[-1][0], max(upper, ranges[-1][1]))
@@ -178,7 +178,7 @@ def _covered(existing: Iterable[Partition]) -> list[tuple[datetime, datetime]]:
 
 
 def missing(existing: Iterable[Partition], wanted: Iterable[Period]) -> list[Period]:
-    """The wanted periods of which some instant has no place in any existing partition."""
+    """The wanted periods that existing partitions do not cover completely."""
     covered = _covered(existing)
     return [w for w in wanted if not any(lower <= w.start and w.end <= upper for lower, upper in covered)]
 
@@ -200,16 +200,16 @@ def expires_on(upper: datetime, retention_days: int | None) -> date | None:
 
 
 def droppable(existing: Iterable[Partition], today: date, retention_days: int | None) -> list[Partition]:
-    """The expired partitions that the drop function takes: not the newest, not one detached half-way."""
+    """The expired partitions that the drop function drops: not the newest, nor one detached half-way."""
     bounded = [p for p in existing if not p.detach_pending and (p.lower or p.upper)]
     newest = max(bounded, key=lambda p: p.upper or _END, default=None)
     return [p for p in expired(bounded, today, retention_days) if p is not newest]
 
 
 def runway(existing: Iterable[Partition], spec: TableSpec, now: datetime) -> int:
-    """For how many whole days after today every row finds a partition; 0 when the current period has none.
+    """For how many whole days after today every row has a partition; 0 when the current period has none.
 
-    At most ten years, which is as far as the function goes that creates them.
+    At most ten years, the furthest ahead that the create function goes.
     """
     current = spec.period(now)
     for lower, upper in _covered(existing):

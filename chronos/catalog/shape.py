@@ -1,4 +1,4 @@
-"""What PostgreSQL knows of a table, read from the catalogs, and how two tables differ in it."""
+"""What the catalogs say about a table, and how two tables differ."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from chronos.table import TableSpec, in_quotes, quoted
 
 @dataclass(frozen=True)
 class Column:
-    """A live column; ``hashable`` tells whether its type can be compared by hash as it is.
+    """A live column; ``hashable``: its type has a hash operator class.
 
-    ``statistics`` is the statistics target, None for the server's default; ``options`` are n_distinct
-    and its like, as written between the brackets of SET.
+    ``statistics`` is the statistics target, None for the server's default; ``options`` are n_distinct and the
+    like, as written in the brackets of SET.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Column:
 class Index:
     """An index: ``body`` is its definition from USING on, ``constraint`` that of the constraint it backs.
 
-    Both tell the tablespace, where it is not the database's own. ``statistics`` lists the statistics
+    Both include the tablespace if it is not the database's default. ``statistics`` lists the statistics
     targets of its expressions as (position, target).
     """
 
@@ -65,7 +65,7 @@ class Index:
 class ForeignKey:
     """A foreign key of the table; ``definition`` is what follows ADD CONSTRAINT name.
 
-    ``passive`` tells that no write of what it refers to changes a row of the table.
+    ``passive``: no write to the referenced table changes a row of this one.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ForeignKey:
 
 @dataclass(frozen=True)
 class Check:
-    """A CHECK, or (from PostgreSQL 18 on) a NOT NULL by name; ``definition`` is without NOT VALID."""
+    """A CHECK, or (from PostgreSQL 18 on) a named NOT NULL; ``definition`` is without NOT VALID."""
 
     name: str
     kind: str
@@ -93,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True)
 class OwnedSequence:
-    """A sequence that lives and dies with a column: serial, or identity."""
+    """A sequence owned by a column: serial or identity."""
 
     schema: str
     name: str
@@ -103,7 +103,7 @@ class OwnedSequence:
 
 @dataclass(frozen=True)
 class Grant:
-    """Privileges on a table, a sequence, or one column, given by one role to another (None: PUBLIC)."""
+    """Privileges on a table, a sequence, or one column, granted by one role to another (None: PUBLIC)."""
 
     privileges: list[str]
     column: str | None
@@ -112,13 +112,13 @@ class Grant:
     grantor: str
 
     def __str__(self) -> str:
-        """`SELECT, INSERT to app`, as people say it."""
+        """`SELECT, INSERT to app by owner`, for messages."""
         what = ", ".join(f"{p} ({in_quotes(self.column)})" if self.column else p for p in self.privileges)
         whom = quoted(self.grantee) if self.grantee else "PUBLIC"
         return f"{what} to {whom}{' with grant option' if self.grantable else ''} by {quoted(self.grantor)}"
 
     def apart(self) -> Iterator[Grant]:
-        """The same, one for each privilege."""
+        """The same grant, split by privilege."""
         return (replace(self, privileges=[privilege]) for privilege in self.privileges)
 
 
@@ -136,10 +136,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A trigger of the user's, cut up so that it can be made on another table.
+    """A user trigger, split so that it can be created on another table.
 
-    ``CREATE TRIGGER name events ON table scope WHEN (condition) call``. ``enabled`` is the letter of the
-    catalog: O, D, R (replica) or A (always).
+    ``CREATE TRIGGER name events ON table scope WHEN (condition) call``. ``enabled`` is the catalog's
+    letter: O, D, R (replica) or A (always).
     """
 
     name: str
@@ -156,7 +156,7 @@ class Trigger:
 
     @property
     def fires_on_copy(self) -> bool:
-        """Whether moving a row from partition to partition fires it: INSERT and DELETE by row do."""
+        """Whether moving a row between partitions fires it: row triggers for INSERT and DELETE do."""
         return self.by_row and self.on_copy
 
 
@@ -171,7 +171,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the table itself, as one statement that names the table as it is called now."""
+    """A rule of the table itself, as one statement that uses the table's current name."""
 
     name: str
     definition: str
@@ -201,10 +201,10 @@ _TIME_TYPES = (
 
 @dataclass(frozen=True)
 class TableShape:
-    """A table as it stands, read from the catalogs in one transaction; ``spec`` says what it is to chronos.
+    """A table as the catalogs describe it, read in one transaction; ``spec`` says what it is to chronos.
 
-    ``leaked`` are the roles to which the default privileges of the current user would give something
-    on each new table ("r"), sequence ("S") or function ("f"); None among them is PUBLIC.
+    ``default_grantees`` are the roles that default privileges of the current user give anything on each new
+    table ("r"), sequence ("S") or function ("f"); None among them is PUBLIC.
     """
 
     spec: TableSpec
@@ -229,29 +229,29 @@ class TableShape:
     force_row_security: bool
     replica_identity: str
     tablespace: str | None
-    leaked: Mapping[str, tuple[str | None, ...]]
+    default_grantees: Mapping[str, tuple[str | None, ...]]
 
     def copied_columns(self) -> list[Statement]:
-        """The columns that an INSERT may name: all but the generated ones."""
+        """The columns that an INSERT may name: all except generated ones."""
         return [name(c.name) for c in self.columns if not c.generated]
 
     @property
     def columns_by_name(self) -> dict[str, Column]:
-        """The columns, to be looked up."""
+        """The columns by name."""
         return {column.name: column for column in self.columns}
 
     @property
     def time_type(self) -> str:
-        """The time column's type: ``timestamptz``, ``timestamp`` or ``date``, whatever its precision.
+        """The time column's type: ``timestamptz``, ``timestamp`` or ``date``, of any precision.
 
-        Empty when there is no such column, or it has another type.
+        Empty when there is no such column or it has another type.
         """
         column = self.columns_by_name.get(self.spec.column)
         return next((kind for known, kind in _TIME_TYPES if column and known.fullmatch(column.type)), "")
 
     @property
     def time_zoned(self) -> bool:
-        """Whether the time column knows its zone."""
+        """Whether the time column has a time zone."""
         return self.time_type == "timestamptz"
 
     @property
@@ -261,9 +261,9 @@ class TableShape:
 
     @property
     def key_index(self) -> Index | None:
-        """The index by which the plain table knows a row: its primary key, or a unique one.
+        """The index that identifies a row of the plain table: its primary key, or a unique one.
 
-        No row may escape that: NOT NULL columns, not partial, without expressions, checked at once.
+        It must cover every row: NOT NULL columns, not partial, no expressions, not deferrable.
         """
         required = {c.name for c in self.columns if c.not_null}
         unique = [
@@ -289,8 +289,8 @@ class TableShape:
 
     @property
     def new_key(self) -> tuple[str, ...]:
-        """The columns by which the partitioned table knows a row: ``key`` and the time column; empty without
-        ``key_index``.
+        """The columns that identify a row of the partitioned table: ``key`` and the time column; empty
+        without ``key_index``.
         """
         return (*self.key, self.spec.column) if self.old_key else ()
 
@@ -303,7 +303,7 @@ class TableShape:
         return sql.Literal(plain if self.time_type == "timestamp" else plain.date())
 
 
-# Among the options a server may keep notes of its own about the column (15.20 does): n_distinct only.
+# A server may keep internal options of its own on a column (15.20 does), so take n_distinct only.
 _COLUMNS = r"""
 SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
        EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod
@@ -327,7 +327,7 @@ WHERE a.attrelid = {oid} AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum
 """
 
-# The tablespace has its place before WHERE in an index, before DEFERRABLE in a constraint.
+# The tablespace belongs before WHERE in an index, and before DEFERRABLE in a constraint.
 _INDEXES = """
 SELECT c.relname,
        d.head || coalesce(' TABLESPACE ' || quote_ident(s.spcname), '') || d.predicate,
@@ -410,7 +410,7 @@ WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
 ORDER BY a.attnum
 """
 
-# In the order in which they were given: who passes a privilege on has got it before.
+# In the order of the grants: a role must have a privilege before it can grant it.
 _GRANTS = """
 SELECT array_agg(x.privilege_type ORDER BY x.n), g.column_name,
        CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END, x.is_grantable,
@@ -476,7 +476,7 @@ WHERE s.stxrelid = {oid}
 ORDER BY s.stxname
 """
 
-_LEAKED = """
+_DEFAULT_GRANTEES = """
 SELECT a.defaclobjtype::text,
        array_agg(DISTINCT CASE WHEN x.grantee <> 0 THEN pg_get_userbyid(x.grantee) END)
 FROM pg_default_acl a CROSS JOIN LATERAL aclexplode(a.defaclacl) x
@@ -502,7 +502,7 @@ WHERE n.nspname = {schema} AND c.relname = {table}
 
 
 def read(conn: Connection, spec: TableSpec, table: str) -> TableShape:
-    """The shape of ``table``, which exists in the schema of ``spec``; no lock beyond the catalog's own."""
+    """The shape of ``table``, which exists in the schema of ``spec``; only catalog locks."""
     schema = spec.home
     oid, owner, comment, options, row_security, forced, replica_identity, tablespace = execute(
         conn, statement(_TABLE, schema=schema, table=table)
@@ -540,7 +540,10 @@ def read(conn: Connection, spec: TableSpec, table: str) -> TableShape:
         force_row_security=forced,
         replica_identity=replica_identity,
         tablespace=tablespace,
-        leaked={kind: tuple(roles) for kind, roles in execute(conn, statement(_LEAKED, schema=schema)).all()},
+        default_grantees={
+            kind: tuple(roles)
+            for kind, roles in execute(conn, statement(_DEFAULT_GRANTEES, schema=schema)).all()
+        },
     )
 
 
@@ -556,7 +559,7 @@ def _trigger(
     on_copy: bool,
     transition_tables: bool,
 ) -> Trigger:
-    """A trigger from the server's definition of it, cut up."""
+    """A trigger from the server's definition of it, split into parts."""
     events, _, rest = definition.partition(on_table)
     condition: str | None = None
     if conditional:
@@ -589,19 +592,18 @@ _ANNOUNCED = ("options", "sequences", "row_security", "force_row_security")
 def differences(
     was: TableShape, now: TableShape, names: Iterable[tuple[str, str]] = (), *, announced: bool = False
 ) -> list[str]:
-    """What distinguishes ``now`` from ``was``, a line each; none when they are the same but for the oid.
+    """The differences between ``was`` and ``now``, a line each; none when only the oid differs.
 
-    ``names`` are pairs (as ``now`` has it, as ``was`` has it): names that are to change yet. With
-    ``announced`` what a partitioned table differs in by its nature, and the plan tells, is left out:
-    the time column in the primary key and NOT NULL, no storage parameters of its own, checks that are
-    validated, no sequence of its own but an identity's; and what the swap switches on: triggers, row
-    security.
+    ``names`` are pairs (name in ``now``, name in ``was``) of names that have yet to change. ``announced``
+    leaves out the inherent differences of a partitioned table, which the plan shows: the time column in the
+    primary key and NOT NULL, no storage parameters of its own, validated checks, no own sequence except an
+    identity's; and what the swap enables: triggers, row security.
     """
     renamed = dict(names)
     found: list[str] = []
     for field in fields(TableShape):
         what = field.name.replace("_", " ")
-        if field.name in ("spec", "oid", "schema", "name", "leaked"):
+        if field.name in ("spec", "oid", "schema", "name", "default_grantees"):
             continue
         if announced and field.name in _ANNOUNCED:
             continue
@@ -625,7 +627,7 @@ def differences(
         found += [
             f"{what}: {key} is new"
             for key in afters.keys() - befores.keys()
-            if not (announced and _belongs_to_the_key(afters[key], was.spec))
+            if not (announced and _comes_with_the_key(afters[key], was.spec))
         ]
         for key in befores.keys() & afters.keys():
             found += [
@@ -635,12 +637,12 @@ def differences(
             ]
         in_both = [key for key in befores if key in afters]
         if in_both != [key for key in afters if key in befores] and field.name == "columns":
-            found.append("the columns stand in another order")
+            found.append("the columns are in another order")
     return sorted(found)
 
 
 def _comparable(part: Any, was: TableShape, announced: bool) -> Any:
-    """``part``, under the name that ``was`` has for it, without what it may differ in by announcement."""
+    """``part``, under the name that it has in ``was``, without announced differences."""
     if not announced:
         return part
     if isinstance(part, Column) and part.name == was.spec.column:
@@ -656,8 +658,8 @@ def _comparable(part: Any, was: TableShape, announced: bool) -> Any:
     return part
 
 
-def _belongs_to_the_key(part: Any, spec: TableSpec) -> bool:
-    """Whether the primary key with the time column in it has brought it along."""
+def _comes_with_the_key(part: Any, spec: TableSpec) -> bool:
+    """Whether it comes with the primary key that includes the time column."""
     if isinstance(part, Index):
         return part.primary
     if not isinstance(part, Check) or part.kind != "n":

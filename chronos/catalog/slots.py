@@ -8,8 +8,8 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import execute, statement
 
-# Which publications a pgoutput slot sends is known to its subscriber alone. A publication that names its
-# tables does not have those in it that chronos builds. An inactive slot sends it all when it is read again.
+# Only its subscriber knows which publications a pgoutput slot sends. A publication that lists its tables does
+# not include those that chronos builds. An inactive slot sends everything once it is read again.
 _SENDERS = """
 SELECT s.slot_name::text, s.plugin::text, p.pubname::text, p.puballtables
 FROM pg_replication_slots s
@@ -26,8 +26,8 @@ ORDER BY 1, 3
 
 @dataclass(frozen=True)
 class Sender:
-    """A slot that sends what is written into any table of the schema, by ``publication`` or, None, by its
-    plugin; ``all_tables`` tells whether the publication is one of all tables.
+    """A slot that sends writes to any table of the schema, through ``publication`` or, if None, its plugin;
+    ``all_tables``: the publication is FOR ALL TABLES.
     """
 
     slot: str
@@ -37,7 +37,7 @@ class Sender:
 
 
 def senders(conn: Connection, schema: str) -> list[Sender]:
-    """The slots of this database whose readers get a row again when it is copied in ``schema``."""
+    """The slots of this database whose readers get a row again if it is copied within ``schema``."""
     return [Sender(*row) for row in execute(conn, statement(_SENDERS, schema=schema)).all()]
 
 

@@ -1,4 +1,4 @@
-"""Where extensions keep statements: those that the application has sent, and those that are scheduled."""
+"""Where extensions keep statements: those that the application sent, and scheduled ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection
 
 from chronos.db import execute, name, statement
 
-# What the extension owns, wherever it was put: another of that name is anybody's.
+# The relation that the extension owns, in any schema: another one of that name could be anybody's.
 _OWNED = """
 SELECT n.nspname::text, c.relname::text,
        has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
@@ -21,18 +21,18 @@ WHERE e.extname = {extension}
 
 
 def statistics_view(conn: Connection) -> sql.Identifier | None:
-    """The view of pg_stat_statements with its schema; None where that is not installed. No lock."""
+    """The view of pg_stat_statements with its schema; None if that is not installed. No lock."""
     found = _owned(conn, "pg_stat_statements", "pg_stat_statements")
     return found[0] if found else None
 
 
 def scheduled_jobs(conn: Connection) -> sql.Identifier | None:
-    """The table of pg_cron's jobs with its schema; None where there is none that may be read. No lock."""
+    """The table of pg_cron's jobs with its schema; None if there is none that may be read. No lock."""
     found = _owned(conn, "pg_cron", "job")
     return found[0] if found and found[1] else None
 
 
 def _owned(conn: Connection, extension: str, relation: str) -> tuple[sql.Identifier, bool] | None:
-    """A relation of an extension's, and whether the current user may read it."""
+    """A relation of an extension, and whether the current user may read it."""
     found = execute(conn, statement(_OWNED, extension=extension, relation=relation)).one_or_none()
     return (name(found[0], found[1]), found[2]) if found else None

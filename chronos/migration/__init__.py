@@ -1,1 +1,1 @@
-"""The migration: one file for each thing it does. ``run`` is the order in which they are done."""
+"""The migration: one file for each thing it does; ``run`` has their order."""

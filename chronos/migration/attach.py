@@ -1,13 +1,13 @@
-"""The second strategy: nothing is copied. The table itself becomes the partition of all before a bound.
+"""The second strategy: nothing is copied. The table itself becomes the partition for all rows before a bound.
 
-The bound lies some days ahead: what is written until then goes into the old table as before, and the way
-back is as quick as the way there. First, while everybody reads and writes on: a unique index with the time
-column in it, and a CHECK that every row lies before the bound, so that nothing is scanned under a lock. Then
-the swap, in milliseconds: names, primary key, ATTACH. The rows are the same ones all the time, so there is
-nothing to note, to replay or to compare, and no snapshot that could miss one.
+The bound is some days ahead: until then, writes go into the old table as before, and the way back is as quick
+as the way there. First, while the application reads and writes: a unique index that includes the time column,
+and a CHECK that every row lies before the bound, so that nothing is scanned under a lock. Then the swap, in
+milliseconds: names, primary key, ATTACH. The rows never move, so there is nothing to note, replay or compare,
+and no snapshot can miss a row.
 
-The table that was is called T_history from then on, never T_old: whoever follows the manual rollback of a
-copy (DROP TABLE T CASCADE) must not find that name.
+The old table is then called T_history, never T_old: the manual rollback of a copy (DROP TABLE T CASCADE) must
+not find that name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from chronos.catalog.ddl import (
+    continue_identity,
     enable_statements,
-    identity_goes_on,
     identity_statements,
     key_body,
     parent_statements,
@@ -67,7 +67,7 @@ _TELL_S = 1.0
 
 
 def bound_after(table: TableSpec, now: datetime, newest: datetime | None) -> datetime:
-    """Before which instant all is the old table's: a week from today, and after the newest row."""
+    """The bound: every row before it stays in the old table. A week from today, and after the newest row."""
     week = midnight(now.date()) + timedelta(days=BOUND_DAYS)
     period = table.period(week)
     bound = period.start if period.start == week else period.end
@@ -75,7 +75,7 @@ def bound_after(table: TableSpec, now: datetime, newest: datetime | None) -> dat
 
 
 def heap_of(shape: TableShape) -> Heap:
-    """What the plain table is to get back one day."""
+    """What the plain table gets back on a rollback."""
     assert shape.key_index is not None
     return Heap(
         key=shape.key_index,
@@ -96,7 +96,7 @@ def check_name(table: TableSpec) -> str:
 
 
 def build_statements(migration: Migration) -> list[Statement]:
-    """The partitioned table without partitions, and the state: nothing is noted, for nothing is copied."""
+    """The partitioned table without partitions, and the state. No notes, as nothing is copied."""
     shape = migration.shape
     return [
         *parent_statements(shape, migration.plan.renames),
@@ -114,18 +114,18 @@ def build(migration: Migration) -> None:
 
 
 def build_partitions(migration: Migration) -> bool:
-    """Step 2: the partitions from the bound on, in their place. Returns whether there was any to build."""
+    """Step 2: the partitions from the bound on, attached. Returns whether any had to be built."""
     with transaction(migration.conn) as conn:
         migration.claim(conn)
         existing = {p.name for p in attached(conn, migration.table, migration.table.new)}
-        lacking = [p for p in migration.plan.periods if migration.table.partition(p) not in existing]
-        if lacking:
-            execute(conn, joined(leaves_statements(migration.shape, lacking, lacking[0]), ";\n"))
-    return bool(lacking)
+        missing = [p for p in migration.plan.periods if migration.table.partition(p) not in existing]
+        if missing:
+            execute(conn, joined(leaves_statements(migration.shape, missing, missing[0]), ";\n"))
+    return bool(missing)
 
 
 def adopt(migration: Migration, check_stop: CheckStop) -> None:
-    """Step 3: all that takes long, while everybody reads and writes on. Safe to call again.
+    """Step 3: everything slow, while the application reads and writes. Safe to call again.
 
     SHARE UPDATE EXCLUSIVE on the table in use for the index and the validation, ACCESS EXCLUSIVE for a moment
     for the CHECK; SHARE ROW EXCLUSIVE for moments on the tables that foreign keys refer to. Raises
@@ -136,18 +136,18 @@ def adopt(migration: Migration, check_stop: CheckStop) -> None:
     _add_check(migration)
     _validate(migration, check_stop)
     if migration.plan.foreign_keys:
-        # The new partitions' own; those of the whole adopt them after the swap, with the old table's.
+        # On the new partitions. After the swap the partitioned table's keys adopt these and the old table's.
         add_to_leaves(migration, check_stop)
 
 
 def has_its_key(plan: Plan) -> bool:
-    """Whether the old table's primary key has the time column in it already."""
+    """Whether the old table's primary key includes the time column already."""
     assert plan.heap is not None
     return plan.heap.key.primary and plan.table.column in plan.heap.key.columns
 
 
 def index_statement(migration: Migration) -> Statement:
-    """The index of the primary key to be; nobody waits for it."""
+    """The index of the future primary key; building it blocks no reads or writes."""
     table = migration.table
     return _unique_index_statement(key_name(table), migration.relation(table.name), key_body(migration.shape))
 
@@ -167,7 +167,7 @@ def _build_index(migration: Migration, index: str, query: Statement, check_stop:
     if valid:
         return
     if valid is not None:
-        # What was cut off is of no use.
+        # Left behind by an interrupted build: useless.
         _drop_index(migration, index, check_stop)
     _in_the_background(migration, query, "building index", check_stop)
 
@@ -192,7 +192,7 @@ def _drop_index(migration: Migration, index: str, check_stop: CheckStop) -> None
 
 
 def check_statement(migration: Migration) -> Statement:
-    """Every row lies before the bound: for what is written from now on; the rows there are checked later."""
+    """Every row lies before the bound: enforced for new writes now; existing rows are validated later."""
     return statement(
         "ALTER TABLE {table} ADD CONSTRAINT {check} CHECK ({c} IS NOT NULL AND {c} < {bound}) NOT VALID",
         table=migration.relation(migration.table.name),
@@ -232,7 +232,7 @@ def _add_check(migration: Migration) -> None:
 
 
 def validate_check_statement(migration: Migration) -> Statement:
-    """Look at every row; everybody reads and writes on."""
+    """Check every existing row, while the application reads and writes."""
     return statement(
         "ALTER TABLE {table} VALIDATE CONSTRAINT {check}",
         table=migration.relation(migration.table.name),
@@ -257,8 +257,8 @@ def _validate(migration: Migration, check_stop: CheckStop) -> None:
         ) from error
 
 
-# An index is all that an attach writes, page by page, and pages shrink to less than half. Not with pglz,
-# which takes longer than the index itself.
+# The index is nearly all the WAL of an attach, and its pages compress to less than half. Not with pglz, which
+# takes longer than building the index.
 COMPRESSION = """
 SELECT CASE WHEN 'zstd' = ANY(enumvals) THEN 'zstd' WHEN 'lz4' = ANY(enumvals) THEN 'lz4' END
 FROM pg_settings
@@ -267,9 +267,9 @@ WHERE name = 'wal_compression' AND setting = 'off' AND has_parameter_privilege(n
 
 
 def _in_the_background(migration: Migration, query: Statement, what: str, check_stop: CheckStop) -> None:
-    """Run a statement that takes long over a connection of its own, and tell how far it is.
+    """Run a slow statement over a connection of its own, and report its progress.
 
-    A stop cancels it. Its settings are the session's, for it runs in no transaction of ours.
+    A stop cancels it. Its settings are set for the session, as it runs outside any transaction of ours.
     """
     output = migration.operator.output
     with opened(migration.engine) as running, opened(migration.engine) as watching:
@@ -328,21 +328,21 @@ def _progress(conn: Connection, pid: int) -> str:
 
 
 def require_ready(migration: Migration) -> None:
-    """Step 5: what the swap counts on is there. Raises ShapeError."""
+    """Step 5: check that everything the swap relies on is there. Raises ShapeError."""
     table, plan = migration.table, migration.plan
     with transaction(migration.conn) as conn:
         checked = check_is_valid(conn, table, table.name)
         there = {p.name for p in attached(conn, table, table.new)}
     if not checked:
-        raise ShapeError(f"the constraint {check_name(table)} of {table} is not there, or not validated")
+        raise ShapeError(f"the constraint {check_name(table)} of {table} is missing or not validated")
     if not has_its_key(plan) and not _index_is_valid(migration, key_name(table)):
-        raise ShapeError(f"the index {key_name(table)} of {table} is not there, or not valid")
+        raise ShapeError(f"the index {key_name(table)} of {table} is missing or invalid")
     if missing := [p for p in plan.periods if table.partition(p) not in there]:
-        raise ShapeError(f"the partition of {missing[0]} is not there")
+        raise ShapeError(f"the partition of {missing[0]} is missing")
 
 
 def swap(migration: Migration) -> None:
-    """Step 6: let the partitioned table take the name, with the old one as its first partition.
+    """Step 6: give the partitioned table the name, with the old table as its first partition.
 
     ACCESS EXCLUSIVE on the table in use, in short attempts. Raises LockUnavailableError, ShapeError.
     """
@@ -351,7 +351,7 @@ def swap(migration: Migration) -> None:
     for attempt in locks.attempts(conn, [(table.home, table.name)]):
         with attempt:
             migration.claim(conn)
-            # Nobody changes the table in use while the two are compared; the application reads and writes on.
+            # No DDL on the table in use while the two are compared; the application reads and writes.
             execute(conn, lock_table(table.home, table.name, "SHARE UPDATE EXCLUSIVE"))
             _require_alike(migration)
             attempt.asks_now()
@@ -368,7 +368,7 @@ def swap(migration: Migration) -> None:
 
 
 def without_ours(shape: TableShape) -> TableShape:
-    """The shape of the plain table without the index and the CHECK that adopting it has added."""
+    """The shape of the plain table without the index and the CHECK that step 3 added."""
     spec = shape.spec
     return replace(
         shape,
@@ -378,12 +378,12 @@ def without_ours(shape: TableShape) -> TableShape:
 
 
 def _require_alike(migration: Migration) -> None:
-    """Raise ShapeError unless the partitioned table is what the plain one is now, as far as announced."""
+    """Raise ShapeError unless the partitioned table matches the plain one, but for announced differences."""
     plan, conn = migration.plan, migration.conn
     was = without_ours(read_shape(conn, migration.table, migration.table.name))
     built = read_shape(conn, migration.table, migration.table.new)
     names = [(temporary, original) for _, original, _, temporary in plan.renames]
-    # Its foreign keys come after the swap.
+    # Its foreign keys are added after the swap.
     like = replace(built, rules=was.rules, foreign_keys=was.foreign_keys)
     found = differences(was, like, names, announced=True)
     found += partition_differences(conn, was, built.oid)
@@ -393,13 +393,13 @@ def _require_alike(migration: Migration) -> None:
 
 
 def _kept(plan: Plan, key: Index) -> list[tuple[str, str, str, str]]:
-    """The names that the old table's own objects give up and get back: those of objects that it keeps."""
+    """The renames of objects that stay with the old table: undone on the way back."""
     gone = key.name if key.primary and not has_its_key(plan) else None
     return [r for r in plan.renames if r[0] != "SEQUENCE" and r[1] != gone]
 
 
 def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
-    """What happens under the lock when the partitioned table takes the name."""
+    """What runs under the lock when the partitioned table takes the name."""
     table, heap = plan.table, plan.heap
     assert heap is not None
     home = table.home
@@ -416,10 +416,10 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         statements.append(_key_using_index(old, key_name(table), key_name(table), heap.key))
     for identity in heap.identities:
         statements += [
-            identity_goes_on(home, table.history, table.new, identity.column),
+            continue_identity(home, table.history, table.new, identity.column),
             statement("ALTER TABLE {t} ALTER COLUMN {c} DROP IDENTITY", t=old, c=name(identity.column)),
         ]
-    # The partitioned table's own come to the partition as well, and not beside one of the same name.
+    # The partition gets the partitioned table's triggers, which cannot coexist with ones of the same name.
     statements += [statement("DROP TRIGGER {n} ON {t}", n=name(t.name), t=old) for t in heap.triggers]
     return [
         *statements,
@@ -433,7 +433,7 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
         ),
         statement("ALTER TABLE {old} DROP CONSTRAINT {check}", old=old, check=name(check_name(table))),
         *enable_statements(shape, new),
-        # Both tables use it, and either can be dropped without the other.
+        # Both tables use it, and dropping either must not drop it.
         *(
             statement("ALTER SEQUENCE {sequence} OWNED BY NONE", sequence=name(s.schema, s.name))
             for s in plan.sequences
@@ -446,7 +446,7 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
 
 
 def _key_using_index(table: Statement, constraint: str, index: str, like: Index) -> Statement:
-    """A primary key out of a unique index; ``like`` tells whether it is deferrable."""
+    """Make a unique index the primary key; deferrable as ``like`` is."""
     definition = like.constraint or ""
     deferrable = " DEFERRABLE" if like.deferrable else ""
     if definition.endswith("INITIALLY DEFERRED"):
@@ -460,10 +460,10 @@ def _key_using_index(table: Statement, constraint: str, index: str, like: Index)
 
 
 def adopt_foreign_keys(migration: Migration) -> None:
-    """Step 6, after the swap: the keys of the whole, which adopt those of all partitions. Safe to call again.
+    """Step 6, after the swap: the foreign keys of the partitioned table, which adopt those of all partitions.
 
-    SHARE ROW EXCLUSIVE on the table in use, ACCESS EXCLUSIVE on the tables referred to, in short attempts.
-    The migration is complete then. Raises LockUnavailableError.
+    Completes the migration. Safe to call again. SHARE ROW EXCLUSIVE on the table in use, ACCESS EXCLUSIVE on
+    the referenced tables, in short attempts. Raises LockUnavailableError.
     """
     adopt_keys(migration, migration.table.name)
     with transaction(migration.conn) as conn:
@@ -476,10 +476,10 @@ def adopt_foreign_keys(migration: Migration) -> None:
 
 
 def go_back(migration: Migration, check_stop: CheckStop, *, by_hand: bool = False) -> int:
-    """Let the old table take its name back; returns how many rows beyond the bound were carried into it.
+    """Give the old table its name back; returns how many rows beyond the bound were moved into it.
 
-    ``by_hand`` tells that somebody has detached it and renamed it already. Everything but the last step
-    happens while everybody reads and writes on. ACCESS EXCLUSIVE on the table in use and its partitions,
+    ``by_hand``: somebody has already detached and renamed it. Everything but the last step runs while the
+    application reads and writes. ACCESS EXCLUSIVE on the table in use and its partitions,
     SHARE ROW EXCLUSIVE on the tables that foreign keys refer to, in short attempts. Raises
     LockUnavailableError, ShapeError.
     """
@@ -497,7 +497,7 @@ def go_back(migration: Migration, check_stop: CheckStop, *, by_hand: bool = Fals
             attempt.asks_now()
             execute(conn, lock_table(table.home, table.name, "ACCESS EXCLUSIVE", partitions=True))
             if by_hand:
-                execute(conn, joined(_own_again(migration, [], by_hand=True), ";\n"))
+                execute(conn, joined(_restore_plain(migration, [], by_hand=True), ";\n"))
                 continue
             for schema, referred in migration.referred():
                 execute(conn, lock_table(schema, referred, "SHARE ROW EXCLUSIVE"))
@@ -531,7 +531,7 @@ def _build_old_key(migration: Migration, key: Index, on_table: str, check_stop: 
         _drop_index(migration, index, check_stop)
         raise ChronosError(
             f"{table} has rows with the same ({', '.join(migration.plan.old_key)}) at different times, and"
-            f" the plain table takes only one of each; delete one, or give it another key ({_detail(error)})"
+            f" the plain table allows only one; delete one, or give it another key ({_detail(error)})"
         ) from error
 
 
@@ -541,7 +541,7 @@ def _detail(error: DBAPIError) -> str:
 
 
 def rows_beyond(conn: Connection, table: TableSpec, bound: Statement) -> int:
-    """How many rows lie at or beyond the bound, in other partitions than the old table. ACCESS SHARE."""
+    """How many rows lie at or beyond the bound, in partitions other than the old table. ACCESS SHARE."""
     found: int = execute(
         conn,
         statement(
@@ -565,7 +565,7 @@ def _filled(conn: Connection, migration: Migration) -> list[Statement]:
 
 
 def back_statements(migration: Migration, filled: list[Statement]) -> list[Statement]:
-    """What happens under the locks when the old table takes its name back; ``filled`` are not empty."""
+    """What runs under the locks when the old table takes its name back; ``filled`` partitions hold rows."""
     plan, table = migration.plan, migration.table
     home = table.home
     return [
@@ -575,15 +575,17 @@ def back_statements(migration: Migration, filled: list[Statement]) -> list[State
         rename(home, "TABLE", table.name, table.new),
         *(rename(home, kind, original, built) for kind, original, _, built in plan.renames),
         rename(home, "TABLE", table.history, table.name),
-        *_own_again(migration, filled),
+        *_restore_plain(migration, filled),
     ]
 
 
-def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool = False) -> list[Statement]:
-    """The plain table, under its name, gets back what was its own, and the rows of the partitions ``filled``.
+def _restore_plain(
+    migration: Migration, filled: list[Statement], *, by_hand: bool = False
+) -> list[Statement]:
+    """Give the plain table, under its name again, what it had before, and the rows of ``filled`` partitions.
 
-    ``by_hand`` tells that the partitioned table is gone, and its identity with it: it goes on after the
-    highest id that is there.
+    ``by_hand``: the partitioned table is gone, and its identity sequence with it, so the new one starts after
+    the highest existing id.
     """
     plan, shape, table = migration.plan, migration.shape, migration.table
     heap, home = plan.heap, plan.table.home
@@ -617,7 +619,7 @@ def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool =
             )
             for identity in heap.identities
         ]
-    # Its triggers come afterwards: rows that only come back are no news to them.
+    # Its triggers come afterwards: they must not fire for rows that only move back.
     if filled:
         statements.append(
             statement(
@@ -641,7 +643,7 @@ def _own_again(migration: Migration, filled: list[Statement], *, by_hand: bool =
 
 
 def _remarks(plan: Plan, key: Index) -> list[Statement]:
-    """What else the old primary key had: comments, the mark of CLUSTER."""
+    """What else the old primary key had: comments, the CLUSTER mark."""
     home, plain = plan.table.home, name(plan.table.home, plan.table.name)
     statements: list[Statement] = []
     if key.comment:
@@ -663,7 +665,7 @@ def _remarks(plan: Plan, key: Index) -> list[Statement]:
 
 
 def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None:
-    """When the old table has its name, or never gave it up: drop what was added to it, all but the state.
+    """Once the old table has its name back, or never lost it: drop what was added to it, except the state.
 
     ACCESS EXCLUSIVE on it for a moment, for the CHECK.
     """
@@ -688,14 +690,14 @@ def clean_up(migration: Migration, check_stop: CheckStop = lambda: None) -> None
 
 
 def drop_leftover(migration: Migration, check_stop: CheckStop = lambda: None) -> None:
-    """Drop the indexes that were built for a way there or back, and not used. Nobody waits."""
+    """Drop unused indexes that were built for the swap or the way back. Blocks no reads or writes."""
     for index in (key_name(migration.table), _old_key(migration.plan)):
         if _index_is_valid(migration, index) is not None and _is_ours(migration, index):
             _drop_index(migration, index, check_stop)
 
 
 def _is_ours(migration: Migration, index: str) -> bool:
-    """Whether an index is on the plain table, and backs no constraint."""
+    """Whether an index is on the plain table and backs no constraint."""
     with transaction(migration.conn) as conn:
         found: bool = execute(
             conn,

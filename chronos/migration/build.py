@@ -1,7 +1,8 @@
-"""Build the partitioned table beside the plain one, and begin to note what is written in the plain one.
+"""Build the partitioned table beside the plain one, and start noting what is written to the plain one.
 
-Nobody uses what is built. Once the note triggers are committed, every writer before them has committed too,
-for their lock waits for all of them: what the copy reads from then on, and the notes, are everything.
+Nobody uses the new table yet. Creating the note triggers takes a lock that waits for every open writer. So
+once they are committed, all earlier writes are committed too: what the copy then reads, plus the notes, is
+everything.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def parent_and_log_statements(shape: TableShape, state: State) -> list[Statement
 
 
 def begin_notes_statements(shape: TableShape) -> list[Statement]:
-    """The note triggers on the table in use, under SHARE ROW EXCLUSIVE: writers wait for an instant."""
+    """The note triggers on the table in use, under SHARE ROW EXCLUSIVE: writers wait for a moment."""
     spec = shape.spec
     return [
         lock_table(spec.home, spec.name, "SHARE ROW EXCLUSIVE"),
@@ -43,7 +44,7 @@ def begin_notes_statements(shape: TableShape) -> list[Statement]:
 
 
 def build_parent(migration: Migration) -> None:
-    """Step 1: the partitioned table, then the triggers that note what is written from now on.
+    """Step 1: the partitioned table, then the triggers that note every write from now on.
 
     SHARE ROW EXCLUSIVE on the table in use for the triggers, in short attempts. Raises
     LockUnavailableError.
@@ -51,12 +52,12 @@ def build_parent(migration: Migration) -> None:
     shape, state, conn = migration.shape, migration.state, migration.conn
     with transaction(conn):
         execute(conn, joined(parent_and_log_statements(shape, state), ";\n"))
-        states.read(conn, migration.table)  # refuses what could not be read later, before it is there
+        states.read(conn, migration.table)  # fails now, before the commit, on what could not be read later
     begin_notes(migration)
 
 
 def begin_notes(migration: Migration) -> None:
-    """Note what is written in the table in use from now on; see ``build_parent``."""
+    """Start noting what is written to the table in use; see ``build_parent``."""
     locks = migration.locks(attempts=None)
     tables = [(migration.table.home, migration.table.name)]
     for attempt in locks.attempts(migration.conn, tables):
@@ -68,7 +69,7 @@ def begin_notes(migration: Migration) -> None:
 
 
 def leaves_statements(shape: TableShape, periods: list[Period], empty_from: Period | None) -> list[Statement]:
-    """The partitions: bare beside the table, or, from ``empty_from`` on, with indexes and in their place."""
+    """The partitions: bare and detached, or, from ``empty_from`` on, indexed and attached."""
     statements: list[Statement] = []
     for period in periods:
         empty = empty_from is not None and period >= empty_from
@@ -79,7 +80,7 @@ def leaves_statements(shape: TableShape, periods: list[Period], empty_from: Peri
 
 
 def build_partitions(migration: Migration) -> bool:
-    """Step 2: a partition for each period. Those after the newest row are empty, and attached at once.
+    """Step 2: a partition for each period. Those after the newest row stay empty and are attached at once.
 
     Returns whether there was anything to build.
     """
@@ -103,7 +104,7 @@ def build_partitions(migration: Migration) -> bool:
 
 
 def _after(migration: Migration, period: Period, newest: object) -> bool:
-    """Whether ``period`` begins after the newest row; the server compares, for it also knows infinity."""
+    """Whether ``period`` begins after the newest row. The server compares, as it also knows infinity."""
     found: bool = execute(
         migration.conn,
         statement("SELECT {start} > {newest}", start=migration.shape.instant(period.start), newest=newest),
@@ -124,7 +125,7 @@ def _built(migration: Migration) -> bool:
 
 
 def pending_periods(migration: Migration) -> list[Period]:
-    """The periods whose partition is not in its place yet."""
+    """The periods whose partition is not attached yet."""
     with transaction(migration.conn):
         rows = execute(
             migration.conn,

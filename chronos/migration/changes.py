@@ -1,8 +1,8 @@
 """The notes: which rows were written in the table in use, and their replay into the other one.
 
-Triggers note keys, not contents. A replay takes some notes away and brings those rows in the target to what
-they are in the source, in one statement and so in one snapshot: what is committed later has notes of its
-own. Replaying twice does no harm. ENABLE ALWAYS, so that writes under a replication role are noted too.
+Triggers note keys, not contents. A replay removes some notes and makes those rows in the target what they are
+in the source, in one statement and so in one snapshot: later commits have notes of their own. Replaying twice
+does no harm. The triggers are ENABLE ALWAYS, so that writes under a replication role are noted too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from psycopg2 import errorcodes, sql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from chronos.catalog.ddl import literal, nobody_calls, owner_only, script
+from chronos.catalog.ddl import literal, owner_only, revoke_execute, script
 from chronos.catalog.shape import TableShape
 from chronos.db import (
     Statement,
@@ -34,23 +34,23 @@ from chronos.table import TableSpec, in_quotes
 _BATCH = 2_000
 # Few enough to be replayed while writers wait.
 FEW = 200
-# A batch that meets what a later note takes away is tried again with more notes, up to all of them.
+# A batch that conflicts with a row that a later note removes is retried with more notes, up to all of them.
 _GROWTH = 10
 _ATTEMPTS = 100
 _PAUSE_S = 0.1
-# Shorter than the server's deadlock_timeout: should we and a transaction of the application's wait for each
-# other, it is we who let go.
+# Shorter than the server's deadlock_timeout: if we and a transaction of the application wait for each other,
+# ours is the one that gives up.
 _LOCK_TIMEOUT_MS = 200
 
 
 class TruncatedError(ChronosError):
-    """The table was emptied by TRUNCATE while it was copied."""
+    """The table was emptied by TRUNCATE during the copy."""
 
     id = "truncated"
 
 
 def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
-    """The tables and functions of the notes, and triggers on the table that is built: silent as yet."""
+    """The tables and functions of the notes, and inactive triggers on the new table."""
     table = shape.spec
     key = plan.new_key
     owner, home = name(shape.owner), table.home
@@ -85,9 +85,9 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
                 a=sql.SQL(arguments),
                 owner=owner,
             ),
-            *nobody_calls(shape, name(home, function), arguments),
+            *revoke_execute(shape, name(home, function), arguments),
         ]
-    # Whoever writes the table evaluates it in the triggers' conditions.
+    # Every role that writes to the table evaluates it in the triggers' conditions.
     statements.append(
         statement(
             "GRANT EXECUTE ON FUNCTION {f}({a}) TO PUBLIC",
@@ -102,7 +102,7 @@ def change_log_statements(shape: TableShape, plan: Plan) -> list[Statement]:
     ]
 
 
-# Planned anew each time, for the partitions of the one row alone.
+# EXECUTE plans it each time, so that it touches only that row's partition.
 _UNLINK = """
     IF TG_ARGV[0] = '{origin}' AND (TG_OP = 'DELETE' OR record_image_ne(ROW({old}), ROW({new})))
        AND to_regclass({target_text}) IS NOT NULL THEN
@@ -113,9 +113,9 @@ _UNLINK = """
 
 
 def unlink_function_statement(shape: TableShape, plan: Plan, linked: Direction | None) -> Statement:
-    """The function of the unlink triggers; nobody is waited for when it is replaced.
+    """The function of the unlink triggers; replacing it waits for no lock.
 
-    ``linked`` is the direction whose target is not in use and has foreign keys; None: there is none.
+    ``linked`` is the direction whose target is not in use and has foreign keys; None if there is none.
     """
     spec, key = shape.spec, plan.new_key
     unlink = ""
@@ -148,7 +148,7 @@ def _text(columns: tuple[str, ...], alias: str = "") -> str:
 def note_trigger_statements(shape: TableShape, on_table: str, direction: Direction) -> list[Statement]:
     """The triggers on ``on_table`` that note what is written there for a replay in ``direction``.
 
-    SHARE ROW EXCLUSIVE on it. On the partitioned table they ask which times are noted.
+    SHARE ROW EXCLUSIVE on it. On the partitioned table they first ask whether the time is to be noted.
     """
     spec = shape.spec
     table = name(spec.home, on_table)
@@ -193,7 +193,7 @@ def note_trigger_statements(shape: TableShape, on_table: str, direction: Directi
 
 
 def _always(table: Statement, trigger: str, what: Statement, function: Statement, *texts: str) -> Statement:
-    """A trigger that fires under replication roles, too."""
+    """A trigger that also fires under replication roles."""
     return statement(
         "CREATE TRIGGER {t} {what} EXECUTE FUNCTION {f}({texts});\n"
         "ALTER TABLE {table} ENABLE ALWAYS TRIGGER {t}",
@@ -206,16 +206,16 @@ def _always(table: Statement, trigger: str, what: Statement, function: Statement
 
 
 def _snapshot_trigger(shape: TableShape, on_table: str, direction: Direction) -> Statement:
-    """The trigger that refuses a snapshot from before the swap, on the table that notes for ``direction``.
+    """The trigger that rejects a snapshot from before the swap, on the table noted for ``direction``.
 
-    On the partitioned table it asks as long as everything is noted.
+    On the partitioned table it is active only while every write is noted.
     """
     spec = shape.spec
     table = name(spec.home, on_table)
     when: Statement = sql.SQL("")
     phases = [Phase.UNDONE]
     if direction is Direction.BACK:
-        # Until it is dropped after a way back, copies are taken out of it.
+        # After a way back, until it is dropped, rows are still deleted from it.
         phases = [Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING, Phase.UNDONE]
         when = statement(
             " WHEN ({f}('infinity'::{type}))",
@@ -229,7 +229,7 @@ def _snapshot_trigger(shape: TableShape, on_table: str, direction: Direction) ->
 
 
 def triggers_after_the_way_back(shape: TableShape) -> list[Statement]:
-    """In the swap: the plain table's, until what was built is dropped."""
+    """In the swap back: triggers on the plain table, until the partitioned one is dropped."""
     table = shape.spec.name
     return [
         *note_trigger_statements(shape, table, Direction.FORWARD),
@@ -238,9 +238,9 @@ def triggers_after_the_way_back(shape: TableShape) -> list[Statement]:
 
 
 def notes_are_taken(conn: Connection, spec: TableSpec) -> bool:
-    """Whether the note triggers of the table in use, and of its partitions, are there and always fire.
+    """Whether the note triggers of the table in use and of its partitions exist and are ENABLE ALWAYS.
 
-    Somebody may have dropped or disabled them; ENABLE TRIGGER ALL does not make them what they were.
+    Somebody may have dropped or disabled them; ENABLE TRIGGER ALL does not restore ENABLE ALWAYS.
     """
     insert, update, delete, truncate, *_ = (sql.Literal(trigger) for trigger in spec.note_triggers)
     found: bool = execute(
@@ -262,7 +262,7 @@ def notes_are_taken(conn: Connection, spec: TableSpec) -> bool:
 
 
 def drop_trigger_statements(spec: TableSpec, on_table: str, *triggers: str) -> list[Statement]:
-    """Take our ``triggers`` (all of them, if none are named) off a table. ACCESS EXCLUSIVE on it."""
+    """Drop our ``triggers`` (all of them if none are named) from a table. ACCESS EXCLUSIVE on it."""
     return [
         statement("DROP TRIGGER IF EXISTS {t} ON {table}", t=name(trigger), table=name(spec.home, on_table))
         for trigger in triggers or spec.note_triggers
@@ -270,7 +270,7 @@ def drop_trigger_statements(spec: TableSpec, on_table: str, *triggers: str) -> l
 
 
 def drop_log_statement(plan: Plan) -> Statement:
-    """Drop the notes, their functions and the state: a migration that is over leaves nothing else behind."""
+    """Drop the notes, their functions and the state: all that a finished migration leaves behind."""
     spec = plan.table
     home = spec.home
     if plan.attaches:
@@ -295,11 +295,11 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN {condition}
 
 
 def note_everything_statement(shape: TableShape) -> Statement:
-    """From now on note every key that is written in the partitioned table."""
+    """From now on, note every key written in the partitioned table."""
     return _noted(shape, sql.SQL("true"))
 
 
-# The fence is known only under the lock, so the server puts it into the function itself.
+# The fence is known only under the lock, so the server puts it into the function.
 _NOTED_UP_TO_THE_FENCE = """
 DO $do$
 BEGIN
@@ -311,7 +311,7 @@ $do$"""
 
 
 def note_up_to_the_fence_statement(shape: TableShape) -> Statement:
-    """From now on note the keys that are written at or below the fence in the partitioned table."""
+    """From now on, note only keys written at or below the fence in the partitioned table."""
     spec = shape.spec
     return statement(
         _NOTED_UP_TO_THE_FENCE,
@@ -345,7 +345,7 @@ def _noted(shape: TableShape, condition: Statement) -> Statement:
 
 
 def verified_statements(shape: TableShape, plan: Plan) -> list[Statement]:
-    """When the replayed keys are compared: from now on a row beyond the fence is new by its time."""
+    """Once the replayed keys are compared: from now on a row beyond the fence is new by its time alone."""
     spec = shape.spec
     return [
         note_up_to_the_fence_statement(shape),
@@ -356,7 +356,7 @@ def verified_statements(shape: TableShape, plan: Plan) -> list[Statement]:
 
 
 def note_skewed_rows_statement(shape: TableShape, plan: Plan) -> Statement:
-    """Rows of the frozen table beyond the fence are known by their keys, not by their times."""
+    """Note rows of the frozen table beyond the fence: their keys, not their times, say that they are old."""
     spec = shape.spec
     return statement(
         "INSERT INTO {changes} ({key}, chronos_origin)"
@@ -371,21 +371,21 @@ def note_skewed_rows_statement(shape: TableShape, plan: Plan) -> Statement:
 
 
 def waiting_notes(conn: Connection, migration: Migration, direction: Direction, limit: int) -> int:
-    """How many notes are to be replayed in ``direction``, at most ``limit``.
+    """How many notes await replay in ``direction``, at most ``limit``.
 
     Raises TruncatedError when a TRUNCATE is among them, StrayRowError when a row has no time.
     """
     notes, truncated, timeless = execute(conn, waiting_notes_query(migration, direction, limit)).one()
     if truncated:
-        raise TruncatedError(f"{migration.table} was emptied by TRUNCATE while it was copied")
+        raise TruncatedError(f"{migration.table} was emptied by TRUNCATE during the copy")
     if timeless:
         _require_times(conn, migration)
     return int(notes)
 
 
 def waiting_notes_query(migration: Migration, direction: Direction, limit: int) -> Statement:
-    """One row: how many notes are to be replayed, at most ``limit``; whether a TRUNCATE is among them, and
-    whether a row without a time is.
+    """One row: how many notes await replay, at most ``limit``; whether a TRUNCATE is among them; whether a
+    row without a time is.
     """
     return statement(
         "SELECT (SELECT count(*) FROM (SELECT FROM {changes} WHERE chronos_origin = {origin}"
@@ -412,17 +412,17 @@ def _require_times(conn: Connection, migration: Migration) -> None:
     ).scalar_one()
     if rows:
         raise StrayRowError(
-            f"{rows:,} rows were written meanwhile whose {table.column} is NULL, which no partition takes;"
-            " correct or delete them"
+            f"{rows:,} rows were written during the copy with a {table.column} that is NULL, which fits no"
+            " partition; correct or delete them"
         )
 
 
-# Notes are taken in the order in which they lie in the table, which is nearly that in which they were
-# written: a row that leaves a unique value comes before the one that takes it.
+# Notes are read in physical order, which is nearly the order of the writes: a row that gives up a unique
+# value comes before the one that takes it.
 _WHICH = "SELECT ctid FROM {changes} WHERE chronos_origin = {origin} AND NOT chronos_truncated LIMIT {limit}"
 
-# A statement of its own, before the replay: what that one reads is what is there by then, and it meets no row
-# that changes under its hands, which would have the server evaluate it anew for that row.
+# A statement of its own, before the replay: the replay's snapshot then includes every change waited for here,
+# and no row changes while it runs, which would make the server re-evaluate the statement for that row.
 _LOCK = """
 SELECT count(*) FROM (
     SELECT 1 FROM (SELECT DISTINCT {key} FROM {changes} WHERE ctid = ANY ({which})) AS k
@@ -430,7 +430,7 @@ SELECT count(*) FROM (
 ) AS locked
 """
 
-# The deletions end before the first insertion begins, for that asks how many they were.
+# Every delete finishes before the first insert, because the insert asks for their count.
 _REPLAY = """
 WITH notes AS MATERIALIZED (
     DELETE FROM {changes} WHERE ctid = ANY ({which}) RETURNING {new_key}
@@ -449,7 +449,7 @@ WITH notes AS MATERIALIZED (
 SELECT (SELECT count(*) FROM notes), (SELECT count(*) FROM put)
 """
 
-# Few keys at a time and large tables: by the index, whatever the statistics say.
+# Few keys and large tables: always use the index, whatever the statistics say.
 _REPLAY_SETTINGS = """
 SET CONSTRAINTS ALL IMMEDIATE;
 SELECT set_config(setting, 'off', true)
@@ -458,11 +458,11 @@ FROM unnest(ARRAY['enable_hashjoin', 'enable_mergejoin', 'enable_seqscan', 'jit'
 
 
 def replay(conn: Connection, migration: Migration, direction: Direction, limit: int = _BATCH) -> int:
-    """Replay up to ``limit`` notes, the last thing in the open transaction; returns how many there were.
+    """Replay up to ``limit`` notes as the last thing in the open transaction; returns how many there were.
 
-    ROW EXCLUSIVE on the target. When the target gets foreign keys of its own, the rows are also locked in
-    the source (FOR SHARE): a transaction that has changed one of them is waited for, so that no copy of its
-    row appears behind its back.
+    ROW EXCLUSIVE on the target. If the target gets foreign keys, the rows are also locked in the source
+    (FOR SHARE): this waits for any transaction that has changed one, so that no copy of its row appears
+    unseen by it.
     """
     which = statement(
         "SELECT ARRAY({which})::text",
@@ -482,8 +482,8 @@ def replay_settings(migration: Migration) -> list[Statement]:
     """What ``replay_statement`` needs for its transaction."""
     settings = [statement(_REPLAY_SETTINGS), application_path()]
     if not all(key.passive for key in migration.plan.foreign_keys):
-        # A row of the target may then change under its hands, and PostgreSQL 18 may crash when it evaluates
-        # a statement anew for such a row while it chooses partitions at run time.
+        # A row of the target may then change while it runs, and PostgreSQL 18 may crash when it re-evaluates
+        # a statement for such a row with run-time partition pruning.
         settings.insert(0, statement("SET LOCAL enable_partition_pruning = off"))
     return settings
 
@@ -511,7 +511,7 @@ def _lock_statement(migration: Migration, direction: Direction, which: Statement
 
 
 def replay_statement(migration: Migration, direction: Direction, which: Statement) -> Statement:
-    """The statement of ``replay``: one row, how many notes there were and how many rows were put.
+    """The statement of ``replay``: one row, the number of notes and of rows inserted.
 
     ``which`` is the array of the notes' ctids.
     """
@@ -539,9 +539,9 @@ def replay_statement(migration: Migration, direction: Direction, which: Statemen
 def replay_most(
     migration: Migration, direction: Direction, check_stop: CheckStop, conn: Connection | None = None
 ) -> int:
-    """Replay in rounds, each a transaction of its own, until a round is small; returns how many notes.
+    """Replay in rounds, each in its own transaction, until a round is small; returns how many notes.
 
-    What is left then can be replayed while writers wait. Raises TruncatedError, StrayRowError, and
+    The rest is few enough to be replayed while writers wait. Raises TruncatedError, StrayRowError, and
     LockUnavailableError when a row stays locked.
     """
     conn = conn or migration.conn
@@ -554,12 +554,12 @@ def replay_most(
                 waiting_notes(conn, migration, direction, 1)
                 notes = replay(conn, migration, direction, limit)
         except DBAPIError as error:
-            # A transaction of the application's holds one of the rows, or a note that is still to come
-            # takes away what this batch ran into.
+            # A transaction of the application holds one of the rows, or a later note removes the row that
+            # this batch conflicts with.
             attempts += 1
             if sqlstate(error) == errorcodes.CHECK_VIOLATION and "no partition of relation" in str(error):
                 raise StrayRowError(
-                    f"a row was written meanwhile for a time that no partition takes"
+                    f"a row was written during the copy with a time that fits no partition"
                     f" ({one_line(error)}); correct or delete it"
                 ) from error
             if sqlstate(error) not in _PASSING:
@@ -568,7 +568,7 @@ def replay_most(
                 if not is_lock_failure(error):
                     raise
                 raise LockUnavailableError(
-                    f"rows of {migration.table} that were written meanwhile stay locked by another"
+                    f"recently written rows of {migration.table} stay locked by another"
                     f" transaction ({one_line(error)})"
                 ) from error
             if sqlstate(error) == errorcodes.UNIQUE_VIOLATION:
@@ -594,8 +594,8 @@ _PASSING = (
 def empty_after_truncate(migration: Migration) -> bool:
     """On the way back: empty the window of the plain table if the partitioned one was truncated.
 
-    Rows older than the window were not in the table that was truncated, and stay, unless they were written
-    since and have been replayed. Returns whether it was truncated.
+    Rows older than the window were not in the truncated table and stay, unless they were written since the
+    swap and replayed. Returns whether it was truncated.
     """
     plan, conn = migration.plan, migration.conn
     with transaction(conn):
@@ -625,7 +625,7 @@ def empty_after_truncate(migration: Migration) -> bool:
 
 
 def truncated(conn: Connection, table: TableSpec, *directions: Direction) -> bool:
-    """Whether a TRUNCATE is noted that would be replayed in one of ``directions``, or in any."""
+    """Whether there is a note of a TRUNCATE for one of ``directions`` (for any, if none are given)."""
     found: bool = execute(
         conn,
         statement(
@@ -643,9 +643,9 @@ def emptied_by_hand(conn: Connection, table: TableSpec) -> bool:
 
 
 def forget_cascades_statement(migration: Migration) -> Statement:
-    """When the keys are given up: what they did to the plain table meanwhile is no writing by hand.
+    """When its foreign keys are dropped: what their cascades did to the plain table was not written by hand.
 
-    The partitioned table has done the same, and has noted it; or the row is gone, or from before the window.
+    They did the same to the partitioned table, which noted it; or the row is gone, or older than the window.
     """
     table, key = migration.table, migration.plan.new_key
     return statement(

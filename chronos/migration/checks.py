@@ -1,7 +1,7 @@
-"""Every check before a migration, in one list: what forbids it, what is better known, what to type about it.
+"""Every check before a migration, in one list: what blocks it, what to know first, and what to type about it.
 
-A check has an id, which is printed behind its message and which the guide's troubleshooting is filed under.
-It is a query, each row of which is a message, or a function that yields messages.
+A check has an id, which is printed after its message and which the guide's troubleshooting is filed under.
+It is a query that returns a message per row, or a function that yields messages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TIME_TYPES = re.compile(r"date|timestamp(\(\d\))? with(out)? time zone")
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found: ``text`` says what it is, and what to do about it."""
+    """What a check found: ``text`` says what it is and what to do about it."""
 
     id: str
     text: str
@@ -51,12 +51,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found: the table, the server's clock, and everything that forbids a migration.
+    """What was found: the table, the server's clock, and everything that blocks a migration.
 
-    ``now`` is the database's. ``oldest`` is the time of the oldest row, looked up when every row is to be
-    copied, else None; ``newest`` that of the newest, looked up when the table itself becomes a
-    partition. ``shape`` is None when there is no plain table to migrate. ``accepted`` are the replication
-    slots whose readers may get rows twice.
+    ``now`` is the database's. ``oldest`` is the time of the oldest row, looked up only when every row is
+    copied; ``newest`` that of the newest, looked up only when the table itself becomes a partition.
+    ``shape`` is None when there is no plain table to migrate. ``accepted`` are the replication slots whose
+    readers may get rows twice.
     """
 
     spec: TableSpec
@@ -72,7 +72,7 @@ class Survey:
 
     @property
     def attaches(self) -> bool:
-        """Whether the table itself is to become a partition."""
+        """Whether the table itself becomes a partition."""
         return self.strategy is Strategy.ATTACH
 
     @property
@@ -82,7 +82,7 @@ class Survey:
 
     @property
     def cutoff(self) -> datetime:
-        """The oldest instant whose rows are copied; the first of a day, where the column holds days."""
+        """Rows from this instant on are copied; the start of a day if the column is a date."""
         if self.attaches:
             return self.first
         if self.spec.retention_days is not None:
@@ -93,7 +93,7 @@ class Survey:
 
     @property
     def first(self) -> datetime:
-        """Where the first partition begins that is built."""
+        """Where the first new partition begins."""
         if self.attaches:
             return bound_after(self.spec, self.now, self.newest)
         if self.spec.retention_days is None:
@@ -104,12 +104,12 @@ class Survey:
     def end(self) -> datetime:
         """Where the last partition ends."""
         end = self.spec.wanted(self.now, back=False)[-1].end
-        # Beyond the bound of an attached table there is always a partition, however long its periods.
+        # There is always a partition beyond the bound of an attached table, however long the periods.
         return max(end, self.spec.period(self.first).end) if self.attaches else end
 
     @property
     def partitions(self) -> int:
-        """How many partitions it takes, about, without listing them."""
+        """About how many partitions it takes, without listing them."""
         lengths = {Interval.HOUR: 1 / 24, Interval.DAY: 1, Interval.WEEK: 7, Interval.MONTH: 30}
         return round((self.end - self.first) / timedelta(days=lengths[self.spec.every]))
 
@@ -120,17 +120,17 @@ class Survey:
 
 
 class Kind(Enum):
-    """What a finding means. SITUATION is asked first; each later kind only if nothing has been found yet."""
+    """What a finding means. SITUATION runs first; each later kind only if nothing was found before."""
 
-    SITUATION = "forbids it, whatever the table is like"
-    STRUCTURE = "forbids it; read from the catalogs"
-    ROWS = "forbids it; read from the rows"
-    WARNING = "does not forbid it"
+    SITUATION = "blocks it, whatever the table looks like"
+    STRUCTURE = "blocks it; read from the catalogs"
+    ROWS = "blocks it; read from the rows"
+    WARNING = "does not block it"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a check may look at; ``relkind`` and ``earlier``, a migration's state, only for a SITUATION."""
+    """What a check may use; ``relkind`` and ``earlier``, a migration's state, only for a SITUATION."""
 
     conn: Connection
     survey: Survey
@@ -139,33 +139,33 @@ class Subject:
 
     @property
     def spec(self) -> TableSpec:
-        """The table by its configuration."""
+        """The table as configured."""
         return self.survey.spec
 
     @property
     def shape(self) -> TableShape:
-        """The table by the catalogs; not to be asked for a SITUATION."""
+        """The table as the catalogs have it; not available for a SITUATION."""
         assert self.survey.shape is not None
         return self.survey.shape
 
     @property
     def table(self) -> str:
-        """The table as one types it: schema and name, in quotes where they are needed."""
+        """The table as you type it: schema and name, quoted where needed."""
         return self.spec.typed
 
     @cached_property
     def texts(self) -> list[idioms.Text]:
-        """What the application's functions and statements say of the table."""
+        """The functions and statements of the application that mention the table."""
         return idioms.texts(self.conn, self.shape)
 
     @cached_property
     def senders(self) -> list[Sender]:
-        """The slots that would send what is copied, without those that are accepted; none for an attach."""
+        """The slots that would send copied rows, except the accepted ones; none for an attach."""
         found = [] if self.survey.attaches else senders(self.conn, self.spec.home)
         return [sender for sender in found if sender.slot not in self.survey.accepted]
 
     def filled(self, query: str) -> Statement:
-        """``query`` with what the queries of checks may name, all of it literals."""
+        """``query`` with its placeholders filled in, all as literals."""
         spec, shape = self.spec, self.survey.shape
         return statement(
             query,
@@ -183,7 +183,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. ``look`` is a query, of which each row is a message, or a function that yields messages."""
+    """One check. ``look`` is a query that returns a message per row, or a function that yields messages."""
 
     id: str
     kind: Kind
@@ -198,7 +198,7 @@ def survey(
 ) -> Survey:
     """Examine the table inside a transaction that changes nothing.
 
-    ACCESS SHARE on the table while its rows are asked for, which happens only when nothing else forbids the
+    ACCESS SHARE on the table while its rows are read, which happens only if nothing else blocks the
     migration.
     """
     now, rows, size, relkind = execute(
@@ -236,7 +236,7 @@ def survey(
 
 
 def warnings(conn: Connection, found: Survey) -> list[Finding]:
-    """What is to be known before a migration of the table that was found, none of which forbids it."""
+    """What to know before a migration of the table that was found; none of it blocks the migration."""
     return _findings(Subject(conn, found), Kind.WARNING)
 
 
@@ -261,7 +261,7 @@ def first_plan(found: Survey) -> Plan:
 
 
 def _findings(subject: Subject, kind: Kind) -> list[Finding]:
-    """What the checks of ``kind`` find, in the order of the list; all queries in one round trip."""
+    """What the checks of ``kind`` find, in list order; all queries in one round trip."""
     asked = [(place, check) for place, check in enumerate(CHECKS) if check.kind is kind]
     queries = [
         statement(
@@ -282,13 +282,13 @@ def _findings(subject: Subject, kind: Kind) -> list[Finding]:
 
 
 def _deletes_from(spec: TableSpec) -> str:
-    """A regular expression of the server's: DELETE statements on the table."""
+    """A PostgreSQL regular expression that matches DELETE statements on the table."""
     table = re.sub(r"(\W)", r"\\\1", spec.name)
     return rf'delete\s+from\s+(only\s+)?("?[\w$]+"?\.)?"?{table}"?(?![\w$])'
 
 
 def _end_of_the_rows(conn: Connection, shape: TableShape, end: str) -> datetime | None:
-    """The time of the oldest row (``min``) or the newest (``max``), by the index; None: not to be had."""
+    """The time of the oldest row (``min``) or the newest (``max``), by the index; None if unavailable."""
     if not _has_time_column(shape) or not _time_indexes(shape):
         return None
     readable = execute(
@@ -303,7 +303,7 @@ def _end_of_the_rows(conn: Connection, shape: TableShape, end: str) -> datetime 
     found: datetime | None = execute(
         conn,
         statement(
-            # Years that Python does not know are brought within those that it does.
+            # Years outside the range of Python are clamped to it.
             "SELECT least(greatest({instant}, '0002-01-01 00:00:00+00'::timestamptz),"
             " '9000-01-01 00:00:00+00'::timestamptz)"
             " FROM (SELECT {end}({c}) FROM {table} WHERE {c} > '-infinity' AND {c} < 'infinity') AS o (at)"
@@ -322,7 +322,7 @@ def _has_time_column(shape: TableShape) -> bool:
 
 
 def _time_indexes(shape: TableShape) -> list[Index]:
-    """The indexes by which rows can be fetched in the order of time, whichever they are."""
+    """The indexes that return rows in time order."""
     return [
         i
         for i in shape.indexes
@@ -359,7 +359,7 @@ def _old_table_exists(subject: Subject) -> Iterator[str]:
     old = subject.spec.old
     if subject.earlier is None and _taken(subject, relations=[old]):
         yield (
-            f"Table {old} already exists: an earlier migration or somebody's copy. Look at it"
+            f"Table {old} already exists, from an earlier migration or as somebody's copy. Look at it"
             f" (\\d {old}); if it is not needed, rename or drop it and start again"
         )
 
@@ -391,8 +391,8 @@ def _name_too_long(subject: Subject) -> Iterator[str]:
     if size > NAME_BYTES:
         room = NAME_BYTES - (size - len(spec.name.encode()))
         yield (
-            f"the name {longest}, which the migration needs, has {size} bytes, and PostgreSQL has room for"
-            f" {NAME_BYTES}; rename the table: {room} bytes are the most that its own name may have"
+            f"the name {longest}, which the migration needs, has {size} bytes, and PostgreSQL allows"
+            f" {NAME_BYTES}; rename the table, to at most {room} bytes"
         )
 
 
@@ -400,13 +400,13 @@ def _name_with_dollars(subject: Subject) -> Iterator[str]:
     names = [subject.spec.home, subject.spec.name, *subject.shape.new_key]
     for found in filter(re.compile(r"\$\w*\$").search, names):
         yield (
-            f"the name {found} has a dollar-quote in it, which would end the text of the functions that need"
-            " the name; rename it"
+            f"the name {found} contains a dollar quote, which would end the body of the functions that use"
+            " it; rename it"
         )
 
 
 def _key_type(subject: Subject) -> Iterator[str]:
-    """The keys are compared by an = of pg_catalog's."""
+    """Keys are compared by an = in pg_catalog."""
     shape = subject.shape
     for column in shape.key:
         type_ = sql.SQL(shape.columns_by_name[column].type)
@@ -418,13 +418,13 @@ def _key_type(subject: Subject) -> Iterator[str]:
                 raise
             yield (
                 f"the type {shape.columns_by_name[column].type} of the key column {column} has no = in"
-                " pg_catalog, by which rows could be found again; use a key of another type"
+                " pg_catalog, which is needed to find rows again; use a key of another type"
             )
 
 
 def _names_taken(subject: Subject) -> Iterator[str]:
     spec, found = subject.spec, subject.survey
-    # Beyond that there is another blocker.
+    # With more partitions than that another check blocks.
     periods = found.periods if found.partitions <= _MOST_PARTITIONS else []
     renames = ddl.renames(subject.shape)
     taken = _taken(
@@ -454,7 +454,7 @@ def _names_taken(subject: Subject) -> Iterator[str]:
         )
 
 
-# A table brings a type of its name along; the array types make way by themselves.
+# A table creates a type of its name; array types are renamed out of the way by the server.
 _TAKEN = """
 SELECT relname::text FROM pg_class
 WHERE relnamespace = {schema}::regnamespace AND relname::text = ANY ({relations})
@@ -477,7 +477,7 @@ def _taken(
     functions: list[str] | None = None,
     triggers: list[str] | None = None,
 ) -> list[str]:
-    """Which of the names are taken, in the table's schema or, triggers, on the table."""
+    """Which of the names are taken in the table's schema (triggers: on the table)."""
     shape = subject.survey.shape
 
     def names(wanted: list[str] | None) -> Statement:
@@ -504,7 +504,7 @@ def _taken(
 def _no_time_column(subject: Subject) -> Iterator[str]:
     spec = subject.spec
     if all(column.name != spec.column for column in subject.shape.columns):
-        yield f"{spec} has no column {spec.column}; name the time column in the configuration, or by --column"
+        yield f"{spec} has no column {spec.column}; set the time column in the configuration or with --column"
 
 
 def _time_column_type(subject: Subject) -> Iterator[str]:
@@ -515,9 +515,9 @@ def _time_column_type(subject: Subject) -> Iterator[str]:
         if not _TIME_TYPES.fullmatch(column.type):
             yield f"the column {spec.column} is {column.type}; it must be timestamptz, timestamp or date"
         elif column.generated:
-            yield f"the column {spec.column} is generated, and partitions cannot be made by such a column"
+            yield f"the column {spec.column} is generated, and a table cannot be partitioned by such a column"
         elif column.type == "date" and spec.every is Interval.HOUR:
-            yield f"the column {spec.column} is a date, without hours; let a partition hold a day or more"
+            yield f"the column {spec.column} is a date, without hours; use partitions of a day or longer"
 
 
 def _no_key(subject: Subject) -> Iterator[str]:
@@ -526,8 +526,8 @@ def _no_key(subject: Subject) -> Iterator[str]:
         index = quoted(derived_name(subject.spec.name, "_key"))
         column = "id" if "id" in shape.columns_by_name else "..."
         yield (
-            f"{subject.spec} has no key by which a changed row could be found again: no primary key, and no"
-            " unique index over NOT NULL columns; make one of the columns that tell its rows apart:"
+            f"{subject.spec} has no key to find a changed row by: no primary key, and no unique index on NOT"
+            " NULL columns; create one on the columns that identify a row:"
             f" CREATE UNIQUE INDEX CONCURRENTLY {index} ON {subject.table} ({column});"
             f" ALTER TABLE {subject.table} ADD PRIMARY KEY USING INDEX {index};"
         )
@@ -537,12 +537,12 @@ def _no_time_index(subject: Subject) -> Iterator[str]:
     if _has_time_column(subject.shape) and not _time_indexes(subject.shape):
         column = subject.spec.column
         yield (
-            f"no index begins with {column}, by which the migration finds the rows of a period;"
+            f"no index begins with {column}, and the migration needs one to find the rows of a period;"
             f" CREATE INDEX CONCURRENTLY ON {subject.table} ({in_quotes(column)});"
         )
 
 
-_LOOKUP = "a lookup table, which is a plain table of these keys that a trigger fills"
+_LOOKUP = "a lookup table, a plain table of these keys that a trigger fills"
 
 
 def _unique_without_time(subject: Subject) -> Iterator[str]:
@@ -558,9 +558,9 @@ def _unique_without_time(subject: Subject) -> Iterator[str]:
             drop = f"ALTER TABLE {subject.table} DROP CONSTRAINT {known}"
         columns = ", ".join([in_quotes(c) if c else "..." for c in index.columns] + [in_quotes(column)])
         yield (
-            f"the unique index {index.name} does not hold the {column}, and a partitioned table cannot keep"
-            f" it; drop it: {drop}; where (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
-            f" CONCURRENTLY ON {subject.table} ({columns}); where not, keep {_LOOKUP}"
+            f"the unique index {index.name} does not include {column}, so a partitioned table cannot keep it;"
+            f" drop it: {drop}; if (..., {column}) may be unique instead, first CREATE UNIQUE INDEX"
+            f" CONCURRENTLY ON {subject.table} ({columns}); if not, keep {_LOOKUP}"
         )
 
 
@@ -570,13 +570,13 @@ def _inbound_fk(subject: Subject) -> Iterator[str]:
         key = f"table {child} has a foreign key ({constraint}) to {spec}"
         drop = f"drop it first: ALTER TABLE {child} DROP CONSTRAINT {constraint}"
         if spec.column in columns:
-            yield f"{key}, and would go on referring to {spec.old}; {drop}; and add it again afterwards"
+            yield f"{key}, and would keep referring to {spec.old}; {drop}; and add it again afterwards"
             continue
         own = ", ".join([*map(in_quotes, local), "..."])
         referred = ", ".join(map(in_quotes, [*columns, spec.column]))
-        dropping = "" if spec.retention_days is None else ", which keeps partitions from being dropped"
+        dropping = "" if spec.retention_days is None else ", which stops retention from dropping partitions"
         yield (
-            f"{key}, whose ({', '.join(columns)}) alone will not be unique; {drop}; afterwards refer to"
+            f"{key}, where ({', '.join(columns)}) alone will not be unique; {drop}; afterwards refer to"
             f" {_LOOKUP}; or make it composite{dropping}: ALTER TABLE {child} ADD FOREIGN KEY ({own})"
             f" REFERENCES {subject.table} ({referred});"
         )
@@ -611,7 +611,7 @@ def _exclusion_constraint(subject: Subject) -> Iterator[str]:
 def _unenforced_foreign_key(subject: Subject) -> Iterator[str]:
     for foreign in subject.shape.foreign_keys:
         if foreign.definition.endswith("NOT ENFORCED"):
-            yield f"the foreign key {foreign.name} is NOT ENFORCED; drop it, or have it enforced"
+            yield f"the foreign key {foreign.name} is NOT ENFORCED; drop it, or make it ENFORCED"
 
 
 def _unvalidated_foreign_key(subject: Subject) -> Iterator[str]:
@@ -628,12 +628,12 @@ def _no_inherit(subject: Subject) -> Iterator[str]:
         if not check.inherited:
             yield (
                 f"the {'check' if check.kind == 'c' else 'NOT NULL'} constraint {check.name} is NO INHERIT,"
-                " which a partitioned table cannot have; drop it, and add it again without"
+                " which a partitioned table cannot have; drop it and add it again without NO INHERIT"
             )
 
 
 def _unvalidated_check(subject: Subject) -> Iterator[str]:
-    """A copied row is checked again; a table that becomes a partition must have been."""
+    """Copied rows are checked again; the rows of a table that becomes a partition are not."""
     for check in subject.shape.checks if subject.survey.attaches else ():
         if check.kind == "c" and not check.validated and not check.definition.endswith("NOT ENFORCED"):
             yield (
@@ -641,7 +641,7 @@ def _unvalidated_check(subject: Subject) -> Iterator[str]:
                 f" ALTER TABLE {subject.table} VALIDATE CONSTRAINT {quoted(check.name)};"
             )
         if check.name == check_name(subject.spec):
-            yield f"the name of the check constraint {check.name} is needed; rename it"
+            yield f"the migration needs the name of the check constraint {check.name}; rename it"
 
 
 def _unvalidated_not_null(subject: Subject) -> Iterator[str]:
@@ -654,13 +654,13 @@ def _unvalidated_not_null(subject: Subject) -> Iterator[str]:
 
 
 def _policy_reads_table(subject: Subject) -> Iterator[str]:
-    # The server prints a table that is read with its schema, as pg_catalog alone is on the search path.
+    # The server prints the tables that it reads with their schema, as only pg_catalog is on the search path.
     schema, table = (re.escape(part.replace('"', '""')) for part in (subject.spec.home, subject.spec.name))
     found = re.compile(rf'(?<![\w$."])"?{schema}"?\."?{table}"?(?![\w$"])')
     for policy in subject.shape.policies:
         if found.search(policy.definition):
             yield (
-                f"policy {policy.name} reads {subject.spec} itself, and would go on reading"
+                f"policy {policy.name} reads {subject.spec} itself, and would keep reading"
                 f" {subject.spec.old}; drop it first"
             )
 
@@ -669,8 +669,8 @@ def _too_many_partitions(subject: Subject) -> Iterator[str]:
     found = subject.survey
     if found.partitions > _MOST_PARTITIONS:
         yield (
-            f"about {found.partitions:,} partitions are needed from {found.first:%Y-%m-%d} on, the most are"
-            f" {_MOST_PARTITIONS:,}; keep fewer days, or let one hold more than the {found.spec.every}"
+            f"about {found.partitions:,} partitions are needed from {found.first:%Y-%m-%d} on, and the limit"
+            f" is {_MOST_PARTITIONS:,}; keep fewer days, or use partitions longer than the {found.spec.every}"
         )
 
 
@@ -682,10 +682,10 @@ def _many_partitions(subject: Subject) -> Iterator[str]:
         else:
             wider = list(Interval)[list(Interval).index(spec.every) + 1]
             number = replace(found, spec=replace(spec, every=wider)).partitions
-            instead = f"by the {wider} it would be {number:,}"
+            instead = f"with one per {wider} there would be {number:,}"
         yield (
-            f"about {found.partitions:,} partitions, each of one {spec.every}, and a query that does not name"
-            f" the time goes through all of them; {instead}"
+            f"about {found.partitions:,} partitions, one per {spec.every}, and a query without a condition on"
+            f" the time scans all of them; {instead}"
         )
 
 
@@ -696,9 +696,9 @@ SELECT current_setting('max_locks_per_transaction')::bigint
 
 
 def _lock_table(subject: Subject) -> tuple[int, int]:
-    """How many locks it takes to drop or to read all partitions, and how many the server has room for."""
+    """How many locks it takes to drop or read all partitions, and how many the server has room for."""
     available = execute(subject.conn, sql.SQL(_LOCKS)).scalar_one()
-    # A table, its TOAST table and that one's index; the parent counts as one more.
+    # A table, its TOAST table and the TOAST index; the parent counts as one more partition.
     return (subject.survey.partitions + 1) * (len(subject.shape.indexes) + 3), available
 
 
@@ -706,7 +706,7 @@ def _lock_table_too_small(subject: Subject) -> Iterator[str]:
     needed, available = _lock_table(subject)
     if needed > available and subject.survey.partitions <= _MOST_PARTITIONS:
         yield (
-            f"{subject.survey.partitions:,} partitions and their indexes take about {needed:,} locks at once,"
+            f"{subject.survey.partitions:,} partitions and their indexes need about {needed:,} locks at once,"
             f" and the server has room for {available:,}; raise max_locks_per_transaction"
         )
 
@@ -739,20 +739,20 @@ def _dependent_not_owned(subject: Subject) -> Iterator[str]:
     for kind, dependent, owner in _of_the_dependents(subject, _DEPENDENT_NOT_OWNED):
         yield (
             f"{kind} {dependent} reads {subject.spec} and belongs to {owner};"
-            " connect as a member of that role, so that it can be made to read the new table"
+            " connect as a member of that role, so that it can be switched to the new table"
         )
 
 
 def _dependent_schema(subject: Subject) -> Iterator[str]:
     for kind, dependent, schema in _of_the_dependents(subject, _DEPENDENT_SCHEMA):
         yield (
-            f"{kind} {dependent} is to be made to read the new table;"
-            f" GRANT CREATE ON SCHEMA {in_quotes(schema)} to the role that you connect as"
+            f"{kind} {dependent} must be switched to the new table;"
+            f" GRANT CREATE ON SCHEMA {in_quotes(schema)} to the role you connect as"
         )
 
 
 def citus_table(conn: Connection, spec: TableSpec) -> list[Finding]:
-    """What of the table Citus manages: it goes into no exchange of names, in no direction."""
+    """What Citus manages of the table, if anything: such a table cannot be swapped, in either direction."""
     found = citus.obstacles(conn, spec.home, spec.name, spec.old, spec.new)
     return [Finding("citus-table", text) for text in found]
 
@@ -782,7 +782,7 @@ def _other_roles(subject: Subject) -> Iterator[str]:
     roles |= {shape.owner} | {s.owner for s in shape.statistics}
     for [role] in execute(subject.conn, statement(_NOT_TO_BECOME, roles=sorted(roles))).all():
         yield (
-            f"{role} owns or has passed on privileges on what belongs to {subject.spec};"
+            f"{role} owns objects of {subject.spec} or has granted privileges on them;"
             " connect as a superuser or as a member of that role"
         )
 
@@ -790,8 +790,8 @@ def _other_roles(subject: Subject) -> Iterator[str]:
 # --- Replication ---
 
 
-def _all_the_same(slot: str) -> str:
-    return f"; to migrate all the same, if its reader may get rows twice: --accept-duplicates {slot}"
+def _anyway(slot: str) -> str:
+    return f"; to migrate anyway, if its reader may get rows twice: --accept-duplicates {slot}"
 
 
 def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
@@ -799,7 +799,7 @@ def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
     for sender in subject.senders:
         if sender.publication is None:
             continue
-        schema, instead = "", "make the publication again, FOR TABLE and the names of its tables"
+        schema, instead = "", "create the publication again, FOR TABLE and the names of its tables"
         if not sender.all_tables:
             schema = f" of schema {home}"
             instead = (
@@ -808,9 +808,9 @@ def _slot_sends_all_tables(subject: Subject) -> Iterator[str]:
             )
         yield (
             f"replication slot {sender.slot} (pgoutput) may be sending publication {sender.publication},"
-            f" which publishes all tables{schema}: copied rows would go out a second time, as rows of"
+            f" which publishes all tables{schema}: copied rows would be sent a second time, as rows of"
             f" {subject.spec.new}; {instead}, or drop the slot if nobody needs it: SELECT"
-            f" pg_drop_replication_slot('{sender.slot}'){_all_the_same(sender.slot)}"
+            f" pg_drop_replication_slot('{sender.slot}'){_anyway(sender.slot)}"
         )
 
 
@@ -818,15 +818,15 @@ def _slot_sends_everything(subject: Subject) -> Iterator[str]:
     for sender in subject.senders:
         if sender.publication is None:
             yield (
-                f"replication slot {sender.slot} sends whatever is written in this database, as its plugin"
-                f" {sender.plugin} does: copied rows would go out a second time, as rows of"
+                f"replication slot {sender.slot} sends everything written in this database (plugin"
+                f" {sender.plugin}): copied rows would be sent a second time, as rows of"
                 f" {subject.spec.new}; drop it with SELECT pg_drop_replication_slot('{sender.slot}'), and"
-                f" create it again after the migration{_all_the_same(sender.slot)}"
+                f" create it again after the migration{_anyway(sender.slot)}"
             )
 
 
 def sent_again(conn: Connection, spec: TableSpec, now: datetime, accepted: frozenset[str]) -> list[Finding]:
-    """The slots that would send what a half-done copy has still to write, without those that are accepted."""
+    """The slots that would send what a half-done copy still has to write, except the accepted ones."""
     subject = Subject(conn, Survey(spec, now, 0, 0, None, (), accepted=accepted))
     return [
         *(Finding("slot-sends-all-tables", text) for text in _slot_sends_all_tables(subject)),
@@ -837,16 +837,16 @@ def sent_again(conn: Connection, spec: TableSpec, now: datetime, accepted: froze
 def _no_such_slot(subject: Subject) -> Iterator[str]:
     if accepted := subject.survey.accepted:
         for slot in accepted - slots(subject.conn):
-            yield f"there is no logical replication slot {slot} in this database to accept duplicates for"
+            yield f"there is no logical replication slot {slot} in this database; correct --accept-duplicates"
 
 
 def _publication_of_partitions(subject: Subject) -> Iterator[str]:
-    """A subscriber that gets rows by the names of partitions, which it does not have, stops."""
+    """A subscriber stops when it gets rows for partitions, which it does not have."""
     for [publication] in execute(subject.conn, subject.filled(_PUBLICATIONS_OF_PARTITIONS)).all():
         yield (
             f"publication {publication} does not publish through the root: after the swap its subscribers"
             f" would get rows of partitions that they do not have, and stop; ALTER PUBLICATION"
-            f" {quoted(publication)} SET (publish_via_partition_root = true); that changes nothing until then"
+            f" {quoted(publication)} SET (publish_via_partition_root = true); it has no effect until then"
         )
 
 
@@ -874,7 +874,7 @@ def _example(subject: Subject, condition: Statement, *, with_time: bool) -> str:
     shown = execute(
         subject.conn,
         statement(
-            # Without OFFSET 0 the server might walk the whole key in search of the first such row.
+            # Without OFFSET 0 the server might scan the whole key for the first such row.
             "SELECT {shown} FROM (SELECT * FROM {table} WHERE {condition} OFFSET 0) AS r"
             " ORDER BY {order} LIMIT 1",
             shown=joined([statement("r.{c}::text", c=c) for c in [*keys, shape.time_column]]),
@@ -897,14 +897,14 @@ def _count(subject: Subject, condition: Statement) -> int:
 
 
 def _rows_without_a_place(subject: Subject) -> Iterator[str]:
-    """Rows whose time no partition takes, and that are not simply too old to be copied."""
+    """Rows whose time fits no partition, except those that are merely too old to be copied."""
     column, end = subject.shape.time_column, subject.survey.end
     last_day = end - timedelta(days=1)
     for what, condition in (
         ("is NULL", statement("{c} IS NULL", c=column)),
         ("is infinite", statement("{c} IN ('infinity', '-infinity')", c=column)),
         (
-            f"lies after {last_day:%Y-%m-%d}, the last day that gets a partition",
+            f"lies after {last_day:%Y-%m-%d}, the last day with a partition",
             statement("{c} >= {end} AND {c} <> 'infinity'", c=column, end=subject.shape.instant(end)),
         ),
     ):
@@ -917,7 +917,7 @@ def _rows_without_a_place(subject: Subject) -> Iterator[str]:
 
 
 def _rows_against_checks(subject: Subject) -> Iterator[str]:
-    """A check that was never validated has let old rows be, but it is asked about each that is copied."""
+    """A check that was never validated has ignored old rows, but applies to each one that is copied."""
     shape = subject.shape
     for check in shape.checks:
         if check.validated or check.kind != "c" or check.definition.endswith("NOT ENFORCED"):
@@ -947,8 +947,8 @@ def _lock_table_nearly_full(subject: Subject) -> Iterator[str]:
     needed, available = _lock_table(subject)
     if available // 2 < needed <= available:
         yield (
-            f"a query over all partitions locks about {needed:,} objects, there is room for {available:,};"
-            " raise max_locks_per_transaction"
+            f"a query over all partitions locks about {needed:,} objects, and there is room for"
+            f" {available:,}; raise max_locks_per_transaction"
         )
 
 
@@ -957,8 +957,8 @@ def _ctid_idiom(subject: Subject) -> Iterator[str]:
     for text in subject.texts:
         if idioms.uses_ctid(text, shape):
             yield (
-                f"{text.where} finds rows of {subject.spec} by ctid, which another partition has as well:"
-                " a DELETE or UPDATE WHERE ctid IN (SELECT ctid ...) would hit rows not meant; use the"
+                f"{text.where} finds rows of {subject.spec} by ctid, and ctids repeat across partitions:"
+                " DELETE or UPDATE WHERE ctid IN (SELECT ctid ...) would hit the wrong rows; use the"
                 f" key: ({', '.join(shape.new_key)}) IN (SELECT {', '.join(shape.new_key)} ...)"
             )
 
@@ -969,7 +969,7 @@ def _on_conflict(subject: Subject) -> Iterator[str]:
         if target := idioms.conflict_target(text, shape):
             yield (
                 f"{text.where} says ON CONFLICT {target}, and only ({', '.join(shape.new_key)}) will be"
-                f" unique: it will fail, or not meet a row of another {subject.spec.column}; name them all"
+                f" unique: it will fail, or miss a row with another {subject.spec.column}; name all columns"
             )
 
 
@@ -981,22 +981,21 @@ def _serial_sequence(subject: Subject) -> Iterator[str]:
         if idioms.asks_for_sequence(text, shape):
             names = " or ".join(f"'{s.schema}.{s.name}'" for s in shape.sequences if not s.identity)
             yield (
-                f"{text.where} calls pg_get_serial_sequence, which is NULL from the swap until finalize, as"
-                f" both tables use the sequence then; use INSERT ... RETURNING, or currval({names})"
+                f"{text.where} calls pg_get_serial_sequence, which returns NULL from the swap until finalize,"
+                f" while both tables use the sequence; use INSERT ... RETURNING, or currval({names})"
             )
 
 
 def _repeatable_read(subject: Subject) -> Iterator[str]:
     for whose in idioms.repeatable_read(subject.conn):
         yield (
-            f"{whose} has transactions REPEATABLE READ or SERIALIZABLE by default: one that is open at the"
-            " swap makes it wait, and one that waits for it may fail with 40001 and has to be"
-            " repeated"
+            f"{whose} defaults to REPEATABLE READ or SERIALIZABLE transactions: one that is open at the swap"
+            " makes it wait, and one that waits for the swap may fail with 40001 and must be retried"
         )
 
 
 def _scheduled_delete(subject: Subject) -> Iterator[str]:
-    """Jobs of pg_cron that delete from the table, where pg_cron is there and shows them."""
+    """pg_cron jobs that delete from the table, if pg_cron is installed and shows them."""
     jobs = scheduled_jobs(subject.conn)
     if jobs is None:
         return
@@ -1009,7 +1008,7 @@ def _scheduled_delete(subject: Subject) -> Iterator[str]:
         yield f"pg_cron's job {job} deletes from {subject.spec} ({command}); unschedule it"
 
 
-# Whoever may not see the queries of others sees fewer of them.
+# A role that may not see the queries of others gets fewer warnings.
 _SESSION = "coalesce(nullif(application_name, ''), usename, 'unknown')"
 
 CHECKS: tuple[Check, ...] = (
@@ -1018,7 +1017,7 @@ CHECKS: tuple[Check, ...] = (
         "old-server",
         Kind.SITUATION,
         """
-SELECT format('PostgreSQL 15 or later is needed, this server is %s', version / 10000)
+SELECT format('PostgreSQL 15 or later is needed, and this server is %s', version / 10000)
 FROM (SELECT current_setting('server_version_num')::int) AS s (version) WHERE version < 150000""",
     ),
     Check(
@@ -1034,7 +1033,10 @@ FROM (SELECT current_setting('server_version_num')::int) AS s (version) WHERE ve
     Check(
         "being-finalized",
         Kind.SITUATION,
-        _earlier(Phase.FINALIZING, text="{t} is migrated, and finalize was cut off; finish with: {finalize}"),
+        _earlier(
+            Phase.FINALIZING,
+            text="{t} is migrated, and finalize was interrupted; finish with: {finalize}",
+        ),
     ),
     Check(
         "being-undone",
@@ -1063,7 +1065,7 @@ FROM (SELECT current_setting('server_version_num')::int) AS s (version) WHERE ve
         "not-ordinary-table",
         Kind.SITUATION,
         """
-SELECT format('%s is no ordinary table (unlogged, temporary, a view or part of an inheritance)', {name})
+SELECT format('%s is not an ordinary table (it is unlogged, temporary, a view, or uses inheritance)', {name})
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = {schema} AND c.relname = {name} AND c.relkind <> 'p'
   AND (c.relkind <> 'r' OR c.relpersistence <> 'p'
@@ -1095,7 +1097,7 @@ FROM pg_class WHERE oid = {oid} AND NOT has_schema_privilege(relnamespace, 'CREA
         "owner-cannot-create",
         Kind.STRUCTURE,
         """
-SELECT format('%s, who owns %s and is to own its partitions, may not create tables in its schema;'
+SELECT format('%s, who owns %s and will own its partitions, may not create tables in its schema;'
               ' GRANT CREATE ON SCHEMA %I TO %I', pg_get_userbyid(relowner), {name}, {schema},
               pg_get_userbyid(relowner))
 FROM pg_class c, pg_roles me
@@ -1106,7 +1108,7 @@ WHERE c.oid = {oid} AND me.rolname = current_user AND NOT me.rolsuper
         "owner-without-usage",
         Kind.STRUCTURE,
         """
-SELECT format('%s, who owns %s, may not use its schema, and the notes are taken in the name of the owner;'
+SELECT format('%s, who owns %s, may not use its schema, and the note triggers run as the owner;'
               ' GRANT USAGE ON SCHEMA %I TO %I', pg_get_userbyid(relowner), {name}, {schema},
               pg_get_userbyid(relowner))
 FROM pg_class WHERE oid = {oid} AND NOT has_schema_privilege(relowner, relnamespace, 'USAGE')""",
@@ -1124,7 +1126,7 @@ WHERE NOT has_any_column_privilege(confrelid, 'REFERENCES')""",
         "owner-without-delete",
         Kind.STRUCTURE,
         """
-SELECT format('%s, who owns %s, may not delete its rows, and copies of rows are taken out in that name;'
+SELECT format('%s, who owns %s, may not delete its rows, and copies of rows are deleted as the owner;'
               ' GRANT DELETE ON %s TO %I', pg_get_userbyid(relowner), {name}, {table},
               pg_get_userbyid(relowner))
 FROM pg_class c
@@ -1185,19 +1187,19 @@ FROM pg_constraint WHERE confrelid = {oid} AND contype = 'f' AND conrelid = {oid
         "materialized-view",
         Kind.STRUCTURE,
         """
-SELECT DISTINCT format('materialized view %s reads %s and would go on reading %s;'
+SELECT DISTINCT format('materialized view %s reads %s and would keep reading %s;'
               ' drop it, and create it again after the migration', c.oid::regclass, {name}, {old})
 FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
 WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
   AND d.refobjid = {oid} AND c.relkind = 'm'""",
     ),
     Check(
-        # From PostgreSQL 16 on the number in the schema's name is known to the statistics. Before that a
-        # session that has a transaction open can be told by its locks, else all of the view's owner qualify.
+        # From PostgreSQL 16 on, statistics map the number in the schema's name to a pid. Before that, locks
+        # identify a session with an open transaction; otherwise all sessions of the view's owner qualify.
         "temp-view",
         Kind.STRUCTURE,
         r"""
-SELECT format('temporary view %I.%I of another session reads %s, and cannot be made to read the new table;'
+SELECT format('temporary view %I.%I of another session reads %s, and cannot be switched to the new table;'
               ' have that session drop it, or %s', v.nspname, v.relname, {name},
               CASE cardinality(p.pids)
               WHEN 1 THEN format('end the session: SELECT pg_terminate_backend(%s)', p.pids[1])
@@ -1224,8 +1226,8 @@ CROSS JOIN LATERAL (SELECT CASE WHEN current_setting('server_version_num')::int 
         "groups-by-key",
         Kind.STRUCTURE,
         """
-SELECT DISTINCT format('%s groups by the primary key of %s alone, which will be (%s); let it group by each'
-              ' column that it shows', pg_describe_object('pg_class'::regclass, r.ev_class, 0), {name},
+SELECT DISTINCT format('%s groups by the primary key of %s alone, which will be (%s); make it group by each'
+              ' column that it returns', pg_describe_object('pg_class'::regclass, r.ev_class, 0), {name},
               {new_key})
 FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
 JOIN pg_constraint k ON k.oid = d.refobjid AND k.conrelid = {oid}
@@ -1248,7 +1250,7 @@ WHERE d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.oid, t.typarray) A
         "transition-tables",
         Kind.STRUCTURE,
         """
-SELECT format('trigger %s has transition tables for each row, which partitions do not know;'
+SELECT format('row trigger %s has transition tables, which partitions do not support;'
               ' make it a statement trigger, or drop it', tgname)
 FROM pg_trigger
 WHERE tgrelid = {oid} AND NOT tgisinternal AND tgtype & 1 <> 0
@@ -1258,7 +1260,7 @@ WHERE tgrelid = {oid} AND NOT tgisinternal AND tgtype & 1 <> 0
         "unknown-dependent",
         Kind.STRUCTURE,
         """
-SELECT DISTINCT format('%s depends on %s in a way that the migration does not know; drop it first',
+SELECT DISTINCT format('%s depends on %s in a way that the migration cannot handle; drop it first',
                        pg_describe_object(d.classid, d.objid, d.objsubid), {name})
 FROM pg_depend d
 WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = {oid}
@@ -1286,8 +1288,9 @@ FROM pg_subscription_rel r JOIN pg_subscription s ON s.oid = r.srsubid WHERE r.s
         "publication-of-a-part",
         Kind.STRUCTURE,
         """
-SELECT format('publication %s publishes some columns or rows of %s, which for a partitioned table it'
-              ' can only do through the root; ALTER PUBLICATION %I SET (publish_via_partition_root = true)',
+SELECT format('publication %s publishes some columns or rows of %s, which it can do for a'
+              ' partitioned table only through the root;'
+              ' ALTER PUBLICATION %I SET (publish_via_partition_root = true)',
               p.pubname, {name}, p.pubname)
 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
 WHERE r.prrelid = {oid} AND NOT p.pubviaroot AND (r.prattrs IS NOT NULL OR r.prqual IS NOT NULL)""",
@@ -1300,11 +1303,11 @@ WHERE r.prrelid = {oid} AND NOT p.pubviaroot AND (r.prattrs IS NOT NULL OR r.prq
         "replica-identity-index",
         Kind.STRUCTURE,
         """
-SELECT format('the replica identity of %s is an index of its own, which partitions do not share;'
+SELECT format('the replica identity of %s is an index, which its partitions do not inherit;'
               ' ALTER TABLE %s REPLICA IDENTITY FULL, or DEFAULT to use the primary key', {name}, {table})
 FROM pg_class WHERE oid = {oid} AND relreplident = 'i'""",
     ),
-    # --- What a partitioned table cannot be, or chronos does not carry over ---
+    # --- What a partitioned table cannot be, or chronos does not support ---
     Check(
         "typed-table",
         Kind.STRUCTURE,
@@ -1317,7 +1320,7 @@ FROM pg_class WHERE oid = {oid} AND reloftype <> 0""",
         "access-method",
         Kind.STRUCTURE,
         """
-SELECT format('%s is kept by the access method %s; only heap is known', {name}, a.amname)
+SELECT format('%s uses the access method %s; only heap is supported', {name}, a.amname)
 FROM pg_class c JOIN pg_am a ON a.oid = c.relam WHERE c.oid = {oid} AND a.amname <> 'heap'""",
     ),
     Check(
@@ -1337,7 +1340,7 @@ WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype IN ('e', 'x')
         "security-label",
         Kind.STRUCTURE,
         """
-SELECT format('%s bears a security label (%s); take it off first',
+SELECT format('%s has a security label (%s); remove it first',
               pg_describe_object(classoid, objoid, objsubid), provider)
 FROM pg_seclabel WHERE classoid = 'pg_class'::regclass AND objoid = {oid}""",
     ),
@@ -1345,7 +1348,7 @@ FROM pg_seclabel WHERE classoid = 'pg_class'::regclass AND objoid = {oid}""",
         "statistics-elsewhere",
         Kind.STRUCTURE,
         """
-SELECT format('extended statistics %s stand in another schema; ALTER STATISTICS %s SET SCHEMA %I',
+SELECT format('extended statistics %s are in another schema; ALTER STATISTICS %s SET SCHEMA %I',
               s.stxname, s.stxnamespace::regnamespace || '.' || quote_ident(s.stxname), {schema})
 FROM pg_statistic_ext s JOIN pg_class c ON c.oid = s.stxrelid
 WHERE s.stxrelid = {oid} AND s.stxnamespace <> c.relnamespace""",
@@ -1368,7 +1371,7 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type 
         "prepared-transaction",
         Kind.WARNING,
         """
-SELECT format('a prepared transaction (%s) is open since %s UTC; the swap may have to wait for it', gid,
+SELECT format('a prepared transaction (%s) has been open since %s UTC; the swap may have to wait for it', gid,
               to_char(prepared, 'YYYY-MM-DD HH24:MI'))
 FROM pg_prepared_xacts WHERE database = current_database()""",
     ),
@@ -1385,7 +1388,7 @@ FROM pg_stat_replication""",
         "slot-keeps-wal",
         Kind.WARNING,
         """
-SELECT format('replication slot %s is %s and keeps %s of WAL; it would keep what the copy writes, too',
+SELECT format('replication slot %s is %s and keeps %s of WAL; it would also keep what the copy writes',
               slot_name, CASE WHEN active THEN 'active' ELSE 'inactive' END,
               pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)))
 FROM pg_replication_slots WHERE restart_lsn IS NOT NULL""",
@@ -1409,7 +1412,7 @@ FROM pg_stat_progress_vacuum WHERE relid = {oid}""",
         Kind.WARNING,
         """
 SELECT format('%s rows were deleted from %s since its statistics were last reset: stop the job that deletes'
-              ' before the migration, retention drops whole partitions afterwards', n_tup_del, {name})
+              ' before the migration; retention drops whole partitions afterwards', n_tup_del, {name})
 FROM pg_stat_user_tables WHERE relid = {oid} AND n_tup_del > 0""",
     ),
     Check(
@@ -1426,8 +1429,8 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idl
         "trigger-sees-partition",
         Kind.WARNING,
         r"""
-SELECT DISTINCT format('the function %s of trigger %s asks for the name or OID of its table: for a row, that'
-              ' will be a partition', t.tgfoid::regprocedure, t.tgname)
+SELECT DISTINCT format('the function %s of row trigger %s uses the name or OID of its table, which will be'
+              ' that of a partition', t.tgfoid::regprocedure, t.tgname)
 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
 WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 <> 0
   AND p.prosrc ~* '\m(tg_table_name|tg_relname|tg_relid)\M'""",
@@ -1440,8 +1443,8 @@ WHERE t.tgrelid = {oid} AND NOT t.tgisinternal AND t.tgtype & 1 <> 0
         "publication-of-all-tables",
         Kind.WARNING,
         """
-SELECT format('publication %s publishes all tables%s: also %s, the partitions and the tables that chronos'
-              ' keeps', pubname, CASE WHEN puballtables THEN '' ELSE ' of this schema' END, {old})
+SELECT format('publication %s publishes all tables%s, including %s, the partitions and the tables that'
+              ' chronos keeps', pubname, CASE WHEN puballtables THEN '' ELSE ' of this schema' END, {old})
 FROM pg_publication p
 WHERE puballtables OR EXISTS (SELECT FROM pg_publication_namespace n
                               WHERE n.pnpubid = p.oid AND n.pnnspid = quote_ident({schema})::regnamespace)""",

@@ -1,8 +1,8 @@
-"""Compare both tables: a period side by side before the swap, the noted keys once more after it.
+"""Compare both tables: period by period before the swap, the noted keys again after it.
 
-A row may differ only where a note of it is still to be replayed: such keys are left out on both sides, in
-the same snapshot. Their notes are replayed later, and those keys are compared by the second comparison. So
-nothing is excused twice.
+A row may differ only if a note of it is still to be replayed. Such keys are left out on both sides, in the
+same snapshot; their notes are replayed later, and the second comparison covers those keys. So no row is left
+out of both.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from chronos.table import Period
 
 
 class VerificationError(ChronosError):
-    """A copy differs from its origin."""
+    """A copy differs from its source."""
 
     id = "verification-failed"
 
 
-# In the order of their times both are read once, side by side; to hash or to sort a day of large rows would
-# spill it to the disk.
+# Both are read once in time order, side by side; hashing or sorting a day of large rows would spill to disk.
 _SIDE_BY_SIDE = """
 SELECT set_config(setting, 'off', true)
 FROM unnest(ARRAY['enable_hashjoin', 'enable_seqscan', 'enable_bitmapscan', 'jit']) AS setting
@@ -37,7 +36,7 @@ FROM unnest(ARRAY['enable_hashjoin', 'enable_seqscan', 'enable_bitmapscan', 'jit
 def compare_period(conn: Connection, migration: Migration, period: Period, *, content: bool) -> PeriodResult:
     """Compare ``period`` of the plain table with its filled partition, which is not attached yet.
 
-    ``content`` false counts only. One statement, so one snapshot; ACCESS SHARE on both tables.
+    ``content`` false only counts. One statement, so one snapshot; ACCESS SHARE on both tables.
     """
     if content:
         execute(conn, side_by_side_statement())
@@ -50,7 +49,7 @@ def side_by_side_statement() -> Statement:
 
 
 def period_comparison(migration: Migration, period: Period, *, content: bool) -> Statement:
-    """The query of ``compare_period``: one row, as PeriodResult has it."""
+    """The query of ``compare_period``: one row, the fields of PeriodResult."""
     return _comparison(
         migration,
         Direction.FORWARD,
@@ -77,7 +76,7 @@ def compare_newer_rows(conn: Connection, migration: Migration) -> PeriodResult:
 
 
 def within(migration: Migration, period: Period) -> Statement:
-    """The condition that the rows of ``period`` meet, as far as it lies in the window."""
+    """The condition for the rows of ``period`` that lie in the window."""
     shape = migration.shape
     return statement(
         "{c} >= {lower} AND {c} < {upper}",
@@ -96,9 +95,10 @@ def _comparison(
     *,
     content: bool,
 ) -> Statement:
-    """One row: how many rows each side has, and whether each has its like on the other, byte for byte
-    (NULL when only counted). Keys with notes that are still to be replayed are left out, and, on the way
-    back, those of rows that somebody has written into the plain table by hand, which stay there.
+    """One row: how many rows each side has, and whether they match byte for byte (NULL if only counted).
+
+    Left out are keys with notes still to be replayed and, on the way back, rows that somebody wrote into the
+    plain table by hand, which stay there.
     """
     plan, key = migration.plan, migration.plan.new_key
     changes = migration.relation(plan.table.changes)
@@ -143,7 +143,7 @@ def _comparison(
 
 
 def require_equal(migration: Migration, period: Period, result: PeriodResult) -> None:
-    """Raise VerificationError, with the period, when it differs."""
+    """Raise VerificationError, naming the period, if the two differ."""
     if not result.equal:
         what = "the rows differ" if result.old_rows == result.new_rows else "rows are missing"
         raise VerificationError(
@@ -153,10 +153,10 @@ def require_equal(migration: Migration, period: Period, result: PeriodResult) ->
 
 
 def compare_replayed(conn: Connection, migration: Migration, one: str, other: str) -> int:
-    """Compare the keys whose notes were replayed, in the relations ``one`` and ``other``; how many there are.
+    """Compare the keys whose notes were replayed, in the relations ``one`` and ``other``; returns how many.
 
-    Those that the application has written in the partitioned table since are noted, and left out, and so are
-    those that retention or a TRUNCATE has taken since. Raises VerificationError.
+    Left out are keys that the application has since written in the partitioned table (they are noted), and
+    rows that retention or a TRUNCATE has since removed. Raises VerificationError.
     """
     bounds = [p.lower for p in attached(conn, migration.table) if p.lower]
     oldest = max(migration.plan.cutoff, min(bounds, default=migration.plan.cutoff))
@@ -205,7 +205,7 @@ def replayed_comparison(
 
 
 def compare_and_note_statement(migration: Migration, period: Period) -> Statement:
-    """For a script: compare the contents of ``period`` and note the result, both by the server."""
+    """For a script: compare the contents of ``period`` and record the result, both on the server."""
     return statement(
         "UPDATE {state} SET compared = compared || jsonb_build_object({start}::text,\n"
         " (SELECT jsonb_build_object('old_rows', old_rows, 'new_rows', new_rows, 'alike', alike) FROM (\n"

@@ -1,4 +1,4 @@
-"""What the operator reads while it runs: the six steps, how far the copy has come, and what it was in all."""
+"""What the operator reads during a run: the six steps, the progress of the copy, and the summary."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from chronos.table import Period, TableSpec
 
 _RULE = "=" * 80
 _CALM = "cyan"
-_RATE_S = 10.0  # the rate that is shown is that of the last seconds
+_RATE_S = 10.0  # the rate shown is that of the last 10 s
 
 
 def in_bytes(size: float) -> str:
-    """A number of bytes as a person reads it: ``in_bytes(2048)`` is ``2 kB``."""
+    """A number of bytes for people to read: ``in_bytes(2048)`` is ``2 kB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1024:
             return f"{size:.0f} {unit}"
@@ -46,7 +46,7 @@ def counted(number: int, what: str) -> str:
 
 
 def ago(age: timedelta) -> str:
-    """``3 minutes ago``, in the largest unit of which there is one."""
+    """``3 minutes ago``, in the largest unit that fits."""
     for unit, seconds in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if age.total_seconds() >= seconds:
             return f"{counted(int(age.total_seconds() // seconds), unit)} ago"
@@ -61,7 +61,7 @@ def clock_time(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number for which there is little room: ``870``, ``9.2k``, ``56k``, ``1.2M``."""
+    """A number in little room: ``870``, ``9.2k``, ``56k``, ``1.2M``."""
     for unit in ("", "k"):
         if number < 999.5:
             return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
@@ -69,7 +69,7 @@ def short(number: float) -> str:
     return f"{number:.1f}M"
 
 
-# A word in the quotes of a shell. A table is such a word, or one without quotes that SQL would take.
+# A word in shell quotes. A table is such a word, or an unquoted one that is valid in SQL.
 _QUOTED = r"""'[^']*'(?:"'"'[^']*')*"""
 _COMMAND = (
     r"(?:python -m chronos[\w.]*|\bchronos(?= (?:migrate|rollback|finalize|status|upgrade-functions)\b))"
@@ -78,8 +78,8 @@ _COMMAND = (
     rf"(?: --(?:column|every|retention-days|ahead-days|strategy|batch-size|workers|verify|rate-limit"
     rf"|max-replica-lag|max-lock-wait|report) (?:{_QUOTED}|[\w./-]*\w)| --[a-z-]+)*"
 )
-# From its first words to the semicolon that ends it. Quotes and brackets close in it, and may hold anything;
-# a comma, a colon or two small words elsewhere tell that it is only spoken of.
+# From its first words to its semicolon. Quotes and brackets must close, and may contain anything; a comma, a
+# colon or two lower-case words elsewhere mean that prose only mentions a statement.
 _HELD = r"""(?:"[^"]*"|'[^']*'|[^"'()])*"""
 _SQL = (
     r"\b(?:(?:CREATE|ALTER|DROP) (?:[A-Z]+ )*(?:TABLE|INDEX)\b|DELETE FROM\b|SELECT )"
@@ -90,10 +90,10 @@ _TO_COPY = re.compile(f"({_COMMAND}|{_SQL}|{_TOML})")
 
 
 def for_reading(text: str, width: int, indent: str = "") -> str:
-    """``text`` in lines of ``width``, broken between words; what is to be copied on lines of its own.
+    """``text`` in lines of ``width``, broken between words; what the reader copies is on lines of its own.
 
-    That is each command, each statement of SQL, and each block for chronos.toml, however long they are.
-    ``indent`` stands before each line but the first.
+    That is each command, SQL statement and block for chronos.toml, however long. ``indent`` precedes every
+    line but the first.
     """
     lines: list[str] = []
     for number, piece in enumerate(_TO_COPY.split(text)):
@@ -114,12 +114,12 @@ def for_reading(text: str, width: int, indent: str = "") -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: its steps with their seconds, the periods with what was found when they were compared.
+    """What a run did: its steps with their seconds, its periods with the results of their comparison.
 
-    A step that an earlier run did has 0 seconds; ``copied`` is None when that was not the way. ``wal_bytes``
-    is what the whole server wrote meanwhile, None if it did not say; ``lock_s`` the longest, in seconds,
-    that anybody can have stood behind a lock of the migration; ``statistics_s`` what it took to gather
-    statistics, None if that was not done.
+    A step done by an earlier run has 0 seconds; ``copied`` is None if the strategy copies nothing.
+    ``wal_bytes`` is what the whole server wrote during the run, None if unknown; ``lock_s`` the longest, in
+    seconds, that any session can have waited behind a lock of the migration; ``statistics_s`` how long
+    gathering statistics took, None if that was not done.
     """
 
     steps: list[tuple[str, float]]
@@ -131,13 +131,10 @@ class Summary:
 
 
 class _Terminal(Console):
-    """A console that falls silent when its reader has gone, or its disk is full.
-
-    That is no reason to end a migration.
-    """
+    """A console that goes quiet when its reader is gone or its disk is full: no reason to end a migration."""
 
     def on_broken_pipe(self) -> None:
-        """Called by Rich, which would end the process."""
+        """Called by Rich, whose own version ends the process."""
         self.quiet = True
         with suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,7 +148,7 @@ class _Terminal(Console):
 
 @dataclass
 class _Wait:
-    """A lock that is waited for since ``since``, on the line that is rewritten."""
+    """A wait for a lock since ``since``, on the line that is rewritten."""
 
     line: Live
     since: float
@@ -160,9 +157,9 @@ class _Wait:
 
 
 class Output:
-    """Prints the migration's lines; a live bar on a terminal, at most a line a second elsewhere.
+    """Prints the migration's lines: a live bar on a terminal, at most a line a second elsewhere.
 
-    ``record`` keeps what it is told for the run's report.
+    ``record`` keeps measurements for the run's report.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -175,7 +172,7 @@ class Output:
 
     @property
     def rewrites(self) -> bool:
-        """Whether lines can be written over: on a terminal that is not a dumb one."""
+        """Whether lines can be overwritten: on a terminal, unless it is a dumb one."""
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def line(self, text: str = "") -> None:
@@ -199,19 +196,19 @@ class Output:
         self.line(f"{self._tick} {text}")
 
     def partitions(self, table: TableSpec, periods: list[Period]) -> None:
-        """The partitions that are there now: a line for each; on a terminal one for all."""
+        """The partitions that now exist: a line for each, on a terminal one line for all."""
         if not self.rewrites or len(periods) < 3:
             for period in periods:
                 self.line(f"Created partition: {table.partition(period)} ({period} to {_day_after(period)})")
             return
         first, last = periods[0], periods[-1]
-        self.line(f"Created {len(periods):,} partitions, one a {table.every}: {first} to {last}")
+        self.line(f"Created {len(periods):,} partitions, one per {table.every}: {first} to {last}")
 
     def waiting(self, conflict: LockConflict, attempt: int) -> None:
-        """What an attempt at a lock came to; on a terminal the line is written over until the wait ends."""
+        """A failed attempt at a lock; on a terminal the line is overwritten until the wait ends."""
         self.record.waited(conflict.what, conflict.who)
         if not self.rewrites:
-            self.line(f"  {conflict} (attempt {attempt}, trying again)")
+            self.line(f"  {conflict} (attempt {attempt}, retrying)")
             return
         if self._wait is None:
             live = Live(
@@ -229,7 +226,7 @@ class Output:
         self._wait.line.update(Text(text, _CALM, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self) -> None:
-        """End the line that is written over, if there is one, with how long the wait was."""
+        """End the overwritten line, if there is one, with how long the wait was."""
         if self._wait is None:
             return
         wait, self._wait = self._wait, None
@@ -239,7 +236,7 @@ class Output:
 
     @contextmanager
     def timed(self, doing: str, done: str) -> Iterator[None]:
-        """Say what is being done, and when the block has ended that it is done, and in how many seconds."""
+        """Say what is being done and, after the block, that it is done and in how many seconds."""
         self.line()
         self.line(f"{doing}...")
         began = self._clock()
@@ -249,7 +246,7 @@ class Output:
     def summary(self, found: Summary) -> None:
         """Rows of each period, seconds of each step, and what it cost the server.
 
-        A terminal gets one line for all periods: the page is to fit on it.
+        A terminal gets one line for all periods, so that the summary fits on the screen.
         """
         self.line()
         if found.periods and self.rewrites:
@@ -288,9 +285,9 @@ class Output:
         periods: int = 0,
         begun: Iterable[Period] = (),
     ) -> Iterator[RowCount]:
-        """Count rows while the block runs; ``did`` is what is done to them.
+        """Count rows while the block runs; ``did`` is the verb shown.
 
-        They lie in ``periods`` periods, of which those that have ``begun`` are copied already.
+        They lie in ``periods`` periods, of which those in ``begun`` already have copied rows.
         """
         count = RowCount(self, total, done, self._clock, did, periods, begun)
         if not self.rewrites or total == 0:
@@ -306,7 +303,7 @@ class Output:
             TextColumn("{task.fields[shown]}"),
             console=self.console,
             refresh_per_second=4,
-            transient=True,  # the line that ends the count says it all
+            transient=True,  # the line that ends the count stays
         ) as progress:
             count.show_on(progress)
             try:
@@ -317,7 +314,7 @@ class Output:
 
 
 def _day_after(period: Period) -> Period:
-    """The instant at which a period ends, as the name of the one that follows it."""
+    """The instant at which a period ends, named like the next period."""
     return Period(period.end, period.end)
 
 
@@ -329,7 +326,7 @@ def _in_a_line(periods: dict[Period, PeriodResult]) -> str:
 
 
 def _shown(conflict: LockConflict, seconds: float, width: int) -> str:
-    """What is waited for in one line: all that is known, or who is in the way and what would end that."""
+    """The wait in one line: in full if it fits, else who is in the way and what would end that."""
     head = f"  {clock_time(seconds)} "
     if len(head) + len(conflict.text) <= width:
         return f"{head}{conflict}"
@@ -375,7 +372,7 @@ class RowCount:
         self._task = progress.add_task("", total=self._total, completed=self.rows, shown="")
 
     def add(self, period: Period, rows: int, lag: Lag | None = None) -> None:
-        """Note a finished batch of ``period``, and how far the replicas are behind; any worker may call."""
+        """Record a finished batch of ``period`` and the replica lag; any worker may call it."""
         with self._turn:
             self.rows += rows
             if rows:
@@ -392,28 +389,28 @@ class RowCount:
                 self._print()
 
     def pause(self, why: str | None) -> None:
-        """Say why the copy stands still; None: it goes on. On a terminal the bar says so."""
+        """Say why the copy is paused; None: it continues. On a terminal the bar says so too."""
         with self._turn:
             if self._progress is not None:
                 self._draw(None, None if why is None else "paused")
             if why is None:
-                self._output.line("  going on")
+                self._output.line("  continuing")
             elif self._paused is None:
                 self._output.line(f"  paused: {why}")
             self._paused = why
 
     def finish(self) -> None:
-        """Print where the count ended; rows that came or went meanwhile are part of the whole."""
+        """Print where the count ended; the total then includes rows that came or went meanwhile."""
         self._total = self.rows
         self._print()
 
     def _draw(self, period: Period | None, note: str | None) -> None:
-        """The fields beside the bar: how much, how fast, how long still, and where."""
+        """The fields beside the bar: how much, how fast, how long to go, and where."""
         assert self._progress is not None
         assert self._task is not None
         (then, before), (now, rows) = self._recent[0], self._recent[-1]
         rate = (rows - before) / max(now - then, 1e-6)
-        # Rows that have come meanwhile are part of the whole.
+        # The total includes rows that have come meanwhile.
         total = max(self._total, self.rows)
         fields = [f"{100 * self.rows // max(total, 1):>3}%", f"{self.rows:,}/{total:,}", f"{short(rate)}/s"]
         if rate > 0:

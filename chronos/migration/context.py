@@ -1,4 +1,4 @@
-"""What travels through a migration together: server, table, state, and the operator who is told about it."""
+"""What the parts of a migration share: server, table, state, and the operator who watches it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BEFORE_ALL = datetime(1, 1, 1, tzinfo=UTC)
 class Migration:
     """A migration that this run owns. ``shape`` is that of the plain table, whatever its name is now.
 
-    ``oldest`` is where the partitions began when a way back set out, ``longest_lock_s`` the longest that
-    anybody can have stood behind a lock of ours, ``swap_s`` how long they can have in the swap (None: not
-    yet), ``notes_replayed`` how many notes this run has replayed, ``may_stop`` false when a stop must not cut
-    this short, ``needs_notes`` false when the operator goes back without what was not noted.
+    ``oldest`` is where the oldest partition began when the way back started; ``longest_lock_s`` the longest
+    that any session can have waited behind a lock of ours, ``swap_s`` the same for the swap (None: not yet);
+    ``notes_replayed`` how many notes this run has replayed; ``may_stop`` false when a stop must not interrupt
+    it; ``needs_notes`` false when the operator accepts losing what was not noted.
     """
 
     engine: Engine
@@ -67,7 +67,7 @@ class Migration:
         states.claim(conn, self.table, self.state.run_id)
 
     def refresh(self) -> None:
-        """Read the state anew. Raises SupersededError when it is another run's, or gone."""
+        """Read the state again. Raises SupersededError when it is another run's, or gone."""
         with transaction(self.conn):
             found = states.read(self.conn, self.table)
         if found is None or found.run_id != self.state.run_id:
@@ -75,34 +75,34 @@ class Migration:
         self.state = found
 
     def since(self, direction: Direction) -> datetime:
-        """Notes of rows older than this are not replayed: the target has no place for such rows, or, on the
-        way back, retention has dropped them in the source, and the plain table keeps what it had.
+        """Notes of rows older than this are not replayed: the target has no partition for them or, on the way
+        back, retention has dropped them from the source, and the plain table keeps what it had.
         """
         if direction is Direction.BACK:
             return self.oldest or self.plan.first
-        # Where every row is kept, one that is older than all partitions must not be passed over.
+        # Where every row is kept, one older than all partitions must not be skipped silently.
         return self.plan.cutoff if self.table.retention_days is not None else _BEFORE_ALL
 
     def locks(self, attempts: int | None = AN_HOUR) -> Locks:
-        """Attempts at strong locks, an hour of them; None: as many as the operator has patience for."""
+        """Attempts at strong locks, for about an hour; None: as many as the operator's patience allows."""
         return self.operator.locks(attempts, may_stop=self.may_stop)
 
     def note(self, locks: Locks) -> None:
-        """Remember how long anybody can have stood behind one of our locks."""
+        """Remember the longest that any session can have waited behind one of our locks."""
         self.longest_lock_s = max(self.longest_lock_s, locks.longest_s)
 
 
 def read_plain(conn: Connection, state: State) -> TableShape:
     """The shape of the plain table, which has another name while the partitioned one is in use.
 
-    Its triggers and rules have the states that they had before we switched them off.
+    Its triggers and rules have the states they had before we disabled them.
     """
     shape = read_shape(conn, state.table, state.plan.former if state.phase.swapped else state.table.name)
     return with_states(shape, state.quieted) if state.phase.swapped else shape
 
 
 def with_states(shape: TableShape, was: dict[str, str]) -> TableShape:
-    """``shape`` with the states of triggers and rules that ``State.quieted`` has kept."""
+    """``shape`` with the states of triggers and rules kept in ``State.quieted``."""
     return replace(
         shape,
         triggers=tuple(replace(t, enabled=was.get(f"trigger {t.name}", t.enabled)) for t in shape.triggers),
@@ -125,7 +125,7 @@ class Direction(Enum):
 
     @property
     def origin(self) -> str:
-        """The notes that are replayed: those taken in the table in use."""
+        """The mark of the notes that are replayed: those taken in the table in use."""
         return self.value
 
     def source(self, table: TableSpec) -> str:
@@ -137,15 +137,15 @@ class Direction(Enum):
         return table.new if self is Direction.FORWARD else table.old
 
     def key(self, plan: Plan) -> tuple[str, ...]:
-        """The columns by which the target knows a row."""
+        """The columns that identify a row in the target."""
         return plan.new_key if self is Direction.FORWARD else plan.old_key
 
 
 def match(columns: tuple[str, ...], one: str, other: str) -> Statement:
     """``one.a = other.a AND one.b = other.b``, by the server's own =.
 
-    The role's search path may be in force where rows are moved, and an = of a stranger's, for varchar say,
-    would fit better.
+    The role's own search path may apply where rows are moved, and somebody else's = (for varchar, say) could
+    be the better match.
     """
     return joined(
         [

@@ -1,11 +1,11 @@
-"""Copy rows from the table in use into the one beside it, in small batches, while the application writes on.
+"""Copy rows from the table in use into the one beside it, in small batches, while the application writes.
 
-Forward, each period is filled into a bare table; it gets its indexes, is compared with its origin, and is
-attached to the partitioned table, which nobody uses yet: no lock that anybody feels. How far a period is
-can be read off its table, so a run that was cut off goes on there. What the application writes meanwhile is
-noted (changes.py), so a batch need not see it.
+Forward, each period is copied into a bare table, which is then indexed, compared with its source and attached
+to the partitioned table. Nobody uses that yet, so no lock is felt. A period's table shows how far its copy
+got, so an interrupted run carries on there. What the application writes meanwhile is noted (changes.py), so
+a batch need not see it.
 
-Back, the rows that are newer than the swap go straight into the plain table.
+Back, rows newer than the swap go straight into the plain table.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from chronos.migration.throttle import Throttle
 from chronos.migration.workers import CheckStop, work_through
 from chronos.table import Period, midnight
 
-_ATTEMPTS = 60  # of a round that the server cuts short, with a pause after each
+_ATTEMPTS = 60  # at a round that the server cancels, with a pause after each
 
 
 @dataclass(frozen=True)
 class Copying:
-    """How the copy goes about it.
+    """How to copy.
 
-    ``throttle`` times the batches, ``content`` false compares counts only, ``check_stop`` raises to stop,
-    and ``copied`` is told of each batch: its period and its rows.
+    ``throttle`` times the batches, ``content`` false compares only counts, ``check_stop`` raises to stop, and
+    ``copied`` is called with the period and rows of each batch.
     """
 
     throttle: Throttle
@@ -81,11 +81,11 @@ def rows_per_period(migration: Migration) -> dict[Period, int]:
     ).one()
     if stray[0]:
         raise ChronosError(
-            f"{stray[0]:,} rows have a {plan.table.column} that no partition takes"
+            f"{stray[0]:,} rows have a {plan.table.column} that fits no partition"
             f" ({stray[1] or 'NULL'}); correct them and migrate again"
         )
-    # Period by period along the index, and nothing but the index: to group all rows by their day would sort
-    # them, and to ask for their keys would read the table.
+    # Period by period with index-only scans: grouping all rows by day would sort them, and reading their keys
+    # would read the table.
     window = [
         statement(
             "({n}, {lower}, {upper})",
@@ -110,12 +110,12 @@ def rows_per_period(migration: Migration) -> dict[Period, int]:
     return {plan.periods[number]: count for number, count in rows}
 
 
-# A round of batches, each a transaction of its own. Its lock on the state waits its turn behind a run that
-# wants to write there, and a run that has been taken over stops before its next batch. No batch need wait
-# for the disk: after a crash the table ends where its last surviving batch does, and the copy goes on
-# there. Rows that share a timestamp go together, so the last timestamp alone says how far the copy is, and
-# a hundred thousand rows with the same one are read once. The planner is left no choice but to follow the
-# index: statistics that are out of date must not make it sort the rest of the day for every batch.
+# A round of batches, each a transaction of its own. Its lock on the state queues behind a run that wants to
+# write there, so a run that has been taken over stops before its next batch. No batch waits for the disk:
+# after a crash the table ends with its last surviving batch, and the copy carries on there. Rows with the
+# same timestamp are copied together, so the last timestamp alone says how far the copy is, and a hundred
+# thousand rows with the same one are read once. The planner is forced to follow the index: outdated
+# statistics must not make it sort the rest of the day for every batch.
 _ROUND = """
 #variable_conflict use_column
 <<copying>>
@@ -133,7 +133,7 @@ DECLARE
     ends timestamptz;
 BEGIN
     LOOP
-        COMMIT; -- of nothing but the snapshot that the isolation level must be set before
+        COMMIT; -- only to drop the snapshot: the isolation level must be set before one is taken
         SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
         EXECUTE {settings};
         ends := coalesce(ends, clock_timestamp() + least(
@@ -166,13 +166,13 @@ BEGIN
         COMMIT;
         EXIT WHEN over;
     END LOOP;
-    -- Of all levels this one is always sent to the client, and never written to the log by default.
+    -- INFO is always sent to the client, and by default never written to the log.
     RAISE INFO 'chronos %', report;
 END
 """
 
-# The first statement of each transaction of a round: until it has run, the role's own search path holds,
-# and somebody's operators may come first there.
+# The first statement of each transaction of a round: until it has run, the role's own search path applies,
+# where somebody else's operators may come first.
 _BATCH_SETTINGS = """
 SELECT {path}, pg_catalog.set_config('synchronous_commit', 'off', true),
        pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('lock_timeout', '0', true),
@@ -182,7 +182,7 @@ SELECT {path}, pg_catalog.set_config('synchronous_commit', 'off', true),
 
 
 class _Round(NamedTuple):
-    """What a round did: whether the migration is still ours, the last timestamp taken, rows and batches,
+    """What a round did: whether the migration is still ours, the last timestamp copied, rows and batches,
     and whether there may be more rows.
     """
 
@@ -194,13 +194,13 @@ class _Round(NamedTuple):
 
 
 class _Inbox:
-    """Takes what the server tells besides results; no list, for SQLAlchemy would empty that."""
+    """Collects the server's messages; not a list, because SQLAlchemy would empty that."""
 
     def __init__(self) -> None:
         self.report: str | None = None
 
     def append(self, text: str) -> None:
-        """Called by the driver for each message; a log may come along as well, the statement in it."""
+        """Called by the driver for each message; log lines may come too, with the statement in them."""
         if found := re.match(r"[^:\n]*:\s*chronos (\{.*\})", text):
             self.report = found[1]
 
@@ -209,8 +209,8 @@ class _Inbox:
 class Fill:
     """Rounds of batches from ``source`` into ``target``, rows up to ``upper`` (None: to the last).
 
-    ``known_by`` are the columns by which the target may already know a row, which is then left as it is;
-    None when it can know none.
+    ``known_by`` are the columns that identify rows the target may already have, which are left as they are;
+    None when it can have none.
     """
 
     migration: Migration
@@ -223,10 +223,10 @@ class Fill:
     known_by: tuple[str, ...] | None = None
 
     def run(self, reached: Callable[[], datetime]) -> None:
-        """From where ``reached`` says that the copy is until no row is left.
+        """Copy from where ``reached`` says the copy is until no row is left.
 
-        Raises CutShortError when a round is cut short again and again and nothing is gained,
-        SupersededError when another run has taken over.
+        Raises CutShortError when the server keeps cancelling rounds without progress, SupersededError when
+        another run has taken over.
         """
         attempts, before = 0, None
         while not self._rounds(after := reached()):
@@ -234,11 +234,11 @@ class Fill:
             if attempts == _ATTEMPTS:
                 raise CutShortError(
                     f"the server cancelled the copy of {self.period} {attempts} times in a row;"
-                    " look at statement_timeout, and at who locks the tables"
+                    " check statement_timeout, and who locks the tables"
                 )
 
     def _rounds(self, after: datetime) -> bool:
-        """Whether the end was reached; false when a round was cut short, and where it ended is to be seen."""
+        """Whether the end was reached; false if a round was cancelled and its progress must be looked up."""
         throttle, check_stop = self.copying.throttle, self.copying.check_stop
         with autocommit(self.conn):
             while True:
@@ -263,7 +263,7 @@ class Fill:
                 after = done.last
 
     def _round(self, after: datetime, size: int) -> _Round | None:
-        """As many batches as fit into a moment, over one round trip; None when the report got lost."""
+        """As many batches as fit into a moment, in one round trip; None when the report got lost."""
         migration, shape = self.migration, self.migration.shape
         column = shape.time_column
         body = statement(
@@ -281,7 +281,7 @@ class Fill:
             if self.upper
             else sql.SQL(""),
             batch_size=size,
-            put=put_statement(shape, self.target, self._lacking()),
+            put=put_statement(shape, self.target, self._missing()),
         )
         inbox = _Inbox()
         driver: Any = self.conn.connection.dbapi_connection
@@ -292,8 +292,8 @@ class Fill:
         found = json.loads(inbox.report)
         return _Round(**{**found, "last": as_utc(datetime.fromisoformat(found["last"]))})
 
-    def _lacking(self) -> Statement:
-        """The rows of the batch that the target does not know."""
+    def _missing(self) -> Statement:
+        """The rows of the batch that the target does not have."""
         if not self.known_by:
             return sql.SQL("batch AS b")
         return statement(
@@ -304,7 +304,7 @@ class Fill:
 
 
 def put_statement(shape: TableShape, target: Statement, rows: Statement) -> Statement:
-    """Insert ``rows``, which is what follows FROM, into ``target`` as they are. ROW EXCLUSIVE on it."""
+    """Insert ``rows`` (what follows FROM) into ``target`` as they are. ROW EXCLUSIVE on it."""
     return statement(
         "INSERT INTO {target} ({columns}) OVERRIDING SYSTEM VALUE\nSELECT {columns} FROM {rows}",
         target=target,
@@ -322,7 +322,7 @@ def as_utc(value: datetime | date) -> datetime:
 
 @dataclass
 class _PeriodCopy:
-    """One period on its way into its partition, by one worker over its own connection."""
+    """The copy of one period into its partition, by one worker over its own connection."""
 
     migration: Migration
     conn: Connection
@@ -344,7 +344,7 @@ class _PeriodCopy:
             self.copying.copied(period, rows)
 
         def reached() -> datetime:
-            """Batches are taken in the order of their times, so the last one tells."""
+            """Batches are copied in time order, so the last row tells."""
             with transaction(conn):
                 found, last = execute(
                     conn,
@@ -355,7 +355,7 @@ class _PeriodCopy:
                     ),
                 ).one()
             copied(self.period, found - counted)
-            # The server's clock knows no instant between this one and the first of the period.
+            # The server has no instant between this one and the start of the period.
             start = max(migration.plan.cutoff, self.period.start) - timedelta(microseconds=1)
             return as_utc(last) if found else start
 
@@ -376,7 +376,7 @@ class _PeriodCopy:
         self._compare_and_attach()
 
     def _has_key(self) -> bool:
-        """Whether the partition has its primary key: then it is filled."""
+        """Whether the partition has its primary key, which means it is filled."""
         with transaction(self.conn):
             return self._look_for_key()
 
@@ -395,8 +395,8 @@ class _PeriodCopy:
     def _index(self) -> None:
         """Primary key and indexes, all or none: a partition that has them is filled.
 
-        ACCESS EXCLUSIVE on the partition, which nobody else knows yet. No claim on the state, which
-        would hold up the other workers: a second run finds the work done.
+        ACCESS EXCLUSIVE on the partition, which nobody else uses yet. No claim on the state, which would
+        hold up the other workers: a second run finds the work done.
         """
         with transaction(self.conn):
             need_not_wait_for_the_disk(self.conn)
@@ -408,7 +408,7 @@ class _PeriodCopy:
                 execute(self.conn, query)
 
     def _compare_and_attach(self) -> None:
-        """Compare in one snapshot, then put the partition into its place and note the result, all or none.
+        """Compare in one snapshot, then attach the partition and record the result, both or neither.
 
         ACCESS EXCLUSIVE on the partition, SHARE UPDATE EXCLUSIVE on its parent: nobody uses either.
         """
@@ -419,7 +419,7 @@ class _PeriodCopy:
             result = compare_period(conn, migration, self.period, content=self.copying.content)
         if not result.equal:
             with transaction(conn):
-                waiting_notes(conn, migration, Direction.FORWARD, 1)  # a TRUNCATE is no difference
+                waiting_notes(conn, migration, Direction.FORWARD, 1)  # a TRUNCATE is not a mismatch
         require_equal(migration, self.period, result)
         with transaction(conn):
             need_not_wait_for_the_disk(conn)
@@ -437,10 +437,10 @@ class _PeriodCopy:
 
 
 def need_not_wait_for_the_disk(conn: Connection) -> None:
-    """For this transaction: its locks are let go before its commit, and all WAL before it, is on the disk.
+    """For this transaction: release its locks before its commit, and all WAL before it, is on disk.
 
-    Nothing is lost by that: a crash takes away the last of our transactions, in their order, and the
-    copy goes on where the tables then are. What ends the migration does wait, for all of them.
+    Nothing is lost by that: a crash undoes the last of our transactions, in order, and the copy carries on
+    from there. The commit that ends the migration does wait, for all of them.
     """
     execute(conn, statement("SELECT set_config('synchronous_commit', 'off', true)"))
 
@@ -455,9 +455,9 @@ def copy_periods(migration: Migration, periods: list[Period], copying: Copying, 
 
 
 def carry_newer_rows(migration: Migration, copying: Copying) -> None:
-    """On the way back: the rows beyond the fence into the plain table, which nobody sees yet.
+    """On the way back: copy the rows beyond the fence into the plain table, which nobody reads yet.
 
-    A row that is there already is left alone: if it has changed since, that is noted.
+    A row that is already there is left alone: if it has changed since, that is noted.
     """
     fence = migration.state.fence
     assert fence is not None

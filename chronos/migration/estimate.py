@@ -1,7 +1,7 @@
 """What a migration takes, estimated before it begins: time, WAL and disk, for a copy and for an attach.
 
-How fast the server is, a short sample of the table's own rows tells; what a row costs in such units was
-fitted to migrations that were measured (``python -m bench``).
+A short sample of the table's own rows shows how fast the server is; the cost of a row in those units was
+fitted to measured migrations (``python -m bench``).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from chronos.migration.state import Expected
 from chronos.table import Period
 
 _SAMPLE = 50_000
-# What a row costs, in the times that this server takes to read and hash one, and to sort an entry of an
-# index. Fitted to migrations of 1 million rows, of 200 bytes and of 1.1 kB, with 3 and with 7 indexes, on
+# What a row costs, in units of the time that this server takes to read and hash one, and to sort an index
+# entry. Fitted to migrations of 1 million rows, of 200 bytes and of 1.1 kB, with 3 and with 7 indexes, on
 # PostgreSQL 15 and 18, on quiet machines and on busy ones.
 _COPY_READS, _COPY_SORTS = 0.76, 0.475
 _ATTACH_READS, _ATTACH_SORTS = 0.035, 0.55
-# Seconds, for all that does not depend on the rows, and for each partition.
+# Seconds: fixed, and for each partition.
 _FIXED_S, _PARTITION_S = 0.1, 0.004
-# What the WAL has of an inserted row besides its values: the record, the row's own header, alignment.
+# WAL of an inserted row besides its values: record header, row header, alignment.
 _ROW_WAL_BYTES = 68
-# What pages of an index shrink to when their WAL is compressed: numbers that are counted up, all else.
+# What index pages compress to in the WAL: keys of ascending numbers, and all others.
 _COMPRESSED_NUMBERS, _COMPRESSED = 0.48, 0.74
-# An entry of the new index is that of the old key and the time, aligned.
+# An entry of the new index is that of the old key plus the time, aligned.
 _TIME_BYTES = 8
-# From here on a copy is more than a disk or a night should be asked for without need.
+# Beyond these, a copy asks too much of a disk or a night to be the default.
 _LARGE_BYTES = 100 * 2**30
 _LONG_S = 3 * 3600
 
@@ -56,10 +56,10 @@ class Pace:
 
 
 def measure(migration: Migration) -> Pace | None:
-    """Measured here and now; None without rows.
+    """Measure it here and now; None without rows.
 
-    Over two connections at a time, as the copy works, so that what else the server has to do counts as it
-    will then. ACCESS SHARE, for a second or two.
+    Over two connections at once, like the copy, so that other load counts as it will then. ACCESS SHARE,
+    for a second or two.
     """
     shape = migration.shape
     ours = sql.SQL(OURS)
@@ -92,7 +92,7 @@ def measure(migration: Migration) -> Pace | None:
     def timed(_: int) -> list[float]:
         with opened(migration.engine) as conn, transaction(conn):
             execute(conn, statement("SET TRANSACTION READ ONLY; SET LOCAL jit = off"))
-            # The first run may wait for the disk, which the copy does not: it reads ahead.
+            # The first run may wait for the disk; the copy does not, as it reads ahead.
             return [[_seconds(conn, query) for _ in range(2)][1] for query in (reading, sorting)]
 
     with ThreadPoolExecutor(2, "chronos") as pool:
@@ -109,7 +109,7 @@ def _seconds(conn: Connection, query: Statement) -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """What one strategy takes: ``seconds``, ``bytes`` of disk and of ``wal``; ``facts`` are shown of it."""
+    """What one strategy takes: ``seconds``, ``bytes`` of disk and of ``wal``; ``facts`` are shown."""
 
     seconds: float
     bytes: float
@@ -119,7 +119,7 @@ class Way:
 
 
 def expected_rows(migration: Migration) -> dict[Period, int]:
-    """What the planner expects of each period; a period ahead only if it has any row at all."""
+    """The planner's row estimate for each period; for a future period only if it has any row."""
     plan, conn = migration.plan, migration.conn
     found: dict[Period, int] = {}
     for period in plan.periods:
@@ -139,7 +139,7 @@ def expected_rows(migration: Migration) -> dict[Period, int]:
 
 
 def expected(migration: Migration, found: Survey) -> Expected:
-    """What the migration that begins now will take, by its own strategy. Reads a sample: a second or two."""
+    """What the migration that begins now will take with its strategy. Reads a sample: a second or two."""
     conn = migration.conn
     with transaction(conn):
         execute(conn, statement("SET TRANSACTION READ ONLY"))
@@ -171,8 +171,8 @@ def by_copying(conn: Connection, found: Survey, rows: int, pace: Pace | None) ->
         "then": f"about {in_bytes(found.bytes - size)} less than today",
         f"by {table.every}": "at once",
         "one partition": "none",
-        "locks before": "writers: the notes begin",
-        "cut-over, ms": "last notes, names",
+        "locks before": "writers, for the triggers",
+        "cut-over, ms": "last notes, renames",
     }
     return Way(seconds, size, facts, wal=wal)
 
@@ -206,8 +206,8 @@ def by_attaching(conn: Connection, found: Survey, counted: int, pace: Pace | Non
         "then": f"about {in_bytes(after)} more",
         f"by {table.every}": f"from {found.first:%Y-%m-%d} on",
         "one partition": f"all before, {f'until {goes}' if goes else 'for good'}",
-        "locks before": "everybody: the check",
-        "cut-over, ms": "names, primary key, ATTACH",
+        "locks before": "everybody, for the CHECK",
+        "cut-over, ms": "renames, primary key, ATTACH",
     }
     return Way(seconds, before, facts, wal=wal)
 
@@ -219,7 +219,7 @@ def _compressed_to(shape: TableShape) -> float:
 
 
 def _compresses(conn: Connection) -> bool:
-    """Whether the WAL of an index is written compressed, by the server's setting or by that of the build."""
+    """Whether the WAL of the index is compressed, by the server's setting or by ours for the build."""
     found: bool = execute(
         conn,
         statement(
@@ -247,25 +247,25 @@ def _size_of_index(conn: Connection, shape: TableShape) -> tuple[int, int]:
 
 
 def recommended(copying: Way, attaching: Way) -> str:
-    """Which strategy, and why; how much room the disk has is known to the operator alone."""
+    """Which strategy, and why; only the operator knows how much room the disk has."""
     if copying.blockers:
         return f"attach; a copy would be refused: {copying.blockers[0]}"
     if attaching.blockers:
-        return f"copy; to attach it would be refused: {attaching.blockers[0]}"
+        return f"copy; an attach would be refused: {attaching.blockers[0]}"
     room, takes = in_bytes(copying.bytes), _duration(copying.seconds)
     if copying.bytes > _LARGE_BYTES or copying.seconds > _LONG_S:
         return (
-            f"attach, for a copy takes {room} of disk and about {takes}; where there is room and time, a copy"
-            " has every period in a partition of its own at once: --strategy copy"
+            f"attach, as a copy takes {room} of disk and about {takes}; if there is room and time, a copy"
+            " puts every period into a partition of its own at once: --strategy copy"
         )
     return (
-        "copy, for it has every period in a partition of its own at once; if there is no room for"
+        "copy, as it puts every period into a partition of its own at once; if there is no room for"
         f" {room}: --strategy attach"
     )
 
 
 def row_bytes(found: Survey, counted: int) -> float:
-    """Bytes a row, indexes included; a table never analyzed has no estimate of its rows."""
+    """Bytes per row, indexes included; a table never analyzed has no row estimate."""
     return found.bytes / max(found.rows_estimate, counted, 1)
 
 

@@ -1,4 +1,4 @@
-"""The end of a migration: make sure that nothing needs the old table, then drop it and every trace."""
+"""The end of a migration: make sure that nothing needs the old table, then drop it and what else is left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from chronos.migration.changes import (
 from chronos.migration.context import Migration, match, read_plain
 from chronos.migration.obstacles import require_no_citus
 from chronos.migration.old_and_new import renamed_by_hand
-from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
+from chronos.migration.operator import Operator, asking, resumable_with, sole_operator
 from chronos.migration.state import (
     Phase,
     Plan,
@@ -70,8 +70,8 @@ def finish(
     """Drop the old table, once nothing needs it any more.
 
     Refuses unless the migration is complete, the new table holds every row of the old one within
-    retention, and nothing depends on the old table. ``confirm`` is told the state, and whether the old
-    table is still there; it raises RefusedError to call it off.
+    retention, and nothing depends on the old table. ``confirm`` gets the state and whether the old table
+    still exists; it raises RefusedError to call it off.
     """
     retention_days, began = table.retention_days, time.monotonic()
     with sole_operator(engine, table) as (conn, table):
@@ -98,10 +98,10 @@ def finish(
             confirm(found, there)
         with transaction(conn):
             found = take_over(conn, found)
-            # Somebody may have thought about it for long, and retention was at work meanwhile.
+            # The operator may have taken long to answer, and retention may have run meanwhile.
             if shape is not None and found.phase is Phase.MIGRATED:
                 _require_dispensable(conn, shape, found, retention_days)
-        with going_on_with(finalize_command(table), "clean-up", engine, table):
+        with resumable_with(finalize_command(table), "clean-up", engine, table):
             finalize(engine, conn, operator, found, shape)
         stays = found.plan.attaches and there
         done = f"{table.history} stays a partition" if stays else f"{found.plan.former} is dropped"
@@ -111,7 +111,7 @@ def finish(
 
 
 def _is_ours(conn: Connection, table: TableSpec) -> bool:
-    """Whether the old table still has the note triggers that the migration has put on it."""
+    """Whether the old table still has the note triggers that the migration created."""
     found: bool = execute(
         conn,
         statement(
@@ -133,8 +133,8 @@ def _why_not(table: TableSpec, found: State | None) -> str:
 
 def _late(table: TableSpec, rows: int) -> str:
     return (
-        f"{rows:,} rows of {table.old} were written after the swap. See whether {table} has them, and insert"
-        f" what it lacks; then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
+        f"{rows:,} rows of {table.old} were written after the swap. Check whether {table} has them, and"
+        f" insert any that are missing; then: DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
     )
 
 
@@ -142,7 +142,7 @@ def _require_verified(found: State) -> None:
     if not found.verified:
         what = "rows written during the migration were not compared yet"
         if found.plan.attaches:
-            what = "foreign keys of the partitions are not yet those of the whole"
+            what = "foreign keys of the partitions are not yet adopted by the partitioned table"
         raise RefusedError(
             f"the {what}; nothing was changed. Carry on with: {migrate_command(found.table)} --resume"
         )
@@ -164,13 +164,13 @@ def _require_dispensable(conn: Connection, old: TableShape, found: State, retent
         some = ", ".join(f"{period} ({count:,})" for period, count in sorted(lost.items())[:3])
         raise RefusedError(
             f"{sum(lost.values()):,} rows of {table.old} within retention are not in {table}: {some};"
-            f" nothing was changed. Bring them back with: {rollback_command(table)}; or, if they were to go,"
-            " lower retention_days, or delete them there"
+            f" nothing was changed. Bring them back with: {rollback_command(table)}; or, if they were meant"
+            " to go, lower retention_days, or delete them there"
         )
 
 
 def what_depends_on(conn: Connection, shape: TableShape) -> list[str]:
-    """What would break, or go along, if the old table were dropped, as PostgreSQL names it."""
+    """What would break or be dropped too if the old table were dropped, as PostgreSQL names it."""
     return sorted({row[0] for row in execute(conn, statement(_BLOCKING, oid=shape.oid)).all()})
 
 
@@ -179,8 +179,8 @@ def missing_rows(
 ) -> dict[Period, int]:
     """Per period, the rows of the old table that the new one should still hold and does not.
 
-    A day beyond retention may have gone. A row that the application has itself deleted or given
-    another time since the swap is noted, and not missed. ACCESS SHARE only.
+    Days beyond retention may be gone. A row that the application deleted or moved to another time since the
+    swap is noted, and does not count as missing. ACCESS SHARE only.
     """
     plan, table = state.plan, state.table
     oldest = plan.first
@@ -214,7 +214,7 @@ def missing_rows(
 
 
 def _own_sequences(plan: Plan) -> list[Statement]:
-    """When there is no way back any more: the partitioned table owns its sequences."""
+    """Once there is no way back: the partitioned table owns its sequences."""
     return sequences_back_statements(plan.table, [s for s in plan.sequences if not s.identity])
 
 
@@ -223,8 +223,8 @@ def finalize(
 ) -> None:
     """Drop the old table, give its sequence to the new one and clear the state; safe to call again.
 
-    ``old`` is None when somebody has dropped the table already. Each step is a transaction of its
-    own: ACCESS EXCLUSIVE on the table in use to take the triggers off, for a moment.
+    ``old`` is None when somebody has dropped the table already. Each step is a transaction of its own:
+    ACCESS EXCLUSIVE on the table in use to drop the triggers, for a moment.
     """
     table = state.table
     home = table.home

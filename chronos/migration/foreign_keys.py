@@ -1,13 +1,13 @@
-"""Give the partitioned table its foreign keys before it is in use; take them off a table that no longer is.
+"""Give the partitioned table its foreign keys before it is in use; drop them from a table no longer in use.
 
-While the table that is not in use has them, a row that the application has deleted could still be in it,
-and keep the application from deleting what the row refers to. So from before the first key is there until
-the last is gone, a trigger on the table in use takes the copy of a deleted row away in the same transaction
-(unlink_copy.sql). The swap itself then needs no lock on what the keys refer to.
+While the table not in use has foreign keys, it could still hold a row that the application has deleted, and
+keep the application from deleting what that row refers to. So from before the first key exists until the last
+is gone, a trigger on the table in use deletes the copy of a deleted row in the same transaction
+(unlink_copy.sql). The swap itself then needs no lock on the referenced tables.
 
-What it cannot see to: rows of the plain table from before the window, and a TRUNCATE, between the swap and
-the moment when the keys are given up; and, under REPEATABLE READ, a copy that came after the snapshot. To
-delete what these refer to is refused then, with the foreign key's own error.
+What this does not cover: rows of the plain table from before the window, and a TRUNCATE, between the swap and
+the moment the keys are dropped; and, under REPEATABLE READ, a copy made after the snapshot. Deleting what
+these refer to then fails with the foreign key's own error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from chronos.catalog.ddl import (
     force_statements,
     foreign_key_statements,
-    loud_statements,
+    restore_statements,
     validate_statement,
 )
 from chronos.db import Statement, execute, joined, name, sqlstate, statement, transaction
@@ -30,17 +30,17 @@ from chronos.migration.copy import need_not_wait_for_the_disk
 from chronos.migration.state import quieted_statement
 from chronos.migration.workers import CheckStop, work_through
 
-# Partitions that get theirs in one transaction: until it ends, nobody can write what they refer to.
+# Partitions that get theirs in one transaction: until it ends, the referenced tables cannot be written.
 AT_ONCE = 7
 _ATTEMPTS = 20
 
 
 def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int = 1) -> None:
-    """Each partition's, unchecked; then checked; then the parent's, which adopt them. Safe to call again.
+    """Add each partition's keys, NOT VALID; validate them; add the parent's, which adopt them.
 
-    SHARE ROW EXCLUSIVE for moments on the table in use, and on the tables referred to, seven partitions at
-    a time; ROW SHARE on these while rows are checked; at last ACCESS EXCLUSIVE on them for a moment. Raises
-    LockUnavailableError.
+    Safe to call again. SHARE ROW EXCLUSIVE for moments on the table in use, and on the referenced tables,
+    seven partitions at a time; ROW SHARE on these during validation; finally ACCESS EXCLUSIVE on them for a
+    moment. Raises LockUnavailableError.
     """
     plan = migration.plan
     if not plan.foreign_keys or _keys(migration, migration.table.new):
@@ -54,11 +54,11 @@ def add_foreign_keys(migration: Migration, check_stop: CheckStop, workers: int =
     adopt_keys(migration, migration.table.new)
 
 
-def give_up_keys(migration: Migration, table: str) -> None:
-    """Take the foreign keys off ``table``, which is not in use any more, or was never. Safe to call again.
+def drop_keys(migration: Migration, table: str) -> None:
+    """Drop the foreign keys of ``table``, which is no longer in use, or never was. Safe to call again.
 
-    ACCESS EXCLUSIVE on it, its partitions and the tables that the keys refer to, for moments, in short
-    attempts. Raises LockUnavailableError.
+    ACCESS EXCLUSIVE on it, its partitions and the referenced tables, for moments, in short attempts. Raises
+    LockUnavailableError.
     """
     spec = migration.table
     if not migration.plan.foreign_keys:
@@ -66,7 +66,7 @@ def give_up_keys(migration: Migration, table: str) -> None:
     # Partitions have keys of their own until the partitioned table's have adopted them.
     for relation in [*(_leaves(migration, "EXISTS") if table == spec.new else []), table]:
         keys = _keys(migration, relation)
-        # Once they are gone there is nothing to do, but what a first run has begun is brought to its end.
+        # Once they are gone there is nothing left to do, except to finish what an earlier run began.
         if not keys and (relation != spec.old or migration.state.verified):
             continue
         referred = migration.referred() if keys else []
@@ -81,8 +81,8 @@ def give_up_keys(migration: Migration, table: str) -> None:
         migration.note(locks)
 
 
-def given_up_statements(migration: Migration) -> list[Statement]:
-    """After the swap: the keys off the plain table, with the locks that takes."""
+def drop_keys_statements(migration: Migration) -> list[Statement]:
+    """After the swap: drop the keys of the plain table, with the locks that takes."""
     spec = migration.table
     keys = [key.name for key in migration.plan.foreign_keys]
     return [
@@ -94,10 +94,10 @@ def given_up_statements(migration: Migration) -> list[Statement]:
 def _drop_statements(
     migration: Migration, relation: str, keys: list[str], referred: Tables
 ) -> list[Statement]:
-    """The locks, then ``keys`` off a table.
+    """The locks, then the statements that drop ``keys`` of a table.
 
-    In the order in which the application comes to them: it touches what the key refers to, and then, by way
-    of the unlink trigger, the table that is not in use.
+    Locks in the order in which the application takes them: the referenced table, then, through the unlink
+    trigger, the table that is not in use.
     """
     return [
         *(lock_table(schema, table, "ACCESS EXCLUSIVE") for schema, table in referred),
@@ -110,9 +110,7 @@ def _drop_statements(
 
 
 def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
-    """When the keys of ``table`` are gone: nothing is taken out of it any more, and its own triggers are as
-    they were.
-    """
+    """Once the keys of ``table`` are gone: stop deleting copies from it, and restore its own triggers."""
     spec, shape = migration.table, migration.shape
     if migration.plan.attaches:
         return []
@@ -120,7 +118,7 @@ def _unlinked_statements(migration: Migration, table: str) -> list[Statement]:
         unlink_function_statement(shape, migration.plan, linked=None),
         *(
             [
-                *loud_statements(shape, migration.relation(table)),
+                *restore_statements(shape, migration.relation(table)),
                 *force_statements(shape, migration.relation(table)),
                 forget_cascades_statement(migration),
             ]
@@ -157,7 +155,7 @@ def _begin_unlinking(migration: Migration) -> None:
 
 
 def begin_unlinking_statements(migration: Migration) -> list[Statement]:
-    """Under SHARE ROW EXCLUSIVE on the table in use: from now on its writers take copies away as well."""
+    """Under SHARE ROW EXCLUSIVE on the table in use: from now on its writers also delete copies."""
     table = migration.table
     return [
         lock_table(table.home, table.name, "SHARE ROW EXCLUSIVE"),
@@ -190,7 +188,7 @@ def _leaves(migration: Migration, with_key: str) -> list[str]:
 def add_to_leaves(migration: Migration, check_stop: CheckStop, *, not_valid: bool = False) -> None:
     """Give each partition that has no foreign key its own. Safe to call again.
 
-    SHARE ROW EXCLUSIVE on the tables referred to, seven partitions at a time. Raises LockUnavailableError.
+    SHARE ROW EXCLUSIVE on the referenced tables, seven partitions at a time. Raises LockUnavailableError.
     """
     for leaves in at_once(_leaves(migration, "NOT EXISTS")):
         check_stop()
@@ -203,7 +201,7 @@ def add_to_leaves(migration: Migration, check_stop: CheckStop, *, not_valid: boo
 
 
 def leaf_statements(migration: Migration, leaves: list[str], *, not_valid: bool = False) -> list[Statement]:
-    """The keys of ``leaves``, which hold from now on; ``not_valid``: the rows there are checked later."""
+    """The keys of ``leaves``, enforced from now on; ``not_valid``: existing rows are checked later."""
     return [
         query
         for leaf in leaves
@@ -216,7 +214,7 @@ def leaf_statements(migration: Migration, leaves: list[str], *, not_valid: bool 
 def _validate(migration: Migration, leaves: list[str], check_stop: CheckStop, workers: int) -> None:
     """Check the rows of the partitions, ``workers`` at a time.
 
-    A row whose counterpart was deleted meanwhile has a note: it is replayed, and the partition checked again.
+    A row whose referenced row was deleted meanwhile has a note: it is replayed, and the partition rechecked.
     """
     failed: list[tuple[str, DBAPIError]] = []
 
@@ -244,9 +242,9 @@ def _validate(migration: Migration, leaves: list[str], check_stop: CheckStop, wo
 
 
 def adopt_keys(migration: Migration, parent: str) -> None:
-    """The partitioned table's own keys, which adopt those of its partitions. Safe to call again.
+    """Add the partitioned table's own keys, which adopt those of its partitions. Safe to call again.
 
-    SHARE ROW EXCLUSIVE on it, ACCESS EXCLUSIVE on the tables referred to, in short attempts. Raises
+    SHARE ROW EXCLUSIVE on it, ACCESS EXCLUSIVE on the referenced tables, in short attempts. Raises
     LockUnavailableError.
     """
     if not migration.plan.foreign_keys or _keys(migration, parent):
@@ -263,8 +261,8 @@ def adopt_keys(migration: Migration, parent: str) -> None:
 def adopt_statements(migration: Migration, parent: str) -> list[Statement]:
     """The locks, then the keys of the table ``parent``, which adopt those of the partitions.
 
-    An insert comes to a table in use first, and then to what its keys refer to; to a table that is not, the
-    application comes by way of the unlink trigger, last.
+    An insert locks a table in use first, and then what its keys refer to; a table not in use is locked last,
+    through the unlink trigger.
     """
     own = lock_table(migration.table.home, parent, "SHARE ROW EXCLUSIVE")
     referred = [lock_table(schema, table, "ACCESS EXCLUSIVE") for schema, table in migration.referred()]

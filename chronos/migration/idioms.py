@@ -1,7 +1,7 @@
-"""What the application does that goes wrong on a partitioned table, in its functions and in its statements.
+"""What in the application's functions and statements goes wrong on a partitioned table.
 
-Functions are read from pg_proc, statements from pg_stat_statements where that is installed; those that others
-have sent are seen by a superuser and the members of pg_read_all_stats.
+Functions are read from pg_proc, statements from pg_stat_statements if that is installed; only a superuser and
+members of pg_read_all_stats see those of other roles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from chronos.db import execute, render, statement
 
 _SHOWN = 60
 
-# The body of a function in SQL-standard syntax names its tables by their identity, and follows the table.
+# A SQL-standard function body (BEGIN ATOMIC) refers to its tables by OID, and its prosrc is empty.
 _FUNCTIONS = """
 SELECT p.oid::regprocedure::text, p.prosrc
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace JOIN pg_language l ON l.oid = p.prolang
@@ -35,7 +35,7 @@ WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY 1
 """
 
-# Without the server's own part of it, which is loaded at its start, the view cannot be read.
+# Unless the library was loaded at server start, the view cannot be read.
 _READABLE = """
 SELECT has_table_privilege({view}::text, 'SELECT')
        AND current_setting('pg_stat_statements.max', true) IS NOT NULL
@@ -72,7 +72,7 @@ def _without_comments(text: str) -> str:
 
 
 def names_table(text: Text, shape: TableShape) -> bool:
-    """Whether a statement names the table: not only one whose name contains it."""
+    """Whether a statement names the table itself, not just one whose name contains it."""
     return (
         re.search(rf'(?<![\w$])"?{re.escape(shape.spec.name)}"?(?![\w$])', text.sql, re.IGNORECASE)
         is not None
@@ -80,7 +80,7 @@ def names_table(text: Text, shape: TableShape) -> bool:
 
 
 def uses_ctid(text: Text, shape: TableShape) -> bool:
-    """Whether a statement finds rows by ctid, which is unique in one partition alone."""
+    """Whether a statement finds rows by ctid, which is unique only within a partition."""
     return (
         names_table(text, shape)
         and re.search(r"(?<![\w$])ctid(?![\w$])", text.sql, re.IGNORECASE) is not None
@@ -88,9 +88,9 @@ def uses_ctid(text: Text, shape: TableShape) -> bool:
 
 
 def conflict_target(text: Text, shape: TableShape) -> str | None:
-    """The target of an ON CONFLICT that no index of the partitioned table answers; None when there is none.
+    """The target of an ON CONFLICT that no index of the partitioned table matches; None when there is none.
 
-    Its unique indexes all have the time column in them, which is what the target lacks, or a constraint.
+    All its unique indexes include the time column, and the target is without it, or names the old key.
     """
     if not re.search(r"\bINSERT\s+INTO\b", text.sql, re.IGNORECASE) or not names_table(text, shape):
         return None
@@ -98,8 +98,8 @@ def conflict_target(text: Text, shape: TableShape) -> str | None:
     if found := re.search(
         r"\bON\s+CONFLICT\s+ON\s+CONSTRAINT\s+(\"[^\"]+\"|[\w$]+)", text.sql, re.IGNORECASE
     ):
-        # The new primary key has the name of the old one, and more columns: such a statement goes on, but a
-        # row with the same key and another time is no conflict to it.
+        # The new primary key has the name of the old one and one more column: such a statement still works,
+        # but a row with the same key and another time is no conflict.
         return f"ON CONSTRAINT {found[1]}" if found[1].strip('"') in keys else None
     if found := re.search(r"\bON\s+CONFLICT\s*\(([^)]*)\)", text.sql, re.IGNORECASE):
         columns = {column.strip().strip('"') for column in found[1].split(",")}

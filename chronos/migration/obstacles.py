@@ -1,4 +1,4 @@
-"""What stands in the way of a rollback: looked for before it begins, so that it can also end.
+"""What stands in the way of a rollback: checked before it begins, so that it can also finish.
 
 Each obstacle has an id, like a check before a migration.
 """
@@ -27,19 +27,19 @@ from chronos.migration.state import Phase, Plan, State
 from chronos.table import Period, TableSpec
 
 _SHOWN = 3
-# Rows beyond the bound of an attached table that may be carried back while everybody waits: half a second.
+# Rows beyond the bound of an attached table that may be moved back while everybody waits: half a second.
 FEW_BEYOND = 5_000
 
 
 @dataclass(frozen=True)
 class Obstacle(Finding):
-    """One thing in the way; ``forcible``: it costs something that a person may decide to give up."""
+    """One thing in the way; ``forcible``: an operator may accept what it costs."""
 
     forcible: bool = False
 
 
 def obstacles(conn: Connection, found: State) -> list[Obstacle]:
-    """All that stands in the way of a rollback of a migration that was swapped. Reads only; ACCESS SHARE."""
+    """Everything in the way of rolling back a migration after its swap. Only reads; ACCESS SHARE."""
     shape = read_shape(conn, found.table, found.table.name)
     others = _of_an_attached_table if found.plan.attaches else _of_a_copied_table
     return [*_of_either(conn, found), *others(conn, found, shape)]
@@ -60,26 +60,26 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
     table, waiting = found.table, found.phase is Phase.MIGRATED
     if waiting and emptied_by_hand(conn, table):
         yield Obstacle("old-table-emptied", old_table_emptied(table))
-    if waiting and (rivals := _rivals(conn, found)):
+    if waiting and (written := _written_in_both(conn, found)):
         yield Obstacle(
             "written-in-both",
-            f"{rivals:,} rows were written to {table.old} after the swap under keys that {table} has as"
-            " well; delete them there, or give them other keys",
+            f"{written:,} rows were written to {table.old} after the swap with keys that {table} also has;"
+            " delete them there, or give them other keys",
         )
     if repeated := _repeated_keys(conn, found, shape):
         yield _repeated(found.plan, table.old, repeated)
     if waiting and (changed := _changed_since(conn, found, shape)):
         yield Obstacle(
             "changed-since-the-swap",
-            f"{table} was changed since the swap, and a rollback would undo that: {'; '.join(changed)};"
-            f" make the same changes to {table.old} first, or take them back",
+            f"{table} was changed after the swap, and a rollback would undo that: {'; '.join(changed)};"
+            f" make the same changes to {table.old} first, or undo them",
             forcible=True,
         )
     if waiting:
-        yield from _sent_again(conn, table, "what was written since then", table.old)
+        yield from _sent_again(conn, table, "rows written since the swap", table.old)
     if gone := dropped_since(conn, found):
         still = [d.name for d in detached(conn, table) if d.name in set(map(table.partition, gone))]
-        where = f" than those that wait detached; attach them first: {', '.join(still)}" if still else ""
+        where = f" than those still waiting detached; attach them first: {', '.join(still)}" if still else ""
         yield Obstacle(
             "dropped-since-the-swap",
             f"retention has dropped {gone[0]} to {gone[-1]}, which were written after the swap and are in"
@@ -89,15 +89,15 @@ def _of_a_copied_table(conn: Connection, found: State, shape: TableShape) -> Ite
     if emptied := list(_emptied_partitions(conn, found, shape)):
         yield Obstacle(
             "partition-emptied",
-            f"{', '.join(emptied)} of {table} were emptied by TRUNCATE, which is not noted for a single"
-            f" partition, and {table.old} has their rows; delete those there",
+            f"{', '.join(emptied)} of {table} were emptied by TRUNCATE, which is not noted for single"
+            f" partitions, and {table.old} still has their rows; delete them there",
             forcible=True,
         )
     if not notes_are_taken(conn, table):
         yield Obstacle(
             "notes-disabled",
-            f"the note triggers on {table} were dropped or disabled since the swap, and what was written"
-            " to migrated rows meanwhile is not known",
+            f"the note triggers on {table} were dropped or disabled after the swap, and changes to migrated"
+            " rows since then are unknown",
             forcible=True,
         )
 
@@ -106,8 +106,8 @@ def _sent_again(conn: Connection, table: TableSpec, what: str, as_rows_of: str) 
     for sender in senders(conn, table.home):
         yield Obstacle(
             "slot-sends-again",
-            f"replication slot {sender.slot} ({sender.plugin}) sends whatever is written in this database,"
-            f" and {what} would go out a second time, as rows of {as_rows_of}; drop it"
+            f"replication slot {sender.slot} ({sender.plugin}) sends everything written in this database,"
+            f" and {what} would be sent a second time, as rows of {as_rows_of}; drop it"
             f" if nobody needs it: SELECT pg_drop_replication_slot('{sender.slot}')",
             forcible=True,
         )
@@ -117,7 +117,7 @@ def _repeated(plan: Plan, plain: str, keys: list[str]) -> Obstacle:
     return Obstacle(
         "repeated-key",
         f"{plan.table} has rows with the same ({', '.join(plan.old_key)}) at different times, and"
-        f" {plain} takes only one of each: {', '.join(keys)}; delete one, or give it another key",
+        f" {plain} allows only one: {', '.join(keys)}; delete one, or give it another key",
     )
 
 
@@ -127,28 +127,28 @@ def _of_an_attached_table(conn: Connection, found: State, shape: TableShape) -> 
     if not any(p.name == table.history for p in attached(conn, table)):
         yield Obstacle(
             "history-gone",
-            f"{table.history}, the table that was, is no partition of {table} any more: retention has dropped"
-            f" it, or somebody has detached it, and there is no way back; {finalize_command(table)}",
+            f"{table.history}, the former table, is no longer a partition of {table}: retention dropped it,"
+            f" or somebody detached it, and there is no way back; finish with: {finalize_command(table)}",
         )
     beyond = rows_beyond(conn, table, bound)
     if beyond and table.column not in plan.old_key and (repeated := _repeated_beyond(conn, plan, bound)):
         yield _repeated(plan, "the plain table", repeated)
     if beyond:
-        what = f"what lies at or beyond {plan.first:%Y-%m-%d}, where {table.history} ends,"
+        what = f"rows at or beyond {plan.first:%Y-%m-%d}, where {table.history} ends,"
         yield from _sent_again(conn, table, what, table.name)
     if beyond > FEW_BEYOND:
         yield Obstacle(
             "rows-beyond-the-bound",
             f"{beyond:,} rows lie at or beyond {plan.first:%Y-%m-%d}, where {table.history} ends; they are"
-            f" carried back while readers and writers wait, about {beyond / FEW_BEYOND / 2:.0f} s",
+            f" moved back while readers and writers wait, about {beyond / FEW_BEYOND / 2:.0f} s",
             forcible=True,
         )
 
 
 def _repeated_beyond(conn: Connection, plan: Plan, bound: Statement) -> list[str]:
-    """Some of the keys of rows beyond the bound that another row has as well.
+    """Some of the keys of rows beyond the bound that another row also has.
 
-    The other rows may be many; whether their keys repeat is found out when the old key is built again.
+    The other rows may be many; rebuilding the old key shows whether their keys repeat.
     """
     rows = execute(
         conn,
@@ -169,16 +169,16 @@ def _repeated_beyond(conn: Connection, plan: Plan, bound: Statement) -> list[str
 def old_table_emptied(table: TableSpec) -> str:
     """What to do when the only rows left are those of the partitioned table."""
     return (
-        f"{table.old} was emptied by TRUNCATE after the swap, and the rows are in {table} alone. Stay with"
-        f" {table}: {finalize_command(table)}; or fill {table.old} again from it, and then:"
+        f"{table.old} was emptied by TRUNCATE after the swap, so only {table} has the rows. Stay with"
+        f" {table}: {finalize_command(table)}; or refill {table.old} from it, and then:"
         f" DELETE FROM {table.changes} WHERE chronos_origin = 'o'"
     )
 
 
 def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]:
-    """Partitions of the table ``parent`` that chronos has not made: their rows may be nowhere else.
+    """Partitions of the table ``parent`` that chronos did not create: their rows may exist nowhere else.
 
-    Ours have the name and the bounds of a period, and none lies before those that the migration made.
+    Ours have the name and bounds of a period, and none lies before those that the migration created.
     """
     table = found.table
     return [
@@ -194,26 +194,26 @@ def foreign_partitions(conn: Connection, found: State, parent: str) -> list[str]
 
 
 def not_ours(table: TableSpec, partitions: list[str]) -> str:
-    """What to do about partitions that somebody else has made."""
+    """What to do about partitions that somebody else created."""
     return (
-        f"{', '.join(partitions)}: partitions of {table} that chronos has not made, and that a rollback would"
-        f" drop. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move what belongs into"
-        f" {table}"
+        f"{', '.join(partitions)}: partitions of {table} that chronos did not create, and that a rollback"
+        f" would drop. Detach them first (ALTER TABLE {table} DETACH PARTITION ...), and move any rows that"
+        f" belong into {table}"
     )
 
 
 def require_nothing_kept(conn: Connection, table: TableSpec) -> None:
-    """After an undo by hand: raise RefusedError when the partitioned table was kept under our name for it."""
+    """After an undo by hand: raise RefusedError if the partitioned table was kept under our name for it."""
     if states.relkind(conn, table.home, table.new) == "p":
         raise RefusedError(
             f"{table} was put back by hand, and the partitioned table was kept as {table.new}: it may hold"
-            " the only copy of what was written since the swap; nothing was changed. Carry over what is"
-            " needed, then rename it or drop it"
+            " the only copy of what was written since the swap; nothing was changed. Copy what you need,"
+            " then rename it or drop it"
         )
 
 
 def dropped_since(conn: Connection, found: State) -> list[Period]:
-    """The periods that took rows after the swap and have no partition any more."""
+    """The periods that took rows after the swap and no longer have a partition."""
     if not found.phase.swapped or found.fence is None:
         return []
     now = execute(conn, statement("SELECT now()")).scalar_one()
@@ -222,12 +222,12 @@ def dropped_since(conn: Connection, found: State) -> list[Period]:
 
 
 def _changed_since(conn: Connection, found: State, now: TableShape) -> list[str]:
-    """How the partitioned table differs by now from what the plain one was at the swap, a line each."""
+    """How the partitioned table now differs from the plain one as of the swap, a line each."""
     table, plan = found.table, found.plan
     was = read_shape(conn, table, table.old)
     given_up = replace(was, rules=now.rules, foreign_keys=tuple(plan.foreign_keys))
     names_now = [(original, aside) for _, original, aside, _ in plan.renames]
-    # An index that was made on both since has another name on each.
+    # An index that was since created on both has a different name on each.
     known = {name for pair in names_now for name in pair}
     since = {(i.body, i.unique): i.name for i in was.indexes if i.name not in known}
     names_now += [
@@ -238,8 +238,8 @@ def _changed_since(conn: Connection, found: State, now: TableShape) -> list[str]
     return differences(given_up, now, names_now, announced=True)
 
 
-def _rivals(conn: Connection, found: State) -> int:
-    """How many rows were written by hand into the frozen table that the partitioned one has otherwise."""
+def _written_in_both(conn: Connection, found: State) -> int:
+    """How many rows written by hand into the frozen table have keys that the partitioned one also has."""
     table, key = found.table, found.plan.old_key
     rows: int = execute(
         conn,
@@ -258,7 +258,7 @@ def _rivals(conn: Connection, found: State) -> int:
     return rows
 
 
-# The plain table's own rows cannot repeat a key: one of the two is newer than the swap, or was written since.
+# Rows of the plain table cannot repeat a key: one of the two is beyond the fence, or was written since.
 _REPEATED = """
 WITH written AS MATERIALIZED (
     SELECT {key}, {c} FROM {new} WHERE {c} > {fence}
@@ -276,7 +276,7 @@ SELECT concat_ws(', ', {key}) FROM repeated LIMIT {shown}
 
 
 def _repeated_keys(conn: Connection, found: State, shape: TableShape) -> list[str]:
-    """Some of the keys that the partitioned table has twice, and the plain one cannot take."""
+    """Some of the keys that the partitioned table has twice, which the plain one does not allow."""
     table, plan = found.table, found.plan
     if table.column in plan.old_key or found.fence is None:
         return []
@@ -303,7 +303,7 @@ def _repeated_keys(conn: Connection, found: State, shape: TableShape) -> list[st
 
 
 def _emptied_partitions(conn: Connection, found: State, shape: TableShape) -> Iterator[str]:
-    """The partitions without a row of which the plain table has rows that nobody has deleted."""
+    """The empty partitions for which the plain table has rows that were not deleted."""
     table, plan = found.table, found.plan
     until: datetime = found.fence or plan.started_at
     for partition in [] if truncated(conn, table) else attached(conn, table):

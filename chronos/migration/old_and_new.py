@@ -1,4 +1,4 @@
-"""What finalize tells of the two tables before it drops one."""
+"""What finalize reports about the two tables before it drops one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHERE c.relkind = 'r' AND (c.oid = t OR c.oid IN (SELECT relid FROM pg_partition
 
 def weigh(conn: Connection, table: TableSpec) -> tuple[datetime, dict[str, tuple[int, int]]]:
     """The server's clock, and rows (as the planner estimates them) and bytes (with indexes and TOAST) of the
-    old table and of the new one. To be called inside ``db.transaction``; ACCESS SHARE on both.
+    old table and of the new one. Call it inside ``db.transaction``; ACCESS SHARE on both.
     """
     now: datetime = execute(conn, statement("SELECT now()")).scalar_one()
     found = {}
@@ -40,8 +40,8 @@ WHERE t.tgname = {trigger} AND t.tgparentid = 0 AND pn.nspname = {schema} AND p.
 
 
 def renamed_by_hand(conn: Connection, table: TableSpec) -> str | None:
-    """What to do when the old table, known by the note triggers that the migration has put on it, has another
-    name; None: there is no such table. To be called inside ``db.transaction``.
+    """What to do when the old table, recognized by the migration's note triggers, has another name; None:
+    there is no such table. Call it inside ``db.transaction``.
     """
     row = execute(
         conn,

@@ -1,4 +1,4 @@
-"""One operator at a time: who may change the table, how they are told things, and how they call it off."""
+"""One operator at a time: who may change the table, what they are told, and how they stop it."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
-# A lock that stands between a finished copy and its swap is worth waiting for: about an hour.
+# When only a lock is missing between a finished copy and its swap, it is worth waiting: about an hour.
 AN_HOUR = 900
 
 
-# A terminal that goes (SIGHUP) asks to stop as well, unless it was to be outlived, as under nohup.
+# A terminal that closes (SIGHUP) also asks to stop, unless the run was meant to outlive it, as under nohup.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Have every signal that asks to stop handled like this while the block runs."""
+    """Handle every signal that asks to stop with ``handler`` while the block runs."""
     stops = [n for n in _STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in stops}
     try:
@@ -58,7 +58,7 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 
 class StopRequestedError(Exception):
-    """The operator asked to stop; raised at the next point where stopping is clean."""
+    """The operator asked to stop; raised at the next clean point."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Operator:
             raise StopRequestedError
 
     def locks(self, attempts: int | None = None, *, may_stop: bool = True) -> Locks:
-        """Attempts at locks that tell the operator who is waited for, and end when asked to."""
+        """Attempts at locks that tell the operator who is in the way, and end when asked to."""
 
         def on_blocked(conflict: LockConflict, attempt: int) -> None:
             self.output.waiting(conflict, attempt)
@@ -86,12 +86,12 @@ class Operator:
 
 
 def at_work_key(table: TableSpec) -> Statement:
-    """The key of the advisory lock of whoever is at work on a located table."""
+    """The key of the advisory lock held while somebody works on a located table."""
     return statement("hashtextextended({text}, 0)", text=f"chronos migration of {table.home}.{table}")
 
 
 def asking_key(table: TableSpec) -> Statement:
-    """The key of the advisory lock of whoever has still to be asked about it."""
+    """The key of the advisory lock held while somebody is still asked to confirm."""
     return statement("hashtextextended({text}, 0)", text=f"chronos asks about {table.home}.{table}")
 
 
@@ -101,7 +101,7 @@ def _holder(conn: Connection, key: Statement) -> str | None:
 
 
 def at_work(conn: Connection, table: TableSpec) -> str | None:
-    """Who is at work on a located table, and not only asked whether to begin; looks, and takes no lock."""
+    """Who is working on a located table, not counting an open confirmation prompt. Takes no lock."""
     asked = _holder(conn, asking_key(table))
     return None if asked else _holder(conn, at_work_key(table))
 
@@ -110,10 +110,9 @@ def at_work(conn: Connection, table: TableSpec) -> str | None:
 def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection, TableSpec]]:
     """A connection and the table with its schema, with the operator's lock held while the block runs.
 
-    The lock is an advisory one in an open transaction of a connection of its own, not in a session,
-    so that it also holds behind a pooler that hands out server connections by the transaction. It
-    holds no snapshot: VACUUM is not kept back. Raises RefusedError when there is no such table, or
-    when somebody else holds the lock, naming them.
+    It is an advisory lock in an open transaction of a connection of its own, not a session lock, so that it
+    also works behind a pooler in transaction mode. It holds no snapshot, so it does not hold back VACUUM.
+    Raises RefusedError when there is no such table, or when somebody else holds the lock, naming them.
     """
     with opened(engine) as conn, opened(engine) as holding:
         located = require_located(conn, table)
@@ -122,7 +121,7 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
         mine = execute(holding, statement(_TAKE, key=key, no_timeout=no_transaction_timeout())).scalar_one()
         if not mine:
             raise RefusedError(
-                f"somebody else is at work on {table} ({_holder(holding, key) or 'just gone'});"
+                f"somebody else is working on {table} ({_holder(holding, key) or 'just finished'});"
                 " nothing was changed. Wait until they are done"
             )
         yield conn, located
@@ -130,7 +129,7 @@ def sole_operator(engine: Engine, table: TableSpec) -> Iterator[tuple[Connection
 
 @contextmanager
 def asking(conn: Connection, table: TableSpec) -> Iterator[None]:
-    """While the block asks a person, ``status`` sees that nobody is at work on the located ``table`` yet.
+    """While the block asks the operator, ``status`` sees that nobody is working on the located ``table`` yet.
 
     It holds another advisory lock, in a transaction without a snapshot that ends with the block.
     """
@@ -140,17 +139,17 @@ def asking(conn: Connection, table: TableSpec) -> Iterator[None]:
 
 
 @contextmanager
-def going_on_with(command: str, work: str, engine: Engine, table: TableSpec) -> Iterator[None]:
-    """Whatever ends ``work`` half-way becomes an InterruptedRunError that names the command to go on with."""
+def resumable_with(command: str, work: str, engine: Engine, table: TableSpec) -> Iterator[None]:
+    """If ``work`` ends half-way, raise an InterruptedRunError that names the command to carry on with."""
     try:
         yield
     except SupersededError as error:
-        raise InterruptedRunError(f"{error}; that run goes on") from error
+        raise InterruptedRunError(f"{error}; that run continues") from error
     except InterruptedRunError:
         raise
     except (StopRequestedError, KeyboardInterrupt, DBAPIError, ChronosError) as error:
         stopped = isinstance(error, StopRequestedError)
-        why = "was stopped as asked" if stopped else f"was cut off: {one_line(error)}"
+        why = "was stopped as asked" if stopped else f"was interrupted: {one_line(error)}"
         raise InterruptedRunError(
-            f"the {work} {why}; nothing is lost. {where(engine, table)} Go on with: {command}"
+            f"the {work} {why}; nothing is lost. {where(engine, table)} Carry on with: {command}"
         ) from error

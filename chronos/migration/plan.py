@@ -1,8 +1,8 @@
 """The dry run: what a migration would do, without doing it, as a report and as SQL that psql can run.
 
-The statements come from the functions that the migration itself runs. All that is printed besides them
-is behind ``--``, so that the output as a whole is a script. On a terminal there is one screen instead,
-and the script goes into a file.
+The statements come from the functions that the migration itself runs. Everything else is printed behind
+``--``, so that the whole output is a script. A terminal gets one screen instead, and the script goes into a
+file.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ from chronos.migration.foreign_keys import (
     adopt_statements,
     at_once,
     begin_unlinking_statements,
-    given_up_statements,
+    drop_keys_statements,
     leaf_statements,
 )
 from chronos.migration.operator import Operator
@@ -94,21 +94,21 @@ from chronos.migration.swap import forward_statements
 from chronos.table import Period, TableSpec
 
 _WIDTH = 80
-# Up to here the rows of each period are counted, beyond it the planner is asked.
+# Up to this many rows each period is counted; beyond it the planner estimates.
 _COUNTABLE = 5_000_000
 # How many findings and statements the screen has room for.
 _ON_SCREEN = {"blockers": 8, "warnings": 8, "queries": 3, "width": 120}
 _IN_REPORT = 10
-# More notes than a script can meet.
+# More notes than a script can ever find.
 _EVERY_NOTE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Section:
-    """Some statements of the script: a transaction, or each one by itself.
+    """Some statements of the script: one transaction, or each on its own.
 
-    ``locks`` tells that they ask for locks which the application can feel: then they wait for them as long
-    as an attempt of the program does at most, and the script ends when that is not enough.
+    ``locks``: they ask for locks that the application can feel. They then wait as long as the longest attempt
+    of the program, and the script stops if that is not enough.
     """
 
     title: str
@@ -119,7 +119,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Outlook:
-    """All that a plan has to say of a table that can be migrated, read in one transaction."""
+    """Everything that a plan says about a table that can be migrated, read in one transaction."""
 
     plan: Plan
     rows: dict[Period, int]
@@ -144,10 +144,10 @@ def dry_run(
 ) -> None:
     """Print the plan of a migration; nothing is changed, and nothing can be.
 
-    One screen on a terminal, or all of it where ``verbose``; elsewhere all of it and the SQL as a script,
-    which goes to ``sql_file`` instead where that is given. One read-only transaction: ACCESS SHARE on the
-    table, as a query would take it. Raises RefusedError when something stands in the way of the migration,
-    after all of it has been printed, or when the file cannot be written.
+    One screen on a terminal, or the full report if ``verbose``; elsewhere the full report and the SQL as a
+    script, which goes to ``sql_file`` if that is given. One read-only transaction: ACCESS SHARE on the table,
+    like a query. Raises RefusedError when something blocks the migration, after printing it all, or when the
+    file cannot be written.
     """
     patience = patience or Patience()
     with opened(engine) as conn:
@@ -157,7 +157,7 @@ def dry_run(
             earlier = states.read(conn, table)
             if earlier is not None and states.undone_by_hand(conn, earlier):
                 raise RefusedError(
-                    f"an earlier migration of {table} was undone by hand; nothing was changed. To migrate"
+                    f"an earlier migration of {table} was undone by hand; nothing was changed. A migration"
                     f" removes its remains first; for a plan, remove them with: {rollback_command(table)}"
                 )
             found = survey(conn, table, strategy, accepted)
@@ -198,7 +198,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _migration(engine: Engine, conn: Connection, found: Survey) -> Migration:
-    """The migration as it would begin; nobody is told anything by it."""
+    """The migration as it would begin; it prints nothing."""
     assert found.shape is not None
     plan = replace(first_plan(found), functions=tuple(definitions(conn, found.spec).values()))
     silent = Operator(Output(Console(file=io.StringIO())))
@@ -229,7 +229,7 @@ def _outlook(conn: Connection, found: Survey, migration: Migration, following: l
 
 
 def _queries(conn: Connection, found: Survey, earlier: State | None) -> Workload | None:
-    """The statements that will suffer, planned on the partitioned table where there is one already."""
+    """The statements that will suffer, planned on the partitioned table if it exists already."""
     beside = partitioned_beside(earlier)
     if earlier is not None and beside is not None:
         return workload(conn, found.spec, len(earlier.plan.periods), beside)
@@ -239,7 +239,7 @@ def _queries(conn: Connection, found: Survey, earlier: State | None) -> Workload
 
 
 def partitioned_beside(earlier: State | None) -> str | None:
-    """The name of the partitioned table that an earlier run has built, None when there is none."""
+    """The name of the partitioned table that an earlier run built, None when there is none."""
     if earlier is None or earlier.phase not in (Phase.COPYING, Phase.READY, Phase.MIGRATED):
         return None
     return earlier.table.name if earlier.phase.swapped else earlier.table.new
@@ -248,10 +248,10 @@ def partitioned_beside(earlier: State | None) -> str | None:
 def sections(
     conn: Connection, migration: Migration, following: list[Dependent], newest: Period | None
 ) -> Iterator[Section]:
-    """The statements of a migration in their order; ``following`` is what refers to the table.
+    """The statements of a migration in order; ``following`` is what refers to the table.
 
-    ``newest`` is the period of the newest row. Periods after it and after the present one are taken to be
-    empty, and the script makes sure that they are.
+    ``newest`` is the period of the newest row. Periods after it and after the current one are assumed to be
+    empty, and the script checks that they are.
     """
     shape, plan, state = migration.shape, migration.plan, migration.state
     if plan.attaches:
@@ -268,7 +268,7 @@ def sections(
         [*up_to_date, *parent_and_log_statements(shape, state)],
     )
     yield Section(
-        "Step 1: note what is written from now on; writers wait for an instant",
+        "Step 1: note what is written from now on; writers wait for a moment",
         begin_notes_statements(shape),
         locks=True,
     )
@@ -277,7 +277,7 @@ def sections(
         yield from _period_sections(migration, period)
     if plan.foreign_keys:
         yield from _foreign_key_sections(migration)
-    yield Section("Step 4: the functions that keep the partitions", function_statements(shape))
+    yield Section("Step 4: the functions that maintain the partitions", function_statements(shape))
     yield Section("Step 5: replay the notes", _replay(migration))
     yield Section(
         "Step 5: every period was found equal",
@@ -288,9 +288,9 @@ def sections(
         ],
     )
     yield Section(
-        "Step 6: the last notes, then the names. Nobody reads or writes meanwhile, for milliseconds. The"
-        " program does it with two sessions, so that even a REPEATABLE READ transaction begun before"
-        " misses no row, and compares the two tables' definitions once more",
+        "Step 6: the last notes, then the renames. Reads and writes wait, for milliseconds. The program does"
+        " this with two sessions, so that even a REPEATABLE READ transaction that began before misses no"
+        " row, and compares the definitions of the two tables again",
         [
             lock_table(home, table.name, "SHARE ROW EXCLUSIVE"),
             *_replay(migration),
@@ -304,8 +304,8 @@ def sections(
     )
     if plan.foreign_keys:
         yield Section(
-            f"Step 6: the foreign keys off {table.old}, for it is not in use any more",
-            given_up_statements(migration),
+            f"Step 6: drop the foreign keys of {table.old}, which is no longer in use",
+            drop_keys_statements(migration),
             locks=True,
         )
     yield Section(
@@ -319,7 +319,7 @@ def sections(
 
 
 def _attach_sections(conn: Connection, migration: Migration, following: list[Dependent]) -> Iterator[Section]:
-    """The same where nothing is copied."""
+    """The same for the strategy that copies nothing."""
     shape, plan, table = migration.shape, migration.plan, migration.table
     yield Section(
         "Step 1: the partitioned table beside the one in use, and the state of the migration",
@@ -335,30 +335,30 @@ def _attach_sections(conn: Connection, migration: Migration, following: list[Dep
     )
     if not attach.has_its_key(plan):
         yield Section(
-            "Step 3: the index of the primary key to be; everybody reads and writes on",
+            "Step 3: the index of the future primary key; reads and writes go on",
             [attach.index_statement(migration)],
             in_transaction=False,
         )
     yield Section(
-        "Step 3: from now on no row may lie beyond the bound; everybody waits for an instant",
+        "Step 3: from now on no row may lie beyond the bound; reads and writes wait for a moment",
         [attach.check_statement(migration)],
         locks=True,
     )
     yield Section(
-        "Step 3: look at every row; everybody reads and writes on",
+        "Step 3: check every row; reads and writes go on",
         [attach.validate_check_statement(migration)],
     )
     for group in at_once([table.partition(period) for period in plan.periods]) if plan.foreign_keys else ():
         yield Section(
-            f"Step 3: the foreign keys of {group[0]} to {group[-1]}; nobody writes what they refer to"
-            " meanwhile, for milliseconds",
+            f"Step 3: the foreign keys of {group[0]} to {group[-1]}; writes to the tables they refer to"
+            " wait, for milliseconds",
             leaf_statements(migration, group),
             locks=True,
         )
-    yield Section("Step 4: the functions that keep the partitions", function_statements(shape))
+    yield Section("Step 4: the functions that maintain the partitions", function_statements(shape))
     yield Section("Step 5: it is ready", [phase_statement(table, Phase.READY)])
     yield Section(
-        "Step 6: the names, the primary key, ATTACH. Nobody reads or writes meanwhile, for milliseconds",
+        "Step 6: the renames, the primary key, ATTACH. Reads and writes wait, for milliseconds",
         [
             lock_table(table.home, table.name, "ACCESS EXCLUSIVE"),
             *attach.forward_statements(shape, plan),
@@ -368,7 +368,7 @@ def _attach_sections(conn: Connection, migration: Migration, following: list[Dep
     )
     if plan.foreign_keys:
         yield Section(
-            "Step 6: the foreign keys of the whole adopt those of the partitions",
+            "Step 6: the foreign keys of the partitioned table adopt those of the partitions",
             adopt_statements(migration, table.name),
             locks=True,
         )
@@ -387,7 +387,7 @@ def _period_sections(migration: Migration, period: Period) -> Iterator[Section]:
         [application_path(), put_statement(shape, leaf, rows), *index_statements(shape, leaf)],
     )
     yield Section(
-        f"Step 3: compare {period}, and put it into its place",
+        f"Step 3: compare {period}, and attach it",
         [
             statistics_statement(shape, leaf),
             side_by_side_statement(),
@@ -401,21 +401,21 @@ def _foreign_key_sections(migration: Migration) -> Iterator[Section]:
     plan = migration.plan
     leaves = [plan.table.partition(period) for period in plan.periods]
     yield Section(
-        "Step 3: before the foreign keys, whoever deletes a row takes its copy away as well; writers wait"
-        " for an instant",
+        "Step 3: before the foreign keys: from now on a DELETE also deletes the copy of the row; writers wait"
+        " for a moment",
         begin_unlinking_statements(migration),
         locks=True,
     )
     yield Section("Step 3: replay the notes", _replay(migration))
     for group in at_once(leaves):
         yield Section(
-            f"Step 3: the foreign keys of {group[0]} to {group[-1]}, unchecked; nobody writes what they"
-            " refer to meanwhile, for milliseconds",
+            f"Step 3: the foreign keys of {group[0]} to {group[-1]}, not validated; writes to the tables they"
+            " refer to wait, for milliseconds",
             leaf_statements(migration, group, not_valid=True),
             locks=True,
         )
     yield Section(
-        "Step 3: check them; everybody reads and writes on",
+        "Step 3: validate them; reads and writes go on",
         [validate_statement(migration.relation(leaf), key) for leaf in leaves for key in plan.foreign_keys],
     )
     yield Section(
@@ -432,7 +432,7 @@ def _replay(migration: Migration) -> list[Statement]:
                 "(SELECT truncated OR timeless FROM ({notes}) AS w (notes, truncated, timeless))",
                 notes=waiting_notes_query(migration, Direction.FORWARD, 1),
             ),
-            f"{migration.table} was emptied by TRUNCATE meanwhile, or has a row without a time;"
+            f"{migration.table} was emptied by TRUNCATE during the copy, or has a row without a time;"
             f" undo the migration with: {rollback_command(migration.table)}",
         ),
         *replay_settings(migration),
@@ -454,7 +454,7 @@ $chronos$"""
 
 
 def _refuse_if(condition: Statement, message: str) -> Statement:
-    """What the program looks at between two statements, the script has the server look at."""
+    """A check that the program makes between two statements, made by the server in the script."""
     return statement(_REFUSE, condition=condition, message=message)
 
 
@@ -466,12 +466,12 @@ def _require_nothing_newer(migration: Migration, end: datetime) -> Statement:
             c=migration.shape.time_column,
             end=migration.shape.instant(end),
         ),
-        f"there are rows from {end:%Y-%m-%d %H:%M} UTC on, which this plan does not know; make a new one",
+        f"there are rows from {end:%Y-%m-%d %H:%M} UTC on, which this plan does not cover; make a new one",
     )
 
 
 def _require_far(plan: Plan) -> Statement:
-    """A bound that comes too soon would make inserts fail before anybody has looked."""
+    """A bound that is too near would make inserts fail before anybody notices."""
     return _refuse_if(
         statement("now() >= {last}", last=plan.first - timedelta(days=1)),
         f"the bound of this plan, {plan.first:%Y-%m-%d %H:%M} UTC, is less than a day away; make a new one",
@@ -503,7 +503,7 @@ def _require_equal_keys(migration: Migration) -> Statement:
     )
 
 
-# Functions that mention the table in a body of text find the new one by its name, as far as they go.
+# Functions whose body is text find the new table by its name.
 _NAMED_BY = """
 SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
 WHERE n.nspname <> 'information_schema' AND n.nspname !~ '^pg_' AND p.prosqlbody IS NULL
@@ -515,7 +515,7 @@ ORDER BY 1
 def carried(
     conn: Connection, shape: TableShape, plan: Plan, following: list[Dependent]
 ) -> list[tuple[str, str]]:
-    """Everything that hangs on the table: what it is, and what becomes of it."""
+    """Everything that belongs to the table or refers to it, and what becomes of it."""
     table, same = plan.table, "the same"
     key = f"({', '.join(plan.new_key)})"
     not_null = next(column.not_null for column in shape.columns if column.name == table.column)
@@ -531,24 +531,24 @@ def carried(
         if index == shape.key_index and not index.primary:
             how = f"becomes the primary key, over {key}"
         elif index == shape.key_index and plan.old_key != plan.new_key:
-            how = f"over {key} from now on"
+            how = f"over {key} from the swap on"
         found.append((f"{'primary key' if index.primary else 'index'} {index.name}", how))
     for check in shape.checks:
         if check.kind == "c":
-            how = same if check.validated else "valid from now on, as every copied row is checked"
+            how = same if check.validated else "validated, as every copied row is checked"
             found.append((f"check {check.name}", how))
     found += [
         (
             f"foreign key {k.name}",
-            f"the same; {table.old} gives it up after the swap, and gets it back from rollback",
+            f"the same; dropped from {table.old} after the swap, restored by rollback",
         )
         for k in shape.foreign_keys
     ]
     for sequence in shape.sequences:
         how = (
-            "a sequence of its own that goes on counting"
+            "a sequence of its own that continues from the current value"
             if sequence.identity
-            else "used by both tables, owned by neither; rollback and finalize give it an owner again"
+            else "used by both tables, owned by neither, until rollback or finalize"
         )
         found.append((f"sequence {sequence.name}", how))
     found.append((f"owner {shape.owner}", "of the new table and its partitions"))
@@ -561,9 +561,7 @@ def carried(
         for grant in shape.grants
         if grant.grantee != shape.owner
     ]
-    found += [
-        (f"trigger {t.name}", "the same; does not fire for rows that are copied") for t in shape.triggers
-    ]
+    found += [(f"trigger {t.name}", "the same; does not fire for copied rows") for t in shape.triggers]
     if shape.row_security:
         found.append(("row security", "on" + (", forced" if shape.force_row_security else "")))
     found += [(f"policy {p.name}", same) for p in shape.policies]
@@ -574,39 +572,39 @@ def carried(
     if shape.options:
         found.append(("storage parameters", f"go to the partitions: {', '.join(shape.options)}"))
     if shape.tablespace:
-        found.append((f"tablespace {shape.tablespace}", "that of the partitions, too"))
+        found.append((f"tablespace {shape.tablespace}", "also that of the partitions"))
     if shape.replica_identity != "d":
         how = {"f": "FULL", "n": "NOTHING"}[shape.replica_identity]
-        found.append(("replica identity", f"{how}, of the partitions, too"))
+        found.append(("replica identity", f"{how}, also of the partitions"))
     found += [
         (
             f"{f.kind} {f.name}",
             "publishes the new table instead of the old one"
             if f.kind == "publication"
-            else "refers to the new table from the swap on, keeps its grants and options",
+            else "refers to the new table from the swap on; keeps its grants and options",
         )
         for f in following
     ]
     named_by = statement(_NAMED_BY, pattern=rf"\m{re.escape(table.name)}\M")
     found += [
-        (f"function {row[0]}", "names the table in its text, and so finds the new one")
+        (f"function {row[0]}", "names the table in its text, so it finds the new one")
         for row in execute(conn, named_by).all()
     ]
     return found
 
 
 def _of_the_shape(shape: TableShape, plan: Plan, following: list[Dependent]) -> Iterator[Finding]:
-    """What will be different by nature, and can matter to an application."""
+    """What is inherently different afterwards, and can matter to an application."""
     if any(dependent.kind != "publication" for dependent in following):
         yield Finding(
             "dependents-go-with-the-table",
-            f"to go back by hand with DROP TABLE {plan.table} CASCADE would drop the views and all else that"
-            f" refers to it; {rollback_command(plan.table)} lets them refer to the plain table again",
+            f"going back by hand with DROP TABLE {plan.table} CASCADE would drop views and everything else"
+            f" that refers to it; {rollback_command(plan.table)} makes them refer to the plain table again",
         )
     if plan.old_key != plan.new_key:
         yield Finding(
             "on-conflict",
-            f"ON CONFLICT ({', '.join(plan.old_key)}) no longer finds a unique key; it has to be"
+            f"ON CONFLICT ({', '.join(plan.old_key)}) will no longer match a unique key; it must be"
             f" ON CONFLICT ({', '.join(plan.new_key)})",
         )
     if any(t.by_row for t in shape.triggers):
@@ -619,7 +617,7 @@ def _of_the_shape(shape: TableShape, plan: Plan, following: list[Dependent]) -> 
         if index.clustered:
             yield Finding(
                 "cluster-mark",
-                f"index {index.name} is no longer marked for CLUSTER, partitioned tables know no such mark",
+                f"index {index.name} loses its CLUSTER mark, which partitioned tables do not support",
             )
         if index.statistics:
             yield Finding(
@@ -628,7 +626,7 @@ def _of_the_shape(shape: TableShape, plan: Plan, following: list[Dependent]) -> 
 
 
 class _Report:
-    """Prints the plan, as a whole or on one screen; in a ``script`` all but SQL is behind ``--``."""
+    """Prints the plan, in full or on one screen; in a ``script`` everything but SQL is behind ``--``."""
 
     def __init__(self, console: Console, patience: Patience, *, script: bool = True) -> None:
         self.console = console
@@ -646,7 +644,7 @@ class _Report:
             self.raw(f"{self.mark}{line}".rstrip())
 
     def say_with_commands(self, text: str, indent: str = "") -> None:
-        """Some sentences; each command and each statement in them is on a line of its own, to be copied."""
+        """Some sentences; commands and statements in them get lines of their own, for copying."""
         for line in for_reading(text, self.width, indent).splitlines():
             self.raw(f"{self.mark}{line}".rstrip())
 
@@ -665,7 +663,7 @@ class _Report:
         if queries is not None:
             self.queries(queries)
         if outlook is not None:
-            self.title("What comes along, and how")
+            self.title("What is carried over, and how")
             for what, how in outlook.carried:
                 self.item(what, how)
             self.title("Warnings")
@@ -679,9 +677,9 @@ class _Report:
     ) -> None:
         """The SQL."""
         table = migration.table
-        self.title("The SQL, for psql to run as it is while nobody writes")
+        self.title("The SQL, ready for psql, to be run while nobody writes")
         self.say_with_commands(
-            "It can be cut off anywhere: each part of it is a transaction. To carry on where it ended, type:"
+            "It may stop anywhere: each part of it is a transaction. To carry on where it stopped, type:"
             f" {migrate_command(table)} --resume; to undo what it did: {rollback_command(table)}"
         )
         self.raw("\\set ON_ERROR_STOP on")
@@ -689,7 +687,7 @@ class _Report:
             self.section(section, conn)
 
     def screen(self, url: URL, found: Survey, queries: Workload | None, outlook: Outlook | None) -> None:
-        """What has to be known before the word MIGRATE is typed, in 80 columns and about 40 lines."""
+        """What to know before you type MIGRATE, in 80 columns and about 40 lines."""
         self._fact("Plan", f"to migrate {found.spec.typed}; nothing was changed")
         self._fact("Server", _target(url))
         rows = f"about {counted(found.rows_estimate, 'row')}, {in_bytes(found.bytes)} with indexes"
@@ -718,7 +716,7 @@ class _Report:
 
     def _findings(self, what: str, found: Sequence[Finding], most: int) -> None:
         count = len(found)
-        more = f"{count}; --verbose has their whole text" if count else "none"
+        more = f"{count}; --verbose shows them in full" if count else "none"
         self._fact(what, more)
         wide = max((len(one.id) for one in found[:most]), default=0)
         for one in found[:most]:
@@ -727,17 +725,15 @@ class _Report:
             self.raw(f"  and {count - most} more")
 
     def where_the_sql_is(self, found: Survey, path: Path | None, *, verbose: bool) -> None:
-        """The last lines of a plan whose SQL is not below it."""
+        """The last lines of a plan that is printed without its SQL."""
         if found.blockers:
             if path is not None:
-                self._fact("SQL", f"none was written to {path}, for there is a blocker")
+                self._fact("SQL", f"none was written to {path}, as there is a blocker")
             return
-        # Not broken into lines: a path is there to be copied.
-        self.raw(
-            f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement of it to a file'}"
-        )
+        # Not wrapped: a path must stay copyable.
+        self.raw(f"{'SQL':<12}{f'in {path}' if path else '--sql FILE writes every statement to a file'}")
         if not verbose:
-            self._fact("", "--verbose says all of this at length")
+            self._fact("", "--verbose prints the full report")
 
     def queries(self, found: Workload) -> None:
         """The statements that will suffer, and what to do about each."""
@@ -763,11 +759,11 @@ class _Report:
         self.say("-" * min(len(text), self.width))
 
     def item(self, what: str, how: str) -> None:
-        """One thing and what is to be said of it."""
+        """One thing and what there is to say about it."""
         self.say(f"{what}: {how}", indent="    ")
 
     def finding(self, what: str, found: Finding) -> None:
-        """A blocker or a warning, and the id under which the guide has it."""
+        """A blocker or a warning, with the id to look it up in the guide."""
         self.say_with_commands(f"{what}: {found}", indent="    ")
 
     def head(self, found: Survey) -> None:
@@ -783,15 +779,15 @@ class _Report:
         """What becomes of the rows when nothing is copied."""
         table, bound = plan.table, f"{plan.first:%Y-%m-%d %H:%M} UTC"
         self.item(
-            "strategy", f"attach: no row is copied, {table} itself becomes the partition {table.history}"
+            "strategy", f"attach: no row is copied; {table} itself becomes the partition {table.history}"
         )
         self.item(
-            "bound", f"all before {bound} is {table.history}; {table.every} by {table.every} from there on"
+            "bound", f"all rows before {bound} are in {table.history}; then one partition per {table.every}"
         )
         goes = expires_on(plan.first, table.retention_days)
         self.item(
-            f"{table.history} goes",
-            f"on {goes}, when its last row has expired" if goes else "never, for every row is kept",
+            f"{table.history} is dropped",
+            f"on {goes}, when its last row has expired" if goes else "never, as every row is kept",
         )
 
     def window(self, plan: Plan) -> None:
@@ -800,7 +796,7 @@ class _Report:
             self.item("window", "every row is copied")
         else:
             self.item(
-                "window", f"rows since {plan.cutoff:%Y-%m-%d %H:%M} UTC are copied, the others stay behind"
+                "window", f"rows since {plan.cutoff:%Y-%m-%d %H:%M} UTC are copied; older ones stay behind"
             )
 
     def periods(self, plan: Plan, rows: dict[Period, int], found: Survey, *, exact: bool) -> None:
@@ -827,8 +823,8 @@ class _Report:
             self.raw(f"{self.mark}{line}".rstrip())
 
     def ways(self, copying: Way, attaching: Way) -> None:
-        """Both strategies side by side, and which is the better one here."""
-        self.title("What it takes, one way and the other (estimates)")
+        """Both strategies side by side, and which one suits this table."""
+        self.title("What each strategy takes (estimates)")
         self.table(_both(copying, attaching))
         self.item("recommended", recommended(copying, attaching))
 
@@ -837,16 +833,16 @@ class _Report:
         if pace is not None:
             self.item(
                 "duration",
-                f"going by a sample read here at {1 / pace.read_s:,.0f} rows/s and sorted at"
-                f" {1 / pace.sort_s:,.0f} rows/s, from memory, with two workers and nobody else; statistics,"
-                f" gathered at the end, come on top; {plan.table} is complete and in use all the time",
+                f"from a sample, read here at {1 / pace.read_s:,.0f} rows/s and sorted at"
+                f" {1 / pace.sort_s:,.0f} rows/s, from memory, with two workers and no other load; gathering"
+                f" statistics at the end comes on top; {plan.table} is complete and in use all the time",
             )
         locks = _locks_of_attach(plan) if plan.attaches else _locks_of_copy(plan)
         self.item(
             "locks",
             f"{locks}. An attempt at a lock waits {self.patience.shortest_s * 1000:.0f} ms, and up to"
             f" {self.patience.longest_s:g} s when attempts"
-            " fail for long (--max-lock-wait); then it lets go and tries again",
+            " keep failing (--max-lock-wait); then it gives up its place in the queue and retries",
         )
 
     def section(self, section: Section, conn: Connection) -> None:
@@ -868,13 +864,13 @@ def _locks_of_copy(plan: Plan) -> str:
     if plan.foreign_keys:
         referred = _referred(plan)
         more = (
-            f", once more before the foreign keys, and those of {referred} when each"
-            f" {_in_a_group(plan)} partitions get theirs; {referred} is locked for an"
-            f" instant when {plan.table.new} adopts them and when {plan.table.old} gives them up"
+            f", again before the foreign keys, and writers of {referred} whenever"
+            f" {_in_a_group(plan)} partitions get theirs; {referred} is locked for a"
+            f" moment when {plan.table.new} adopts them and when they are dropped from {plan.table.old}"
         )
     return (
-        f"writers wait for an instant when the notes begin{more}; everybody waits for milliseconds when the"
-        " names change, once"
+        f"writers wait for a moment when the note triggers are created{more}; readers and writers wait once,"
+        " for milliseconds, when the names change"
     )
 
 
@@ -882,10 +878,10 @@ def _locks_of_attach(plan: Plan) -> str:
     more = ""
     if plan.foreign_keys:
         more = (
-            f"; writers of {_referred(plan)} wait when each {_in_a_group(plan)} partitions get their foreign"
-            f" keys, everybody there when {plan.table} adopts them"
+            f"; writers of {_referred(plan)} wait whenever {_in_a_group(plan)} partitions get their foreign"
+            f" keys, and its readers too when {plan.table} adopts them"
         )
-    return f"everybody waits for milliseconds, twice: for the check, and when the names change{more}"
+    return f"readers and writers wait twice, for milliseconds: for the CHECK, and when the names change{more}"
 
 
 def _in_a_group(plan: Plan) -> int:
@@ -915,7 +911,7 @@ def _span(plan: Plan) -> str:
     table, periods = plan.table, plan.periods
     span = f"{len(periods)}, {table.partition(periods[0])} to {table.partition(periods[-1])}"
     if plan.attaches:
-        return f"{span}, and {table.history} for all before {plan.first:%Y-%m-%d %H:%M} UTC"
+        return f"{span}, and {table.history} for all rows before {plan.first:%Y-%m-%d %H:%M} UTC"
     if table.retention_days is None:
         return f"{span}; every row is copied"
     return f"{span}; rows since {plan.cutoff:%Y-%m-%d %H:%M} UTC are copied"
@@ -925,21 +921,21 @@ def _span(plan: Plan) -> str:
 
 
 def _in_short(found: Workload) -> str:
-    """In a sentence: how many suffer, or why nobody knows."""
+    """In a sentence: how many suffer, or why that is unknown."""
     if not found.statements:
         return found.notes[0] if found.notes else "pg_stat_statements has none on this table yet"
     count, suffering = len(found.statements), [one for one in found.statements if one.why is not None]
     changed = sum(bool(one.facts) for one in found.statements)
     share = sum(one.share for one in suffering)
-    text = f"each of the {count} on this table leaves partitions out"
+    text = f"each of the {count} on this table allows partition pruning"
     if suffering:
         text = (
-            f"{len(suffering)} of {count} on this table leave no partition out: {share:.0%} of the"
-            f" database's time, {found.locks:,} locks a call"
+            f"{len(suffering)} of {count} on this table prune no partition: {share:.0%} of the"
+            f" database's time, {found.locks:,} locks per call"
         )
-    woken = sum(one.planned is not None and one.planned.jit for one in found.statements)
-    if woken:
-        text += f"; {woken} would wake JIT"
+    compiled = sum(one.planned is not None and one.planned.jit for one in found.statements)
+    if compiled:
+        text += f"; {compiled} would trigger JIT"
     return text + (f"; {changed} will fail or mean something else" if changed else "")
 
 
@@ -949,19 +945,19 @@ def _weight(one: Statistic) -> str:
 
 def _advice(one: Statistic, found: Workload) -> list[str]:
     """What to do about a statement, and what the planner made of it."""
-    said = [] if one.why is None else [one.why.advice(found.subject.column)]
+    lines = [] if one.why is None else [one.why.advice(found.subject.column)]
     if one.planned is None:
-        return said
+        return lines
     planned = one.planned
     if planned.scanned == planned.partitions:
-        said.append(f"planned: it scans all {planned.partitions} partitions")
+        lines.append(f"planned: it scans all {planned.partitions} partitions")
     else:
-        said.append(f"planned: it scans {planned.scanned} of {planned.partitions} partitions")
+        lines.append(f"planned: it scans {planned.scanned} of {planned.partitions} partitions")
     if planned.jit:
-        said.append(
-            f"planned: at a cost of {planned.cost:,.0f} it wakes JIT; set jit = off for the role that runs it"
+        lines.append(
+            f"planned: its cost of {planned.cost:,.0f} triggers JIT; set jit = off for the role that runs it"
         )
-    return said
+    return lines
 
 
 def _facts(found: Workload) -> Iterator[tuple[str, Statistic]]:
@@ -972,7 +968,7 @@ def _facts(found: Workload) -> Iterator[tuple[str, Statistic]]:
 
 
 def _one_line(text: str) -> str:
-    """What somebody else has written, without what would move the cursor or end a comment."""
+    """Text from somebody else, without characters that would move the cursor or end a comment."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 

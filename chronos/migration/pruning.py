@@ -1,9 +1,9 @@
-"""What a statement asks of the table, and whether it lets the server leave partitions out, as planned.
+"""What a statement asks of the table, and whether it lets the server prune partitions.
 
-PostgreSQL's own parser (pglast) takes the statement apart; nothing is run. A partition is left out when
-the time column alone stands on one side of ``<``, ``<=``, ``=``, ``>=`` or ``>``, and on the other something
-that is known when the statement begins: a value, a parameter, ``now()``. Conditions reach the table through
-aliases, joins, subqueries, common table expressions and views as far as the planner lets them.
+PostgreSQL's own parser (pglast) parses the statement; nothing is run. A partition is pruned when the bare
+time column is on one side of ``<``, ``<=``, ``=``, ``>=`` or ``>``, and on the other something known when the
+statement begins: a value, a parameter, ``now()``. Conditions reach the table through aliases, joins,
+subqueries, common table expressions and views as far as the planner lets them.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ _NONE: frozenset[_Use] = frozenset()
 
 
 class Why(Enum):
-    """Why no partition is left out, and what to write instead; ``{c}`` is the time column."""
+    """Why no partition is pruned, and what to write instead; ``{c}`` is the time column."""
 
     NOTHING = "no condition reaches {c}: add AND {c} >= ..., as tight as the caller can"
-    KEY = "looks rows up by key alone: pass the time along, AND {c} = ... (or >= ... AND {c} < ...)"
+    KEY = "looks rows up by key alone: pass the time too, AND {c} = ... (or >= ... AND {c} < ...)"
     LIMIT = "stops early, but plans and locks every partition: add AND {c} >= now() - interval '...'"
-    FUNCTION = "{c} stands in an expression: compare the bare column, {c} >= ... AND {c} < ..."
-    ROW = "a comparison of rows leaves nothing out: add AND {c} >= ... (or <=) with the same value"
+    FUNCTION = "{c} is inside an expression: compare the bare column, {c} >= ... AND {c} < ..."
+    ROW = "a row comparison prunes nothing: add AND {c} >= ... (or <=) with the same value"
     JOIN = "{c} is compared with another column: add AND {c} >= ... with a value"
-    OR = "not every arm of the OR bounds {c}: bound it beside the OR, AND {c} >= ..."
-    SUBQUERY = "{c} is compared with a subquery, which is known too late: pass its result as a value"
+    OR = "not every arm of the OR bounds {c}: bound it outside the OR, AND {c} >= ..."
+    SUBQUERY = "{c} is compared with a subquery, whose result comes too late: pass it as a value"
     VOLATILE = "{c} is compared with a volatile function: use now() or a value"
-    OPERATOR = "this operator on {c} leaves nothing out: use <, <=, =, >= or >"
+    OPERATOR = "this operator on {c} prunes nothing: use <, <=, =, >= or >"
 
     def advice(self, column: str) -> str:
-        """In one line."""
+        """The advice, in one line."""
         return self.value.format(c=column)
 
 
 class Fact(Enum):
-    """What means something else, or fails, on a partitioned table, besides what the checks look for."""
+    """What changes its meaning or fails on a partitioned table, besides what the checks look for."""
 
-    ONLY = "reads ONLY the table, which has no rows of its own any more"
+    ONLY = "reads ONLY the table, which has no rows of its own once partitioned"
     COPY_TO = "COPY of the table itself: write COPY (SELECT ...) TO"
 
 
 class Reading(NamedTuple):
-    """What one statement does with the table: ``touches`` it, and ``why`` it leaves no partition out.
+    """What one statement does with the table: whether it ``touches`` it, and ``why`` it prunes no partition.
 
     ``why`` is None when each mention of the table is bounded, or when there is none.
     """
@@ -60,11 +60,10 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """The table, as statements may mention it. ``columns`` in their order, ``key`` the key's.
+    """The table, as statements may mention it: ``columns`` in order, and those of its ``key``.
 
-    ``bare`` tells that its name without a schema means it; ``views`` are the definitions of views on it, by
-    schema and name; ``bare_views`` those of them that need no schema; ``volatile`` names functions that may
-    yield another result for each row.
+    ``bare``: its name without a schema means it; ``views`` are the definitions of views on it, by schema and
+    name; ``bare_views`` those that need no schema; ``volatile`` are the names of volatile functions.
     """
 
     schema: str
@@ -79,21 +78,21 @@ class Subject:
     volatile: frozenset[str] = frozenset()
 
     def is_named(self, schema: str | None, relation: str) -> bool:
-        """Whether a statement that says so means the table."""
+        """Whether this name in a statement means the table."""
         return relation == self.name and (schema == self.schema or (schema is None and self.bare))
 
 
 class UnreadableError(ValueError):
-    """The parser does not understand a statement, or it was cut off."""
+    """The parser does not understand a statement, or the statement is truncated."""
 
 
 def parser() -> Any:
-    """The package pglast. Raises RefusedError, which says how to get it, where it is not installed."""
+    """The package pglast. Raises RefusedError, which says how to install it, if it is missing."""
     try:
         import pglast
     except ImportError as error:
         raise RefusedError(
-            "to read the statements takes the package pglast: pip install pglast (the extra plan)"
+            "reading the statements needs the package pglast: pip install pglast (the extra plan)"
         ) from error
     return pglast
 
@@ -108,13 +107,13 @@ def parse(text: str) -> tuple[Any, ...]:
 
 
 def read(text: str, subject: Subject) -> Reading:
-    """What a statement asks of the table. Raises UnreadableError, also when it is nested too deep."""
+    """What a statement asks of the table. Raises UnreadableError, also if it is nested too deeply."""
     analysis = _Analysis(subject)
     try:
         for node in parse(text):
             analysis.statement(node)
     except RecursionError as error:
-        raise UnreadableError("nested too deep") from error
+        raise UnreadableError("nested too deeply") from error
     unbounded = [use for use in analysis.uses if not use.bounded]
     why = min((use.reason() for use in unbounded), key=list(Why).index) if unbounded else None
     return Reading(analysis.touches, why, tuple(dict.fromkeys(analysis.facts)))
@@ -138,7 +137,7 @@ def kind(node: Any) -> str:
 
 
 def words(names: Any) -> tuple[str, ...]:
-    """A name of several parts, such as that of a function."""
+    """A qualified name, such as that of a function, in its parts."""
     return tuple(part.sval for part in names or () if kind(part) == "String")
 
 
@@ -148,13 +147,13 @@ def _is_node(node: Any) -> bool:
 
 @dataclass(eq=False)
 class _Use:
-    """One mention of the table, by which its rows are read."""
+    """One mention of the table that reads its rows."""
 
     bounded: bool = False
     failed: set[Why] = field(default_factory=set)
 
     def reason(self) -> Why:
-        """Of all that was tried and failed, what is best said."""
+        """The most useful of the reasons why it is not bounded."""
         order = (
             Why.FUNCTION,
             Why.ROW,
@@ -170,13 +169,13 @@ class _Use:
 
 
 _Uses = frozenset[_Use]
-# Output columns in their order: the name, None where it is unknown how many there are, and whose time it is.
+# Output columns in order: the name (None where their number is unknown), and the mentions whose time it is.
 _Columns = list[tuple[str | None, _Uses]]
 
 
 @dataclass
 class _Item:
-    """Something in FROM: what it is called, its columns, and the mentions of the table in it."""
+    """Something in FROM: its name, its columns, and the mentions of the table in it."""
 
     name: str | None
     columns: _Columns
@@ -188,7 +187,7 @@ class _Item:
         return all(name is not None for name, _ in self.columns)
 
     def column(self, name: str) -> _Uses | None:
-        """Whose time the column is; None when there is no such column as far as is known."""
+        """Whose time the column is; None when no such column is known."""
         found = [uses for known, uses in self.columns if known == name]
         return found[0] if found else None
 
@@ -204,7 +203,7 @@ class _Level:
     same: list[tuple[Any, Any]] = field(default_factory=list)
 
     def find(self, ref: Any) -> _Uses | None:
-        """Whose time a reference to a column is; None when this level has no such column for certain."""
+        """Whose time a column reference is; None when this level certainly has no such column."""
         if not ref.fields or kind(ref.fields[-1]) != "String":
             return None
         *prefix, column = words(ref.fields)
@@ -215,7 +214,7 @@ class _Level:
         return _union(found) if found else None
 
     def is_variable(self, ref: Any) -> bool:
-        """Whether it is no column at all, but a variable of the function that the statement stands in."""
+        """Whether it is not a column, but a variable of the function that contains the statement."""
         level: _Level | None = self
         while level is not None:
             if level.find(ref) is not None or not all(item.known for item in level.items):
@@ -226,7 +225,7 @@ class _Level:
 
 @dataclass
 class _Cte:
-    """A common table expression: its columns as a condition from outside sees them."""
+    """A common table expression: its columns as conditions outside see them."""
 
     columns: _Columns
     uses: _Uses
@@ -236,7 +235,7 @@ _Ctes = Mapping[str, _Cte]
 
 
 class _Analysis:
-    """Walks through one statement and keeps each mention of the table."""
+    """Walks through one statement and collects each mention of the table."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -247,7 +246,7 @@ class _Analysis:
         self._views: list[tuple[str | None, str]] = []
 
     def statement(self, node: Any) -> None:
-        """A statement, or one in another: PREPARE, DECLARE, EXPLAIN, COPY, CREATE TABLE AS."""
+        """A statement, or one inside another: PREPARE, DECLARE, EXPLAIN, COPY, CREATE TABLE AS."""
         self._mentions += Counter(n.relname for n in nodes(node) if kind(n) == "RangeVar")
         inner = getattr(node, "query", None)
         if kind(node) == "CopyStmt" and inner is None:
@@ -274,7 +273,7 @@ class _Analysis:
     # --- Statements ---
 
     def _query(self, node: Any, ctes: _Ctes, outer: _Level | None) -> _Columns:
-        """A statement that reads or writes; returns the columns that conditions around it can bound."""
+        """A statement that reads or writes; returns the columns that outer conditions can bound."""
         if kind(node) == "SelectStmt":
             return self._select(node, ctes, outer)
         ctes = self._with(node.withClause, ctes, outer)
@@ -332,7 +331,7 @@ class _Analysis:
                 known[cte.ctename] = _Cte([(None, _NONE)], _NONE)
             columns = self._query(cte.ctequery, known, outer)
             forced = cte.ctematerialized.name
-            # What is materialized is read as a whole, whatever is asked of it later.
+            # A materialized one is read as a whole, whatever is selected from it.
             inlined = forced == "CTEMaterializeNever" or (
                 forced == "CTEMaterializeDefault" and self._mentions[cte.ctename] == 1
             )
@@ -344,7 +343,7 @@ class _Analysis:
     # --- FROM ---
 
     def _from(self, node: Any, level: _Level, ctes: _Ctes) -> _Uses:
-        """Adds what stands in FROM to the level; returns the mentions of the table in it."""
+        """Add an item of FROM to the level; return the mentions of the table in it."""
         if kind(node) == "JoinExpr":
             return self._join(node, level, ctes)
         if kind(node) == "RangeTableSample":
@@ -353,7 +352,7 @@ class _Analysis:
         if kind(node) == "RangeVar":
             item = self._relation(node, ctes)
         elif kind(node) == "RangeSubselect":
-            # What is LATERAL sees what stands before it.
+            # A LATERAL subquery sees the items before it.
             item = _Item(None, self._query(node.subquery, ctes, level if node.lateral else level.outer))
         else:
             self._expressions([node], level, ctes)
@@ -393,7 +392,7 @@ class _Analysis:
         left = self._from(node.larg, level, ctes)
         middle = len(level.items)
         right = self._from(node.rarg, level, ctes)
-        # A condition of an outer join leaves out rows of the side that may be missing alone.
+        # The condition of an outer join restricts only the nullable side.
         bounds: dict[str, _Uses | None] = {
             "JOIN_INNER": None,
             "JOIN_LEFT": right,
@@ -436,7 +435,7 @@ class _Analysis:
     # --- Conditions ---
 
     def _expressions(self, parts: Iterable[Any], level: _Level, ctes: _Ctes) -> None:
-        """What stands in expressions: subqueries, each a level of its own."""
+        """Subqueries in expressions, each a level of its own."""
         pending = list(parts)
         while pending:
             node = pending.pop()
@@ -449,7 +448,7 @@ class _Analysis:
                 pending.extend(getattr(node, member) for member in node)
 
     def _settle(self, level: _Level) -> None:
-        """Which mentions the conditions of a level bound."""
+        """Mark the mentions that the conditions of a level bound."""
         for condition, allowed in level.conditions:
             bounded = self._bounds(condition, level, negated=False)
             for use in bounded if allowed is None else bounded & allowed:
@@ -457,12 +456,12 @@ class _Analysis:
         self._settle_equals(level)
         for item in level.items:
             for use in item.uses:
-                # A subquery that nothing reaches into says so, if there was something that might have.
+                # For the table itself only: no condition here reaches into a subquery.
                 if not use.bounded and item.is_table and self._by_key(level, item):
                     use.failed.add(Why.KEY)
 
     def _settle_equals(self, level: _Level) -> None:
-        """A column that is equal to a bounded one is bounded itself, if by ``=`` all along."""
+        """A column that equals a bounded one is bounded too, if every link is ``=``."""
         groups: list[tuple[set[Any], bool]] = []
         for condition, allowed in level.conditions:
             if allowed is not None:
@@ -488,7 +487,7 @@ class _Analysis:
                     use.bounded = True
 
     def _identity(self, node: Any, level: _Level) -> Any:
-        """What tells one column from another: the mentions whose time it is, or its name."""
+        """What identifies a column: the mentions whose time it is, or its name."""
         if kind(node) != "ColumnRef":
             return None
         uses = level.find(node)
@@ -498,7 +497,7 @@ class _Analysis:
         return item.column(column) or (item.name, column)
 
     def _bounds(self, node: Any, level: _Level, *, negated: bool) -> _Uses:
-        """The mentions of the table whose partitions this condition leaves out."""
+        """The mentions of the table whose partitions this condition prunes."""
         if kind(node) == "BoolExpr":
             operator = node.boolop.name
             if operator == "NOT_EXPR":
@@ -540,7 +539,7 @@ class _Analysis:
         return _NONE
 
     def _pair(self, operator: str, left: Any, right: Any, level: _Level) -> _Uses:
-        """Two sides of a comparison, one of which may be the time column."""
+        """Both sides of a comparison; either may be the time column."""
         if kind(left) == "RowExpr" and kind(right) == "RowExpr":
             if operator == "=":
                 return _union(
@@ -570,14 +569,14 @@ class _Analysis:
         return _NONE
 
     def _failed(self, tree: Any, level: _Level, why: Why) -> None:
-        """Note for each mention of the table whose time is in ``tree`` that this does not bound it."""
+        """Record why ``tree`` does not bound the mentions of the table whose time is in it."""
         for node in nodes(tree):
             if kind(node) == "ColumnRef":
                 for use in level.find(node) or ():
                     use.failed.add(why)
 
     def _column(self, node: Any, level: _Level) -> _Uses:
-        """Whose time column it is, bare, or cast to the type that it has."""
+        """Whose time column it is, bare or cast to its own type."""
         if kind(node) == "TypeCast" and not node.typeName.typmods and not node.typeName.arrayBounds:
             name = words(node.typeName.names)[-1]
             return self._column(node.arg, level) if name == self.subject.type else _NONE
@@ -587,7 +586,7 @@ class _Analysis:
         return bool(self._column(node, level))
 
     def _is_value(self, tree: Any, level: _Level) -> bool:
-        """Whether it is known when the statement begins."""
+        """Whether its value is known when the statement begins."""
         return not self._is_volatile(tree) and not any(
             kind(node) in ("SubLink", "CurrentOfExpr")
             or (kind(node) == "ColumnRef" and not level.is_variable(node))
@@ -601,7 +600,7 @@ class _Analysis:
         )
 
     def _by_key(self, level: _Level, item: _Item) -> bool:
-        """Whether rows of the table are asked for by its key."""
+        """Whether rows of the table are looked up by its key."""
         wanted = set(self.subject.key) - {self.subject.column}
         for condition, _ in level.conditions:
             for node in _conjuncts(condition):
@@ -638,7 +637,7 @@ def _limits(node: Any) -> bool:
 
 
 def _closed(columns: _Columns) -> _Columns:
-    """No condition from outside gets at these any more."""
+    """The columns, out of reach of outer conditions."""
     return [(name, _NONE) for name, _ in columns]
 
 
@@ -667,7 +666,7 @@ def _renamed(columns: _Columns, names: Any) -> _Columns:
 
 
 def _grouped(clause: Any, columns: _Columns, level: _Level) -> set[str]:
-    """The output columns whose values all rows of a group share."""
+    """The output columns that have one value per group."""
     found: set[str] = set()
     for node in clause:
         if kind(node) == "ColumnRef" and words(node.fields):

@@ -1,6 +1,6 @@
-"""Which statements will suffer from partitions: those of pg_stat_statements that cannot leave any out.
+"""Which statements will suffer from partitions: those in pg_stat_statements that cannot prune any.
 
-They are read, taken apart (pruning.py) and, where the partitioned table is there already, planned on it.
+They are read, parsed (pruning.py) and, if the partitioned table exists already, planned on it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from chronos.migration.console import counted
 from chronos.migration.pruning import Fact, Subject, Why, kind, nodes, words
 from chronos.table import TableSpec
 
-# Our own statements that the plan takes say so, and are no workload.
+# Marks our own statements, which are not part of the workload.
 OURS = "/* chronos */"
 
 _HOW_TO_GET_IT = (
     "put pg_stat_statements into shared_preload_libraries, restart the server, and run:"
     " CREATE EXTENSION pg_stat_statements;"
 )
-# So many of those that take the most time are planned.
+# Only the statements that take the most time are planned.
 _MOST_PLANNED = 100
 _PLANNING = {
     "statement_timeout": "2s",
     "lock_timeout": "100ms",
     "plan_cache_mode": "force_generic_plan",
-    # Constraints and compiled code are nothing that a plan needs here, and would be evaluated or built.
+    # The plan needs neither, and both would cost time: evaluated constraints, compiled code.
     "constraint_exclusion": "off",
     "jit": "off",
 }
@@ -45,10 +45,10 @@ _PREPARED = "chronos_plan"
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner makes of a statement on the partitioned table.
+    """The plan of a statement on the partitioned table.
 
-    ``scanned`` of ``partitions`` are in the plan when it starts, ``jit`` tells whether its cost would have it
-    compiled, as this role is set up.
+    ``scanned`` of ``partitions`` remain when it starts; ``jit``: its cost would trigger JIT compilation with
+    this role's settings.
     """
 
     scanned: int
@@ -61,8 +61,8 @@ class Planned:
 class Statistic:
     """A statement of pg_stat_statements that touches the table, its times in milliseconds.
 
-    ``share`` is its part of all time that the database spent, ``why`` None when it leaves partitions out;
-    ``planned`` is None where it could not be planned safely, or not at all.
+    ``share`` is its part of all time the database spent; ``why`` is None when it prunes partitions;
+    ``planned`` is None if it could not be planned safely, or not at all.
     """
 
     text: str
@@ -75,16 +75,16 @@ class Statistic:
 
     @property
     def suffers(self) -> bool:
-        """Whether it will touch every partition, or be compiled."""
+        """Whether it will touch every partition or trigger JIT."""
         return self.why is not None or (self.planned is not None and self.planned.jit)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Every statement on the table that could be read, the one that takes the most time first.
+    """Every readable statement on the table, the one that takes the most time first.
 
-    ``locks`` is how many relations a statement locks that leaves no partition out; ``notes`` say what could
-    not be read or planned, and why, a line each.
+    ``locks`` is how many relations a statement locks if it prunes no partition; ``notes`` say what could not
+    be read or planned, and why, a line each.
     """
 
     subject: Subject
@@ -98,7 +98,7 @@ class Workload:
         return [found for found in self.statements if found.suffers]
 
 
-# What reads the table by another name, and is taken apart like it.
+# Views on the table, at any depth; statements on them are analyzed like statements on the table.
 _VIEWS = """
 WITH RECURSIVE found (oid) AS (
     SELECT {oid}::oid
@@ -145,12 +145,12 @@ GROUP BY query ORDER BY 3 DESC
 
 
 def workload(conn: Connection, spec: TableSpec, partitions: int, partitioned: str | None = None) -> Workload:
-    """What pg_stat_statements has of the table ``spec``, which is to have so many partitions.
+    """What pg_stat_statements has on the table ``spec``, which will have this many partitions.
 
-    ``partitioned`` is the name of the partitioned table on which statements are to be planned, None while
-    there is none. To be called in a read-only transaction with our settings; ACCESS SHARE, and what each
-    statement's plan locks, for as long as it is planned. Raises nothing but what the server says of a
-    broken connection: what cannot be had is in the notes.
+    ``partitioned`` is the name of the partitioned table to plan statements on, None while there is none. Call
+    it in a read-only transaction with our settings. ACCESS SHARE, and what each statement's plan locks, while
+    it is planned. Raises only the server's error for a broken connection: what is unavailable is in the
+    notes.
     """
     subject, indexes = _subject(conn, spec)
     locks = partitions * (1 + indexes)
@@ -191,7 +191,7 @@ def read_workload(
         )
     if unread:
         notes.append(
-            f"{counted(unread, 'statement')} could not be read; pg_stat_statements may have cut them off"
+            f"{counted(unread, 'statement')} could not be read; pg_stat_statements may have truncated them"
         )
     if partitioned is not None and statements:
         planner = _Planner(conn, subject, partitioned)
@@ -201,7 +201,7 @@ def read_workload(
         ]
         if planner.refused:
             notes.append(
-                f"{counted(planner.refused, 'statement')} not planned, for planning could run a function or"
+                f"{counted(planner.refused, 'statement')} not planned, as planning could run a function or"
                 " an operator that is not PostgreSQL's own"
             )
         if planner.failed:
@@ -254,13 +254,13 @@ def _visible(conn: Connection, relations: list[str]) -> dict[str, str]:
 
 
 def _statistics(conn: Connection, subject: Subject) -> list[tuple[str, int, float, float]]:
-    """Text, calls, milliseconds and share of all time. Raises RefusedError when they are not to be had."""
+    """Text, calls, milliseconds and share of all time. Raises RefusedError when they are unavailable."""
     view = statistics_view(conn)
     if view is None:
-        raise RefusedError(f"pg_stat_statements is not there; {_HOW_TO_GET_IT}")
+        raise RefusedError(f"pg_stat_statements is not installed; {_HOW_TO_GET_IT}")
     wanted = {subject.name, *(view_name for _, view_name in subject.views)}
     names = "|".join(_literally(one.lower()) for one in sorted(wanted))
-    # What a migration itself runs names its other tables, or is marked.
+    # Statements of a migration name its other tables, or are marked.
     ours = f"{_literally(OURS)}|{_literally(subject.name)}_(new|old|migration)"
     query = statement(_STATISTICS, view=view, names=names, ours=ours)
     try:
@@ -273,13 +273,13 @@ def _statistics(conn: Connection, subject: Subject) -> list[tuple[str, int, floa
 
 
 def _literally(text: str) -> str:
-    """A regular expression of the server's that ``text`` alone matches."""
+    """A PostgreSQL regular expression that matches ``text`` literally."""
     return re.sub(r"(\W)", r"\\\1", text)
 
 
 @contextmanager
 def _undone(conn: Connection) -> Iterator[None]:
-    """A savepoint: settings and locks of the block are gone after it, and an error does not end the rest."""
+    """A savepoint: the block's settings and locks end with it, and an error does not abort the rest."""
     execute(conn, statement("SAVEPOINT chronos_queries"))
     try:
         yield
@@ -296,11 +296,11 @@ def _with_plan(found: Statistic, planner: _Planner) -> Statistic:
 
 
 class _RefusedStatementError(Exception):
-    """A statement that is not planned, because planning could run what somebody else has written."""
+    """A statement that is not planned, because planning could run somebody else's code."""
 
 
-# Planning evaluates immutable functions of constants, and stable ones for its estimates. Under our rights
-# those may only be PostgreSQL's own, and of the stable ones what looks at nothing but its arguments.
+# Planning evaluates immutable functions of constants, and stable ones for its estimates. With our privileges
+# only PostgreSQL's own may run, and of the stable ones only those that depend on nothing but their arguments.
 _HARMLESS = """
 SELECT proname::text FROM pg_proc p
 WHERE pronamespace = 'pg_catalog'::regnamespace
@@ -313,8 +313,8 @@ HAVING bool_and(provolatile = 'i' OR prokind IN ('a', 'w')
                     'to_json', 'to_jsonb', 'json_build_object', 'jsonb_build_object', 'array_to_string')))
 """
 
-# Ordinary tables, whose columns are of PostgreSQL's own types, and which no function, operator or rule of
-# anybody's belongs to: not by an index, a check, a default, statistics, a policy, or a table below them.
+# Ordinary tables with columns of PostgreSQL's own types and no user-defined function, operator or rule: none
+# in an index, a check, a default, statistics, a policy, or a table below them.
 _PLAIN = """
 WITH RECURSIVE wanted (oid) AS (
     SELECT unnest({relations}) UNION SELECT i.inhrelid FROM wanted w JOIN pg_inherits i ON i.inhparent = w.oid
@@ -347,7 +347,7 @@ _KNOWN_TYPES = {"timestamp with time zone", "timestamp without time zone", "date
 
 
 class _Planner:
-    """Plans statements on the partitioned table, each in a savepoint: nothing of it stays, no lock either."""
+    """Plans statements on the partitioned table, each in a savepoint: nothing remains, not even a lock."""
 
     def __init__(self, conn: Connection, subject: Subject, partitioned: str) -> None:
         self._conn = conn
@@ -377,7 +377,7 @@ class _Planner:
         self.failure = ""
 
     def plan(self, text: str) -> Planned | None:
-        """What is found; None when it was refused or failed, which is counted."""
+        """The plan; None when it was refused or failed, which is counted."""
         try:
             rewritten = self._rewritten(text)
             if rewritten is None:
@@ -398,9 +398,9 @@ class _Planner:
         return Planned(len(scanned), len(self._leaves), cost, jit)
 
     def _explain(self, query: str, relations: list[str]) -> dict[str, Any]:
-        """The generic plan, with what is left out when it starts: times as of now, all else unknown.
+        """The generic plan after pruning at executor start: time parameters are now(), others unknown.
 
-        PREPARE locks the relations, and plans nothing yet: what is found to be harmless then, stays so.
+        PREPARE locks the relations and plans nothing yet, so what is found harmless then stays harmless.
         """
         conn = self._conn
         prepared = False
@@ -408,7 +408,7 @@ class _Planner:
             with _undone(conn):
                 for setting, value in _PLANNING.items():
                     execute(conn, statement("SELECT set_config({s}, {v}, true)", s=setting, v=value))
-                # The text was printed by the parser, from the tree that was looked at, and is one statement.
+                # The text was deparsed from the tree that was checked, and is one statement.
                 execute(conn, statement("PREPARE {p} AS {query}", p=name(_PREPARED), query=sql.SQL(query)))
                 prepared = True
                 if not self._are_plain(relations):
@@ -439,9 +439,9 @@ class _Planner:
         return plan
 
     def _rewritten(self, text: str) -> tuple[str, list[str]] | None:
-        """The statement with the partitioned table in the place of the other, and the relations in it.
+        """The statement with the partitioned table in place of the plain one, and the relations in it.
 
-        None for what has no plan of its own. Raises _RefusedStatementError for what must not be planned.
+        None for a statement without a plan. Raises _RefusedStatementError if it must not be planned.
         """
         trees = pruning.parse(text)
         tree: Any = trees[0] if len(trees) == 1 else None
@@ -457,7 +457,7 @@ class _Planner:
         again = pruning.parse(query)
         if len(again) != 1 or kind(again[0]) != kind(tree):
             raise _RefusedStatementError
-        # It is the text that is planned, so what counts is how that is understood.
+        # The text is what gets planned, so the check must hold for the text as parsed again.
         self._require_harmless(again[0])
         return query, relations
 
@@ -480,7 +480,7 @@ class _Planner:
                 raise _RefusedStatementError
 
     def _qualify(self, tree: Any) -> list[str]:
-        """Gives every relation its schema, and returns them all."""
+        """Qualify every relation with its schema; return them all."""
         subject = self._subject
         ctes = {node.ctename for node in nodes(tree) if kind(node) == "CommonTableExpr"}
         relations = [

@@ -1,4 +1,4 @@
-"""What a run measures while it goes on: how fast it copied, and who kept it waiting for a lock."""
+"""What a run measures: how fast it copied, and who kept it waiting for a lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-_MOST = 240  # samples kept: what a chart can show
+_MOST = 240  # samples kept: as many as a chart can show
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class LockWait:
-    """An attempt that came to nothing, ``seconds`` after the run began: ``what`` was waited for, and who was
+    """A failed attempt at a lock, ``seconds`` after the run began: ``what`` was waited for, and ``who`` was
     in the way.
     """
 
@@ -31,7 +31,7 @@ class LockWait:
 
 @dataclass
 class Record:
-    """Filled while a run goes on; any worker may call. Time passes by ``clock``."""
+    """Filled during a run; any worker may call it. ``clock`` gives the time in seconds."""
 
     clock: Callable[[], float] = time.monotonic
     samples: list[Sample] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Record:
         return self.clock() - self._began
 
     def copied(self, rows: int) -> None:
-        """Note that ``rows`` are copied by now; the samples stay few, however long it takes."""
+        """Record that ``rows`` are copied by now; samples stay few, however long it takes."""
         with self._turn:
             now = self.seconds
             if self.samples and now - self.samples[-1].seconds < self._every_s:
@@ -59,11 +59,11 @@ class Record:
                 self._every_s *= 2
 
     def copied_all(self, rows: int) -> None:
-        """Note how many rows there were when the copy ended, or stopped."""
+        """Record how many rows there were when the copy ended or stopped."""
         with self._turn:
             self.samples.append(Sample(self.seconds, rows))
 
     def waited(self, what: str, who: str) -> None:
-        """Note an attempt at a lock that came to nothing."""
+        """Record a failed attempt at a lock."""
         with self._turn:
             self.waits.append(LockWait(self.seconds, what, who))

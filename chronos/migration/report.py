@@ -1,18 +1,18 @@
 """The report of a run, for the change ticket: FILE.json for programs, FILE.html for people; the same facts.
 
-A run that stops or fails writes one too, and its ``outcome`` says so. The facts, by their keys in the JSON
-(times are ISO 8601 in UTC; what does not apply is null):
+A run that stops or fails also writes one, and its ``outcome`` says so. The facts, by their JSON keys (times
+are ISO 8601 in UTC; what does not apply is null):
 
 ``report`` the version of this list, 1
 ``outcome`` ``complete``, ``held`` (ready to swap), ``stopped`` (half-way, can be resumed), ``failed`` (rolled
-    back, database as before) or ``needs a person``; ``message`` the error that the operator was shown;
-    ``tables`` in a sentence what each table is now
-``table``, ``strategy``, ``column``, ``every``, ``retention_days``, ``cutoff`` (the oldest instant that is
+    back, database as before) or ``needs a person``; ``message`` the error shown to the operator; ``tables``
+    one sentence that says what each table is now
+``table``, ``strategy``, ``column``, ``every``, ``retention_days``, ``cutoff`` (rows from this instant on are
     copied), ``first`` and ``end`` (the bounds of the partitions), ``begun`` (of the migration), ``fence`` (of
     the swap)
 ``where`` ``host``, ``port``, ``database``, ``user``, ``postgresql``; ``who`` ``user`` and ``host`` that ran
-    the command; ``chronos``, ``python`` versions; ``options`` as they were typed
-``started``, ``ended``, ``seconds`` of this run; ``last_step`` the one that it reached
+    the command; ``chronos``, ``python`` versions; ``options`` as typed
+``started``, ``ended``, ``seconds`` of this run; ``last_step`` the last one that it reached
 ``planned`` and ``happened`` ``rows`` copied, ``bytes`` (of the plain table with its indexes, of the
     partitions), ``seconds`` of the six steps (happened: in this run), ``wal_bytes`` (happened: of the whole
     server during this run), ``disk_bytes`` taken, ``partitions``
@@ -21,7 +21,7 @@ A run that stops or fails writes one too, and its ``outcome`` says so. The facts
 ``periods`` ``start``, ``end``, ``old_rows``, ``new_rows``, ``alike`` (null: only counted)
 ``copy`` ``seconds`` since the run began, ``rows`` copied by then; ``lock_waits`` ``seconds``, ``what`` was
     waited for, ``who`` was in the way
-``watch``, ``go_back`` what to do from here on, as ``command`` and ``why``
+``watch``, ``go_back`` what to do next, as ``command`` and ``why``
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _EXPECTED = [field.name for field in fields(Expected)]
 @dataclass(frozen=True)
 class Ended:
     """How a run ended: when it ``began``, the error that ended it if any, whether it was held before the
-    swap, the last step that it reached, its options as they are typed.
+    swap, the last step that it reached, its options as typed.
     """
 
     began: datetime
@@ -65,7 +65,7 @@ class Ended:
 
     @property
     def outcome(self) -> str:
-        """In a word or three."""
+        """The outcome, in one to three words."""
         match self.error:
             case None:
                 return "held" if self.held else "complete"
@@ -77,13 +77,13 @@ class Ended:
 
 
 def require_writable(path: Path) -> None:
-    """Try whether the report can be written to ``path``; a file that is there keeps what is in it.
+    """Check that the report can be written to ``path``; an existing file keeps its content.
 
-    Raises RefusedError, also when its name says neither JSON nor HTML.
+    Raises RefusedError, also if the name ends in neither .json nor .html.
     """
     if path.suffix.lower() not in _KINDS:
         raise RefusedError(
-            f"the report is written as JSON or as HTML, and the name of {path} does not end in"
+            f"the report is written as JSON or HTML, and {path} does not end in"
             f" {' or '.join(_KINDS)}; nothing was changed"
         )
     try:
@@ -95,7 +95,7 @@ def require_writable(path: Path) -> None:
     except OSError as error:
         raise RefusedError(
             f"the report cannot be written to {path}: {error.strerror}; nothing was changed."
-            " Give a file that can be written with --report"
+            " Name a writable file with --report"
         ) from error
 
 
@@ -106,7 +106,7 @@ def write_report(path: Path, found: dict[str, Any]) -> None:
 
 
 def facts(migration: Migration, summary: Summary, ended: Ended) -> dict[str, Any]:
-    """All that the report says, by the keys at the top of this module."""
+    """Everything the report says, by the keys at the top of this module."""
     state, plan, table = migration.state, migration.plan, migration.table
     url, record = migration.engine.url, migration.operator.output.record
     now = datetime.now(UTC)
@@ -176,7 +176,7 @@ def facts(migration: Migration, summary: Summary, ended: Ended) -> dict[str, Any
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a number without a name, as in a container
+    except (KeyError, OSError):  # a uid without a name, as in a container
         return "unknown"
 
 
@@ -193,7 +193,7 @@ def _partitions(conn: Connection, migration: Migration) -> tuple[int | None, int
 
 
 def _disk(migration: Migration, size: int | None) -> int | None:
-    """Bytes that the partitions have added; None when that cannot be told (yet)."""
+    """Bytes that the partitions have added; None when that is not known (yet)."""
     plan = migration.plan
     if size is None or not plan.attaches:
         return size
@@ -202,25 +202,25 @@ def _disk(migration: Migration, size: int | None) -> int | None:
 
 def _tables(migration: Migration, ended: Ended) -> str:
     if ended.outcome == "failed":
-        return f"{migration.table} is the plain table it was, with every row."
+        return f"{migration.table} is the plain table it was before, with every row."
     return describe(migration.state)
 
 
 def _watch(migration: Migration, ended: Ended) -> list[dict[str, str]]:
-    """What the person who signs should keep an eye on."""
+    """What the person who signs off should keep an eye on."""
     table, attaches = migration.table, migration.plan.attaches
-    status = {"command": commands.status(table), "why": "partitions, gaps, runway, jobs: exit code 0 is well"}
+    status = {"command": commands.status(table), "why": "partitions, gaps, runway, jobs; exit code 0 is well"}
     if ended.outcome == "failed":
         return []
     if ended.outcome != "complete":
-        resume = {"command": f"{commands.migrate(table)} --resume", "why": "does what is left"}
+        resume = {"command": f"{commands.migrate(table)} --resume", "why": "does the rest"}
         return [{**status, "why": "how far it is, and how many notes wait"}, resume]
     steps = [status]
     if attaches:
         steps.append(
             {
                 "command": f"SELECT pg_size_pretty(pg_total_relation_size('{table.home}.{table.history}'));",
-                "why": "the table that was, one partition until its last row has expired",
+                "why": "the former table, one partition until its last row has expired",
             }
         )
     finalizing = "ends the way back" if attaches else f"drops {table.old}, and ends the way back"
@@ -234,7 +234,7 @@ def _go_back(migration: Migration, ended: Ended) -> list[dict[str, str]]:
         return []
     why = "the plain table again, with every row that was written since; until finalize"
     if migration.state.phase not in (Phase.MIGRATED, Phase.RETURNING, Phase.FINALIZING):
-        why = "drops what was built; the plain table was in use all the time"
+        why = "drops what was built; the plain table has been in use all the time"
     steps = [{"command": commands.rollback(table), "why": why}]
     if migration.plan.attaches and migration.state.phase.swapped:
         steps.append(

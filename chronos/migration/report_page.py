@@ -1,6 +1,6 @@
-"""The report as a page of HTML: no script, nothing from outside, one file that prints well.
+"""The report as an HTML page: no script, nothing external, one file that prints well.
 
-The charts are drawn here as numbers, and put into SVG by the template; each has a text that says the same.
+The charts are computed here, and drawn as SVG by the template; each has a text that says the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_LABELS = 8
 
 @dataclass(frozen=True)
 class Bar:
-    """One of a chart: where it stands, what it means, and whether all is well with it."""
+    """A bar of a chart: its position, its meaning, and whether its rows are equal."""
 
     x: float
     y: float
@@ -36,7 +36,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point in time: where, and what it means."""
+    """A point in time: its position and its meaning."""
 
     x: float
     title: str
@@ -44,9 +44,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Bars or a line, each within WIDTH by HEIGHT, with the value at the top and a text for those who do not
-    see it.
-    """
+    """Bars or a line, within WIDTH by HEIGHT, with the value at the top and a text for screen readers."""
 
     top: str
     says: str
@@ -84,7 +82,7 @@ def html(facts: dict[str, Any]) -> str:
 
 
 def rows_chart(periods: list[dict[str, Any]]) -> Chart | None:
-    """Rows of each period; several a bar where there are very many. None when there is nothing to show."""
+    """Rows of each period; several periods per bar if there are many. None when there is nothing to show."""
     most = max((period["new_rows"] for period in periods), default=0)
     if not most:
         return None
@@ -116,13 +114,13 @@ def rows_chart(periods: list[dict[str, Any]]) -> Chart | None:
     return Chart(
         top=f"{most:,}",
         says=f"{total:,} rows in {count} partitions from {begins} on, at most {most:,} in a bar;"
-        f" {'every one is equal to its origin' if equal else 'one differs from its origin'}.",
+        f" {'each is equal to its source' if equal else 'one differs from its source'}.",
         bars=tuple(bars),
     )
 
 
 def rate_chart(samples: list[dict[str, Any]], waits: list[dict[str, Any]]) -> Chart | None:
-    """Rows a second while it copied, and the attempts at locks that came to nothing; None without either."""
+    """Rows per second during the copy, and failed attempts at locks; None without either."""
     last = max((point["seconds"] for point in (*samples, *waits)), default=0.0)
     rates = [
         (
@@ -143,11 +141,11 @@ def rate_chart(samples: list[dict[str, Any]], waits: list[dict[str, Any]]) -> Ch
     ]
     copied = samples[-1]["rows"] - samples[0]["rows"] if samples else 0
     spent = samples[-1]["seconds"] - samples[0]["seconds"] if samples else 0
-    says = f"{copied:,} rows in {spent:.1f} s, at most {most:,.0f} a second; " if rates else ""
+    says = f"{copied:,} rows in {spent:.1f} s, at most {most:,.0f} per second; " if rates else ""
     attempts = len(waits)
     return Chart(
         top=f"{short(most)}/s" if rates else "",
-        says=f"{says}{attempts or 'no'} attempt{'' if attempts == 1 else 's'} at a lock came to nothing.",
+        says=f"{says}{attempts or 'no'} failed attempt{'' if attempts == 1 else 's'} at a lock.",
         line=" ".join(points),
         marks=tuple(
             Mark(round(WIDTH * w["seconds"] / last, 1), f"{w['seconds']:.1f} s: {w['what']}, {w['who']}")

@@ -1,7 +1,7 @@
 """Undo a migration, from whatever phase it is in: the plain table is back, with every row written since.
 
-Before the swap that means to drop what nobody uses. After it, it is the same act the other way: the newer
-rows go into the plain table while the application writes on, the notes are replayed, both are compared,
+Before the swap that means dropping what nobody uses. After it, the migration runs the other way: the newer
+rows go into the plain table while the application writes, the notes are replayed, both tables are compared,
 and the names change. What was built is dropped afterwards, partition by partition.
 """
 
@@ -18,10 +18,10 @@ from sqlalchemy.exc import DBAPIError
 from chronos import reports
 from chronos.catalog.ddl import (
     bound_check,
+    disable_statements,
     foreign_key_statements,
-    loud_statements,
-    quiet_statements,
     rename,
+    restore_statements,
     sequences_back_statements,
     validate_statement,
 )
@@ -59,7 +59,7 @@ from chronos.migration.context import (
     with_states,
 )
 from chronos.migration.copy import Copying, carry_newer_rows
-from chronos.migration.foreign_keys import give_up_keys
+from chronos.migration.foreign_keys import drop_keys
 from chronos.migration.obstacles import (
     Obstacle,
     foreign_partitions,
@@ -69,7 +69,7 @@ from chronos.migration.obstacles import (
     require_no_citus,
     require_nothing_kept,
 )
-from chronos.migration.operator import Operator, asking, going_on_with, sole_operator
+from chronos.migration.operator import Operator, asking, resumable_with, sole_operator
 from chronos.migration.state import (
     Phase,
     State,
@@ -95,11 +95,11 @@ def undo(
     *,
     force: bool = False,
 ) -> RollbackResult:
-    """Back to the plain table, from whatever phase the migration is in, with the rows written since.
+    """Go back to the plain table, from whatever phase the migration is in, with the rows written since.
 
-    ``confirm`` is told the state, and whether somebody has put the plain table back by hand; it raises
-    RefusedError to call it off. Refuses, with nothing changed, when
-    something stands in the way (obstacles.py); ``force`` gives up what may be given up.
+    ``confirm`` gets the state and whether somebody has put the plain table back by hand; it raises
+    RefusedError to call it off. Refuses, with nothing changed, when something stands in the way
+    (obstacles.py); ``force`` accepts the obstacles that are forcible.
     """
     began = time.monotonic()
     with sole_operator(engine, table) as (conn, table):
@@ -109,7 +109,7 @@ def undo(
                 raise RefusedError(f"there is no migration of {table} to undo; nothing was changed")
             if found.phase is Phase.FINALIZING:
                 raise RefusedError(
-                    f"{table.old} is being dropped, there is no way back; nothing was changed."
+                    f"{table.old} is being dropped, so there is no way back; nothing was changed."
                     f" Finish with: {finalize_command(table)}"
                 )
             require_no_citus(conn, table)
@@ -124,23 +124,19 @@ def undo(
             found = take_over(conn, found)
         command = rollback_command(table)
         if found.phase.swapped and found.verified and not found.plan.attaches:
-            command += (
-                f"; or call it off, and stay with the partitioned table: {migrate_command(table)} --resume"
-            )
-        with going_on_with(command, "rollback", engine, table):
+            command += f"; or call it off and keep the partitioned table: {migrate_command(table)} --resume"
+        with resumable_with(command, "rollback", engine, table):
             if by_hand:
                 tidy_up(engine, conn, found, operator)
-                operator.output.ok(f"{table} was put back by hand before; what was left over is gone")
+                operator.output.ok(f"{table} had been put back by hand; the remains are removed")
                 return RollbackResult(table, 0, by_hand=True, seconds=time.monotonic() - began)
             with transaction(conn):
                 shape = read_plain(conn, found)
             migration = Migration(engine, conn, operator, found, shape, needs_notes=not force)
             carried = roll_back(migration, check_stop=operator.check_stop)
         came = ""
-        if found.phase.swapped:  # what is newer is counted; the late, updated and deleted rows are not
-            came = (
-                f"; all that was written since the swap came along, {counted(carried, 'newer row')} among it"
-            )
+        if found.phase.swapped:  # newer rows are counted; late, updated and deleted ones are not
+            came = f"; it has everything written since the swap, including {counted(carried, 'newer row')}"
         operator.output.ok(f"{table} is the plain table again{came}")
         if left := _still_detached(migration.conn, table):
             operator.output.line(left)
@@ -148,46 +144,46 @@ def undo(
 
 
 def _still_detached(conn: Connection, table: TableSpec) -> str | None:
-    """What to do about the former partitions that wait for their drop, which nobody will drop any more."""
+    """What to do about former partitions that wait to be dropped, which nothing will drop any more."""
     with transaction(conn):
         left = [f"{quoted(one.schema)}.{quoted(one.name)}" for one in detached(conn, table)]
     if not left:
         return None
     return (
-        f"Retention had detached {', '.join(left)}. Nothing drops them any more, and another migration needs"
+        f"Retention had detached {', '.join(left)}. Nothing will drop them now, and another migration needs"
         f" their names. If nobody needs them: DROP TABLE {', '.join(left)};"
     )
 
 
 def _require_none(table: TableSpec, in_the_way: list[Obstacle], *, force: bool) -> None:
-    """Raise RefusedError with everything that stands in the way, but for what ``force`` gives up."""
+    """Raise RefusedError with everything that stands in the way, except what ``force`` accepts."""
     if force:
         in_the_way = [obstacle for obstacle in in_the_way if not obstacle.forcible]
     if not in_the_way:
         return
     text = f"{'; '.join(map(str, in_the_way))}; nothing was changed"
     if all(obstacle.forcible for obstacle in in_the_way):
-        text += f". To go back all the same, without that: {rollback_command(table)} --force"
+        text += f". To go back anyway, and accept that: {rollback_command(table)} --force"
     raise RefusedError(text)
 
 
 def roll_back(migration: Migration, *, check_stop: CheckStop = lambda: None) -> int:
     """Bring the plain table back; returns how many rows were carried into it. Safe to call again.
 
-    ACCESS EXCLUSIVE on both tables for the names, on the one in use to take the triggers off it, and on the
-    tables that foreign keys refer to when these are given up; each in short attempts. Raises what the server
-    raises; the state then tells how far it came.
+    ACCESS EXCLUSIVE on both tables for the renames, on the one in use to drop the triggers, and on the tables
+    that foreign keys refer to when these are dropped; each in short attempts. Raises what the server raises;
+    the state then says how far it came.
     """
     carried = 0
     if migration.plan.attaches:
         return _detach(migration, check_stop)
     if migration.state.phase is Phase.MIGRATED:
-        give_up_keys(migration, migration.table.old)
-        _set_out(migration)
+        drop_keys(migration, migration.table.old)
+        _begin_return(migration)
     if migration.state.phase is Phase.RETURNING:
         carried = _return(migration, check_stop)
     elif migration.state.phase in (Phase.BUILT, Phase.COPYING, Phase.READY):
-        _give_up(migration)
+        _mark_undone(migration)
     _validate(migration)
     _clean_up(migration)
     return carried
@@ -199,17 +195,17 @@ def _detach(migration: Migration, check_stop: CheckStop) -> int:
     if migration.state.phase is Phase.MIGRATED:
         carried = attach.go_back(migration, check_stop)
     elif migration.state.phase is not Phase.UNDONE:
-        _give_up(migration)
+        _mark_undone(migration)
     attach.clean_up(migration, check_stop)
     _clean_up(migration)
     return carried
 
 
-def _set_out(migration: Migration) -> None:
-    """From now on note the key of every row written, and move rows into the plain table unnoticed.
+def _begin_return(migration: Migration) -> None:
+    """From now on note the key of every row written, and keep triggers of the plain table from firing.
 
-    SHARE ROW EXCLUSIVE on the table in use waits for the writers under way: what they wrote is in the
-    table before the first note, what comes later is noted.
+    SHARE ROW EXCLUSIVE on the table in use waits for open writers: what they wrote is in the table before the
+    first note, and what comes later is noted.
     """
     table, shape = migration.table, migration.shape
     locks = migration.locks()
@@ -227,7 +223,7 @@ def _set_out(migration: Migration) -> None:
                 _take_hand_written_notes(migration),
                 *drop_trigger_statements(table, table.old),
                 quieted_statement(table, states_of(shape)),
-                *quiet_statements(shape, migration.relation(table.old)),
+                *disable_statements(shape, migration.relation(table.old)),
                 phase_statement(table, Phase.RETURNING),
             ]
             execute(conn, joined(statements, ";\n"))
@@ -236,9 +232,9 @@ def _set_out(migration: Migration) -> None:
 
 
 def _take_hand_written_notes(migration: Migration) -> Statement:
-    """Rows written by hand into the frozen table stay, unless the partitioned one knows their keys.
+    """Rows written by hand into the frozen table stay, unless the partitioned one has their keys.
 
-    The notes of those that stay are kept: the comparison leaves these rows out.
+    Notes of those that stay are kept: the comparison leaves these rows out.
     """
     table, key = migration.table, migration.plan.old_key
     return statement(
@@ -253,7 +249,7 @@ def _take_hand_written_notes(migration: Migration) -> Statement:
 
 
 def _return(migration: Migration, check_stop: CheckStop) -> int:
-    """Fill, replay, compare, swap: the way back while the application writes on."""
+    """Fill, replay, compare, swap: the way back while the application writes."""
     table, conn = migration.table, migration.conn
     with transaction(conn):
         bounds = [p.lower for p in attached(conn, table) if p.lower]
@@ -263,7 +259,7 @@ def _return(migration: Migration, check_stop: CheckStop) -> int:
         empty_after_truncate(migration)
         with migration.operator.output.copying(_newer_rows(migration), did="Carried") as count:
             carry_newer_rows(migration, Copying(Throttle(_BATCH), check_stop=check_stop, copied=count.add))
-        with suppress(TruncatedError):  # what was carried goes, too
+        with suppress(TruncatedError):  # what was carried is removed too
             replay_most(migration, Direction.BACK, check_stop)
             _drop_what_is_gone(migration)
             with transaction(conn):
@@ -287,7 +283,7 @@ def _newer_rows(migration: Migration) -> int:
 
 
 def _drop_what_is_gone(migration: Migration) -> None:
-    """Rows beyond the fence that were carried, and whose partition was truncated or dropped since.
+    """Delete carried rows beyond the fence whose partition was truncated or dropped since.
 
     Neither is noted. Rows that somebody wrote into the plain table by hand stay.
     """
@@ -313,9 +309,9 @@ def _drop_what_is_gone(migration: Migration) -> None:
 
 
 def _compare(conn: Connection, migration: Migration) -> int:
-    """What the plain table got on the way back is what the partitioned one has, pending notes aside.
+    """Check that the plain table got what the partitioned one has, pending notes aside.
 
-    Returns how many rows beyond the fence that were.
+    Returns how many rows lie beyond the fence.
     """
     table, fence = migration.table, migration.state.fence
     newer = Period(fence or migration.plan.first, migration.plan.end)
@@ -326,10 +322,10 @@ def _compare(conn: Connection, migration: Migration) -> int:
 
 
 def stay(migration: Migration) -> None:
-    """Call a way back off, from the phase RETURNING: the partitioned table stays in use, as after its swap.
+    """Call off a way back in the phase RETURNING: the partitioned table stays in use, as after its swap.
 
-    What was carried goes, so that it is carried anew one day; what was replayed stays, for the two tables are
-    alike in it. SHARE ROW EXCLUSIVE on the table in use for a moment. Raises LockUnavailableError.
+    Carried rows are deleted, to be carried again by a later rollback; replayed ones stay, as both tables
+    agree on them. SHARE ROW EXCLUSIVE on the table in use for a moment. Raises LockUnavailableError.
     """
     table, shape, conn = migration.table, migration.shape, migration.conn
     _drop_carried(migration)
@@ -343,7 +339,7 @@ def stay(migration: Migration) -> None:
             statements = [
                 note_up_to_the_fence_statement(shape),
                 *note_trigger_statements(shape, table.old, Direction.FORWARD),
-                *loud_statements(shape, migration.relation(table.old)),
+                *restore_statements(shape, migration.relation(table.old)),
                 quieted_statement(table, {}),
                 statement("DELETE FROM {replayed}", replayed=migration.relation(table.replayed)),
                 phase_statement(table, Phase.MIGRATED),
@@ -354,7 +350,7 @@ def stay(migration: Migration) -> None:
 
 
 def _drop_carried(migration: Migration) -> None:
-    """Take the rows beyond the fence out of the plain table, but for those written there by hand."""
+    """Delete the rows beyond the fence from the plain table, except those written there by hand."""
     table, fence, done = migration.table, migration.state.fence, _BATCH
     assert fence is not None
     query = statement(
@@ -375,8 +371,8 @@ def _drop_carried(migration: Migration) -> None:
             done = execute(conn, query).rowcount
 
 
-def _give_up(migration: Migration) -> None:
-    """Before the swap: from here on what was built is only to be dropped."""
+def _mark_undone(migration: Migration) -> None:
+    """Before the swap: from here on, what was built is only dropped."""
     with transaction(migration.conn) as conn:
         migration.claim(conn)
         execute(conn, phase_statement(migration.table, Phase.UNDONE))
@@ -384,10 +380,10 @@ def _give_up(migration: Migration) -> None:
 
 
 def _validate(migration: Migration) -> None:
-    """The plain table's foreign keys that came back unchecked: check them, while everybody goes on.
+    """Validate the plain table's foreign keys, which came back NOT VALID, while reads and writes go on.
 
-    The application may have deleted what rows from before the window refer to. They were out of its sight,
-    and stay; their key stays unchecked then, and the operator is told.
+    The application may have deleted what rows from before the window refer to. It could not see those rows,
+    and they stay; their key then stays NOT VALID, and the operator is told.
     """
     table, conn = migration.table, migration.conn
     for key in migration.plan.foreign_keys:
@@ -410,14 +406,14 @@ def _validate(migration: Migration) -> None:
                 raise
             migration.operator.output.line(
                 f"Rows of {table} from before {migration.plan.cutoff:%Y-%m-%d %H:%M} UTC refer to rows of"
-                f" {key.table} that were deleted since the swap. The foreign key {key.name} holds for what is"
-                f" written from now on. Delete or correct those rows, then:"
+                f" {key.table} that were deleted since the swap. The foreign key {key.name} applies to new"
+                f" writes. Delete or correct those rows, then:"
                 f" {render(conn, validate_statement(migration.relation(table.name), key))};"
             )
 
 
 def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) -> None:
-    """After somebody has put the plain table back by hand: give it what it had given up, drop the rest."""
+    """After somebody put the plain table back by hand: restore what it had lost, drop the rest."""
     table, former = found.table, found.plan.former
     home = table.home
     locks = operator.locks()
@@ -430,13 +426,13 @@ def tidy_up(engine: Engine, conn: Connection, found: State, operator: Operator) 
                 continue
             execute(conn, lock_table(home, table.name, "ACCESS EXCLUSIVE"))
             plain = with_states(read_shape(conn, table, table.name), found.quieted)
-            standing = {key.name for key in plain.foreign_keys}
-            lacking = [key for key in found.plan.foreign_keys if key.name not in standing]
+            existing = {key.name for key in plain.foreign_keys}
+            missing = [key for key in found.plan.foreign_keys if key.name not in existing]
             statements = [
                 *(rename(home, kind, aside, original) for kind, original, aside, _ in found.plan.renames),
                 *drop_trigger_statements(table, table.name),
-                *loud_statements(plain, name(home, table.name)),
-                *foreign_key_statements(lacking, name(home, table.name), not_valid=True),
+                *restore_statements(plain, name(home, table.name)),
+                *foreign_key_statements(missing, name(home, table.name), not_valid=True),
                 *sequences_back_statements(table, [s for s in found.plan.sequences if not s.identity]),
                 phase_statement(table, Phase.UNDONE),
             ]
@@ -457,7 +453,7 @@ def _clean_up(migration: Migration) -> None:
     """Drop what the migration made: its foreign keys, the triggers, each partition by itself, then the rest.
 
     ACCESS EXCLUSIVE for moments on the tables that the foreign keys refer to, and on the plain table for our
-    triggers. They stay as long as there is a key: a row that the application deletes must not be left in it.
+    triggers. These stay until the last key is gone: no deleted row may be left in a table that has one.
     """
     table, conn = migration.table, migration.conn
     home = table.home
@@ -466,11 +462,11 @@ def _clean_up(migration: Migration) -> None:
         built = states.relkind(conn, home, table.new) is not None
         foreign = foreign_partitions(conn, migration.state, table.new)
     if kind == "p":
-        raise NeedsPersonError(f"{table} is partitioned, and nothing of it is dropped")
+        raise NeedsPersonError(f"{table} is partitioned, and nothing of it was dropped")
     if foreign:
         raise NeedsPersonError(not_ours(table, foreign))
     if built:
-        give_up_keys(migration, table.new)
+        drop_keys(migration, table.new)
     _drop_triggers(migration)
     for leaf in _leaves(migration):
         for attempt in migration.locks().attempts(conn, [(home, leaf)]):
@@ -486,7 +482,7 @@ def _clean_up(migration: Migration) -> None:
 
 
 def _drop_triggers(migration: Migration) -> None:
-    """Take our triggers off the plain table, those that are there."""
+    """Drop our triggers from the plain table, those that exist."""
     table, conn = migration.table, migration.conn
     with transaction(conn):
         triggers = _our_triggers(migration)
@@ -501,7 +497,7 @@ def _drop_triggers(migration: Migration) -> None:
 
 
 def _our_triggers(migration: Migration) -> list[str]:
-    """Those of the note triggers that are still on the plain table."""
+    """The note triggers that are still on the plain table."""
     table = migration.table
     rows = execute(
         migration.conn,
@@ -517,21 +513,21 @@ def _our_triggers(migration: Migration) -> list[str]:
 
 
 def _functions_back(migration: Migration) -> None:
-    """Drop the functions that the migration made, and put back those that stood there before."""
+    """Drop the functions that the migration made, and restore those that existed before."""
     conn, before = migration.conn, migration.plan.functions
-    standing = definitions(conn, migration.table)
-    for signature, definition in standing.items():
+    existing = definitions(conn, migration.table)
+    for signature, definition in existing.items():
         if definition not in before:
             execute(conn, statement("DROP ROUTINE {function}", function=sql.SQL(signature)))
     for definition in before:
-        if definition not in standing.values():
+        if definition not in existing.values():
             execute(conn, sql.SQL(definition))
     execute(conn, drop_unused_statement(migration.table))
     execute(conn, reports.drop_unused_statement(migration.table))
 
 
 def _leaves(migration: Migration) -> list[str]:
-    """The partitions of the table that goes, and those that were never attached to it."""
+    """The partitions of the table being dropped, and those never attached to it."""
     table = migration.table
     pairs = [
         statement("({leaf}, {check})", leaf=leaf, check=bound_check(leaf))

@@ -1,4 +1,4 @@
-"""The migration from its first look to its last line: the six steps in order, and the way back from each."""
+"""The migration from start to finish: the six steps in order, and the way back from each."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ from chronos.migration.console import RowCount, Summary
 from chronos.migration.context import Direction, Migration, read_plain
 from chronos.migration.copy import Copying, copy_periods, rows_per_period
 from chronos.migration.estimate import expected
-from chronos.migration.foreign_keys import add_foreign_keys, give_up_keys
+from chronos.migration.foreign_keys import add_foreign_keys, drop_keys
 from chronos.migration.obstacles import require_no_citus, require_nothing_kept
 from chronos.migration.operator import (
     Operator,
     StopRequestedError,
     asking,
-    going_on_with,
+    resumable_with,
     sole_operator,
 )
 from chronos.migration.report import Ended, facts, require_writable, write_report
@@ -79,10 +79,10 @@ from chronos.telemetry import span
 class Options:
     """What the operator asked for. ``workers`` periods are copied at a time; ``content`` false counts only.
 
-    ``rate_limit`` is in rows a second over all workers, ``max_replica_lag`` and ``max_lock_wait`` in seconds;
-    None: no limit. ``hold`` ends before the swap, with all the rest done. ``accept_duplicates`` are the
-    replication slots whose readers may get rows twice. ``given`` names those that the operator gave: they are
-    kept with the migration, and a resumed run repeats them unless given anew.
+    ``rate_limit`` is in rows per second over all workers, ``max_replica_lag`` and ``max_lock_wait`` in
+    seconds; None: no limit. ``hold`` stops before the swap, with all else done. ``accept_duplicates`` are the
+    replication slots whose readers may get rows twice. ``given`` names the options that the operator gave:
+    they are kept with the migration, and a resumed run reuses them unless they are given again.
     """
 
     strategy: Strategy = Strategy.COPY
@@ -100,12 +100,12 @@ class Options:
     given: frozenset[str] = frozenset()
 
     def kept(self) -> dict[str, Any]:
-        """Those that a resumed run repeats, for the state."""
+        """The options that a resumed run reuses, for the state."""
         found = {option: getattr(self, option) for option in sorted(self.given & _REPEATED.keys())}
         return {o: _as_json(v) for o, v in found.items()}
 
     def repeating(self, kept: dict[str, Any]) -> Options:
-        """These, and what was kept of an earlier run where nothing was given anew."""
+        """These options, plus those kept from an earlier run that were not given again."""
         before = {o: v for o, v in kept.items() if o in _REPEATED and o not in self.given}
         if "report" in before:
             before["report"] = Path(before["report"])
@@ -114,7 +114,7 @@ class Options:
         return replace(self, **before, given=self.given | before.keys())
 
     def __str__(self) -> str:
-        """As they are typed: those that were given."""
+        """The given options, as typed."""
         return " ".join(
             f"{_REPEATED[option]} {quote(_as_typed(one))}"
             for option, value in self.kept().items()
@@ -122,7 +122,7 @@ class Options:
         )
 
 
-# From where to where, None: no bound. Of the options, and of what describes a table that no file lists.
+# Least and most (None: no limit) of the options, and of settings given for a table that no file lists.
 LIMITS: dict[str, tuple[float, float | None]] = {
     "retention_days": (0, 36_500),
     "ahead_days": (0, 3_650),
@@ -172,7 +172,7 @@ def step_titles(table: TableSpec, strategy: Strategy = Strategy.COPY) -> dict[in
 
 @dataclass
 class Timings:
-    """Seconds spent in each step, over everything that belongs to it."""
+    """Seconds spent in each step, over all its parts."""
 
     titles: dict[int, str]
     seconds: dict[int, float] = field(default_factory=dict)
@@ -197,22 +197,22 @@ def migrate(
     confirm: Callable[[Survey], None],
     confirm_resume: Callable[[State, Options], None] = lambda found, options: None,
 ) -> MigrationResult:
-    """Turn the table into partitions, or carry on where an earlier run was cut off.
+    """Turn the table into partitions, or carry on where an earlier run was interrupted.
 
-    ``confirm`` is shown what was found, ``confirm_resume`` how far the earlier run came, and the options with
-    which it goes on; either raises RefusedError to call it off. Each error raised is a ChronosError whose
-    message says what state the tables are in.
+    ``confirm`` gets what was found, ``confirm_resume`` how far the earlier run came and the options to carry
+    on with; either raises RefusedError to call it off. Each error raised is a ChronosError whose message says
+    what state the tables are in.
     """
     _require_possible(options)
     with sole_operator(engine, table) as (conn, table):
         if options.resume:
             migration, options = _take_over(engine, conn, table, options, operator, confirm_resume)
             if migration.state.phase is Phase.RETURNING:
-                with going_on_with(
+                with resumable_with(
                     f"{migrate_command(table)} --resume", "end of the rollback", engine, table
                 ):
                     stay(migration)
-                operator.output.ok(f"The rollback is called off; {table} stays partitioned")
+                operator.output.ok(f"Rollback called off; {table} stays partitioned")
                 return _Run(migration, options).result()
         else:
             _require_lag_is_seen(conn, options)
@@ -223,14 +223,14 @@ def migrate(
 
 
 def _require_possible(options: Options) -> None:
-    """Raise RefusedError when the report could not be written, before anything is changed."""
+    """Raise RefusedError if the report could not be written, before anything is changed."""
     if options.report is not None:
         require_writable(options.report)
 
 
 def _require_lag_is_seen(conn: Connection, options: Options) -> None:
     if options.max_replica_lag is not None:
-        ReplicaLag(conn)()  # refuses here, before anything is changed, what it cannot see
+        ReplicaLag(conn)()  # refuses now, before anything is changed, if it cannot see the lag
 
 
 def _look(
@@ -241,7 +241,7 @@ def _look(
     options: Options,
     confirm: Callable[[Survey], None],
 ) -> Survey:
-    """Survey the table and have the operator confirm; what a manual rollback left over goes first."""
+    """Survey the table and have the operator confirm; first remove what a manual rollback left behind."""
 
     def look() -> Survey:
         with transaction(conn):
@@ -255,7 +255,9 @@ def _look(
     if earlier is not None and by_hand:
         with transaction(conn):
             require_nothing_kept(conn, table)
-        operator.output.line(f"An earlier migration of {table} was undone by hand; its remains go first.")
+        operator.output.line(
+            f"An earlier migration of {table} was undone by hand; its remains are removed first."
+        )
         confirm(found)
         with transaction(conn):
             earlier = states.take_over(conn, earlier)
@@ -271,7 +273,7 @@ def _look(
 def _begin(
     engine: Engine, conn: Connection, operator: Operator, found: Survey, options: Options
 ) -> Migration:
-    """Fix the plan, from the server's clock, once."""
+    """Fix the plan once, by the server's clock."""
     assert found.shape is not None
     with transaction(conn):
         functions = tuple(definitions(conn, found.spec).values())
@@ -292,7 +294,7 @@ def _take_over(
     operator: Operator,
     confirm: Callable[[State, Options], None],
 ) -> tuple[Migration, Options]:
-    """Make an interrupted migration this run's own, once the operator has confirmed; with its options."""
+    """Take over an interrupted migration once the operator confirms; with its options."""
     with transaction(conn):
         found = states.read(conn, table)
         if found is None:
@@ -321,8 +323,8 @@ def _take_over(
             )
         if not found.phase.swapped and (found.plan.end - now).days < min(7, table.ahead_days):
             raise RefusedError(
-                f"the partitions built on {found.plan.started_at:%Y-%m-%d} reach to {found.plan.end:%Y-%m-%d}"
-                f" only; nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
+                f"the partitions built on {found.plan.started_at:%Y-%m-%d} end at {found.plan.end:%Y-%m-%d};"
+                f" nothing was changed. Undo it with: {rollback_command(table)} --yes; then start again"
                 f" with: {start_command(table)}"
             )
     options = options.repeating(found.options)
@@ -343,7 +345,7 @@ def _take_over(
 
 
 class _Run:
-    """One run: the migration that it owns, and what it has to report."""
+    """One run: the migration that it owns, and what it reports."""
 
     def __init__(self, migration: Migration, options: Options) -> None:
         self.migration = migration
@@ -363,13 +365,13 @@ class _Run:
 
     @property
     def phase(self) -> Phase:
-        """How far the migration is, as this run last saw it."""
+        """How far the migration is, as far as this run knows."""
         return self.migration.state.phase
 
     def forward(self) -> MigrationResult:
-        """The six steps; on failure, the way back. Once they are done, no failure leads back.
+        """The six steps; on failure, the way back. Once they are done, no failure undoes them.
 
-        However it ends, the report is written.
+        The report is written however it ends.
         """
         try:
             return self._there_or_back()
@@ -383,9 +385,9 @@ class _Run:
         except (StopRequestedError, KeyboardInterrupt) as error:
             raise InterruptedRunError(self._cut_off("stopped as asked")) from error
         except SupersededError as error:
-            raise InterruptedRunError(f"{error}; that run goes on") from error
+            raise InterruptedRunError(f"{error}; that run continues") from error
         except (LockUnavailableError, CutShortError, StrayRowError) as error:
-            # What is copied is worth keeping: it needs nothing but a lock, or a row put right.
+            # The copy is worth keeping: all it needs is a lock, or a corrected row.
             if self.phase is not Phase.BUILT:
                 raise InterruptedRunError(self._cut_off(str(error))) from error
             discard(self.migration.conn)
@@ -394,7 +396,7 @@ class _Run:
         except Exception as error:
             lost = self.phase is Phase.COPYING and is_disconnect(error)
             if lost or (self.phase is Phase.READY and (may_pass(error) or isinstance(error, ShapeError))):
-                # What is copied is not thrown away for that.
+                # No reason to throw the copy away.
                 raise InterruptedRunError(self._cut_off(one_line(error))) from error
             discard(self.migration.conn)
             self._undo(error)
@@ -425,7 +427,7 @@ class _Run:
 
     @contextmanager
     def _step(self, number: int, done: str, *, earlier: bool = False) -> Iterator[None]:
-        """Print the step's line, count its seconds unless it was done ``earlier``, print that it is done."""
+        """Print the step's line, time it unless it was done ``earlier``, print that it is done."""
         self.step = number
         self.output.step(number, self.titles[number])
         with nullcontext() if earlier else self.timings.step(number):
@@ -470,7 +472,7 @@ class _Run:
 
     @contextmanager
     def _copying(self, count: RowCount) -> Iterator[Copying]:
-        """How to copy, and whom to tell; replicas are watched over a connection of their own."""
+        """How to copy and what to report; replicas are watched over a separate connection."""
         options = self.options
         with ExitStack() as watching:
             lag: Callable[[], Lag | None] = lambda: None  # noqa: E731
@@ -498,14 +500,14 @@ class _Run:
             execute(conn, joined(function_statements(migration.shape), ";\n"))
 
     def _verify(self) -> None:
-        """Step 5: every period was compared when it was filled; what was written meanwhile is replayed."""
+        """Step 5: each period was compared when it was filled; replay what was written meanwhile."""
         migration = self.migration
         what = "row counts and contents match" if self.options.content else "row counts match"
         with self._step(5, f"Verification passed: {what}"):
             replay_most(migration, Direction.FORWARD, self.operator.check_stop)
             migration.refresh()
             if pending := pending_periods(migration):
-                raise ChronosError(f"verification failed for {pending[0]}: its rows were not compared")
+                raise ChronosError(f"verification failed for {pending[0]}: its rows were never compared")
             results = migration.state.compared.values()
             old, new = sum(r.old_rows for r in results), sum(r.new_rows for r in results)
             days = self.table.retention_days
@@ -521,12 +523,12 @@ class _Run:
             migration.refresh()
 
     def _swap(self) -> None:
-        """Step 6: the names change; what was written during the migration is compared once more."""
+        """Step 6: the names change; compare again what was written during the migration."""
         migration = self.migration
         with self._step(6, f"Table renamed: {self.table} -> {self.table.old}"):
             if not self.phase.swapped:
                 swap(migration, Direction.FORWARD, self.operator.check_stop)
-            give_up_keys(migration, self.table.old)
+            drop_keys(migration, self.table.old)
             with transaction(migration.conn) as conn:
                 rows = compare_replayed(conn, migration, self.table.old, self.table.name)
             with transaction(migration.conn) as conn:
@@ -537,7 +539,7 @@ class _Run:
                 self.output.line(f"Rows written during the migration: {rows:,}, compared and equal")
 
     def _finish(self) -> MigrationResult:
-        """Statistics, the report, the last lines; the migration is done whatever becomes of these."""
+        """Statistics, the report, the last lines; the migration is complete even if these fail."""
         if not self.held:
             self._gather_statistics()
         found = self._report()
@@ -550,7 +552,7 @@ class _Run:
         return self.result(found)
 
     def _report_partly(self, error: ChronosError) -> None:
-        """A report of a run that did not come to its end, over a new connection if there is one to be had."""
+        """The report of a run that did not finish, over a new connection if one can be opened."""
         if self.options.report is None:
             return
         migration = self.migration
@@ -596,7 +598,7 @@ class _Run:
         )
 
     def _report(self, error: ChronosError | None = None) -> Summary:
-        """What was done, and written to the report's file if one is wanted; ``error`` has ended the run."""
+        """The summary, also written to the report file if one is wanted; ``error`` ended the run."""
         migration, found = self.migration, self._summary()
         if self.options.report:
             ended = Ended(self.began, error, self.held, self.step, str(self.options))
@@ -623,16 +625,16 @@ class _Run:
     def _end_held(self) -> None:
         command = migrate_command(self.table)
         if self.migration.plan.attaches:
-            self.output.banner("READY: THE TABLE CAN BECOME A PARTITION, AND NO NAME HAS CHANGED")
+            self.output.banner("READY: THE TABLE CAN BECOME A PARTITION; NO NAME HAS CHANGED YET")
             self.output.line(
-                f"From {self.migration.plan.first:%Y-%m-%d %H:%M} UTC on inserts fail until it has. Swap"
-                f" with: {command} --resume; undo it with: {rollback_command(self.table)}"
+                f"Inserts of rows from {self.migration.plan.first:%Y-%m-%d %H:%M} UTC on fail until the swap."
+                f" Swap with: {command} --resume; undo it with: {rollback_command(self.table)}"
             )
             return
-        self.output.banner("READY: EVERYTHING IS COPIED AND COMPARED, AND NO NAME HAS CHANGED")
+        self.output.banner("READY: EVERYTHING IS COPIED AND COMPARED; NO NAME HAS CHANGED YET")
         self.output.line(
             f"{self.table} is still the plain table; what is written to it is noted. Swap with:"
-            f" {command} --resume; replay the notes that pile up with: {command} --resume --hold;"
+            f" {command} --resume; replay the notes that accumulate with: {command} --resume --hold;"
             f" undo it with: {rollback_command(self.table)}"
         )
 
@@ -656,16 +658,16 @@ class _Run:
 
     def _cut_off(self, why: str) -> str:
         return (
-            f"{why} in step {self.step}; nothing is lost, and the application can go on writing."
+            f"{why} in step {self.step}; nothing is lost, and the application can keep writing."
             f" Carry on with: {migrate_command(self.table)} --resume;"
             f" or undo it with: {rollback_command(self.table)}"
         )
 
     def _undo(self, error: Exception) -> None:
-        """Bring everything back after a failure, over a new connection, and raise.
+        """Roll everything back after a failure, over a new connection, and raise.
 
-        Returns only if the migration turns out to be complete: its last commit may have been made
-        though we were never told.
+        Returns only if the migration turns out to be complete: its last commit may have succeeded without
+        our knowing.
         """
         migration, table = self.migration, self.table
         what = f"step {self.step} ({self.titles[self.step]}) failed: {one_line(error)}"
@@ -682,7 +684,7 @@ class _Run:
                 found = states.own(conn, table, migration.state.run_id)
                 if found is not None and found.phase is Phase.MIGRATED and found.verified:
                     migration.state = found
-                    self.output.line("All was in its place by then; nothing is undone.")
+                    self.output.line("The migration was already complete; nothing is undone.")
                     return
                 if (
                     found is not None
@@ -698,7 +700,7 @@ class _Run:
             finally:
                 discard(conn)
         except SupersededError as other:
-            raise InterruptedRunError(f"{what}; {other}, and that run goes on") from error
+            raise InterruptedRunError(f"{what}; {other}, and that run continues") from error
         except InterruptedRunError:
             raise
         except Exception as second:
@@ -707,26 +709,27 @@ class _Run:
                 raise InterruptedRunError(self._cut_off(why)) from error
             raise NeedsPersonError(
                 f"{why}. {states.where(migration.engine, table)} No row is lost."
-                f" Remove the cause, then type: {rollback_command(table)}"
+                f" Fix the cause, then type: {rollback_command(table)}"
             ) from error
-        cure = "Remove the cause and start again"
+        cure = "Fix the cause and start again"
         if sqlstate(error) == errorcodes.DISK_FULL and not migration.plan.attaches:
             cure = (
-                "Make room and start again; or, where one more index is all that there is room for:"
+                "Make room and start again; or, if there is room for only one more index:"
                 f" {start_command(table)} --strategy attach"
             )
         cause = error
         if sqlstate(error) in (errorcodes.UNDEFINED_COLUMN, errorcodes.DATATYPE_MISMATCH):
             cause = ShapeError(one_line(error))
             cure = (
-                "Somebody has changed its columns meanwhile: start again, and let nobody do so until the swap"
+                "Somebody changed its columns during the migration: start again, and leave them alone until"
+                " the swap"
             )
         raise ChronosError(
-            f"{what}; rolled back: {table} is the plain table it was, with every row. {cure}"
+            f"{what}; rolled back: {table} is the plain table it was before, with every row. {cure}"
         ) from cause
 
     def _reconnect(self) -> Connection:
-        """A new connection; a server that restarts gets ``reconnect_s`` seconds to come back."""
+        """A new connection; a restarting server gets ``reconnect_s`` seconds to come back."""
         deadline = time.monotonic() + self.options.reconnect_s
         while True:
             try:
@@ -738,7 +741,7 @@ class _Run:
 
 
 class _Adoption(_Run):
-    """The same six steps where nothing is copied: the table itself becomes a partition."""
+    """The same six steps without a copy: the table itself becomes a partition."""
 
     def _build(self) -> None:
         migration = self.migration
@@ -754,7 +757,7 @@ class _Adoption(_Run):
 
     def _copy(self) -> None:
         migration, bound = self.migration, self.migration.plan.first
-        with self._step(3, "Existing rows adopted, none was copied", earlier=self.phase is Phase.READY):
+        with self._step(3, "Existing rows adopted, none copied", earlier=self.phase is Phase.READY):
             self.output.line(
                 f"All rows before {bound:%Y-%m-%d %H:%M} UTC stay where they are; nothing is copied"
             )

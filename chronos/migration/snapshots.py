@@ -1,10 +1,10 @@
-"""Old snapshots: who could still look at the tables as they were before our last commit.
+"""Old snapshots: who could still see the tables as they were before our last commit.
 
-A REPEATABLE READ transaction whose snapshot is older than the last rows that were replayed would not see them
-in the table that takes the name. So the swap waits until no such snapshot is left. pg_stat_activity does
-not say when a snapshot was taken, only the oldest transaction that was running then: a session counts as
-gone once it has no snapshot, a later one, or another transaction. A single statement counts as well, for a
-function that it calls may read the table later; a session that waits for a lock of ours does not.
+A REPEATABLE READ transaction whose snapshot is older than the last replayed rows would not see them in the
+table that takes the name. So the swap waits until no such snapshot is left. pg_stat_activity does not show
+when a snapshot was taken, only the oldest transaction that was running then: a session no longer counts once
+it has no snapshot, a later one, or another transaction. A single statement counts too, as a function that it
+calls may read the table later; a session that waits for a lock of ours does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from chronos.locks import LockConflict
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session with a snapshot: ``xmin`` is the oldest transaction that it may still look behind."""
+    """A session with a snapshot: ``xmin`` is the oldest transaction that was running when it was taken."""
 
     pid: int
     xact_start: str
@@ -29,7 +29,7 @@ class Snapshot:
     has_lock: bool
 
     def as_conflict(self) -> LockConflict:
-        """What it stands in the way of, and what would end it."""
+        """Why the swap waits for it, and what would end it."""
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
         remedy = f"SELECT pg_terminate_backend({self.pid})"
         return LockConflict(
@@ -58,7 +58,7 @@ WHERE a.datname = current_database() AND a.backend_xmin IS NOT NULL
 
 
 def snapshots(conn: Connection, schema: str, table: str, ours: tuple[int, ...]) -> list[Snapshot]:
-    """Everybody's snapshots but ours, and whether the session has a lock on the table; takes no lock."""
+    """All snapshots but ours, and whether each session has a lock on the table; takes no lock."""
     rows = execute(conn, statement(_SNAPSHOTS, schema=schema, table=table, ours=list(ours))).all()
     return [Snapshot(*row) for row in rows]
 

@@ -1,13 +1,13 @@
-"""The state of a migration, kept in the database: one row beside the table, gone when all is over.
+"""The state of a migration, kept in the database: one row in a table of its own, dropped when all is done.
 
-``plan`` is what was fixed when the migration began, ``progress`` what has become of it. Each transition
+``plan`` is what was fixed when the migration began; the other columns say how far it is. Each transition
 commits with the change that it describes, and only the run that owns the row writes it: ``claim`` locks the
-table and compares the run's token, so that a run which was taken over, its process dead but its last
-statement still going, cannot write another row. Batches of the copy hold the table in ROW EXCLUSIVE mode.
-It is the table that is locked, not its row: there, who comes first is served first, and batches that follow
-each other closely do not keep a claim waiting.
+table and compares the run's token, so that a run that was taken over (its process dead, its last statement
+still running) cannot write another row. Batches of the copy hold ROW EXCLUSIVE on the table. The lock is on
+the table, not the row, because table locks are queued fairly: batches in quick succession cannot starve a
+claim.
 
-Objects are kept by name, never by OID: a dump that is restored elsewhere carries on there.
+Objects are stored by name, never by OID, so a migration can carry on in a restored dump.
 """
 
 from __future__ import annotations
@@ -50,58 +50,58 @@ class Phase(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How rows come into partitions: COPY into new tables, or ATTACH the table itself as one partition."""
+    """How rows get into partitions: COPY into new tables, or ATTACH the table itself as one partition."""
 
     COPY = "copy"
     ATTACH = "attach"
 
 
 def describe(state: State) -> str:
-    """Which table is in use, and what the others are for, in a sentence."""
+    """One sentence: which table is in use, and what the others are for."""
     table, phase = state.table, state.phase
     t, old, new, history = map(quoted, (table.name, table.old, table.new, table.history))
     if state.plan.attaches and phase in _ATTACHING:
         return _ATTACHING[phase].format(t=t, new=new, history=history)
     return {
-        Phase.BUILT: f"{t} is the plain table; {new} lies beside it, empty.",
+        Phase.BUILT: f"{t} is the plain table; {new} exists beside it, empty.",
         Phase.COPYING: f"{t} is the plain table, complete and in use; {new} is being filled beside it.",
         Phase.READY: f"{t} is the plain table, complete and in use; {new} is filled, compared and ready.",
         Phase.MIGRATED: f"{t} is partitioned and complete; {old} holds what was before.",
-        Phase.RETURNING: f"{t} is partitioned, complete and in use; {old} gets its new rows.",
-        Phase.UNDONE: f"{t} is the plain table; what is left of the migration is to be dropped.",
+        Phase.RETURNING: f"{t} is partitioned, complete and in use; {old} is getting its new rows.",
+        Phase.UNDONE: f"{t} is the plain table; what is left of the migration has yet to be dropped.",
         Phase.FINALIZING: f"{t} is partitioned and complete; {old} is being dropped.",
     }[phase]
 
 
 def what_becomes_of(plan: Plan) -> str:
-    """When the table goes that has become a partition."""
-    history = f"{plan.former}, all before {plan.first:%Y-%m-%d %H:%M} UTC,"
+    """When the table that has become a partition will be dropped."""
+    history = f"{plan.former}, all rows before {plan.first:%Y-%m-%d %H:%M} UTC,"
     goes = expires_on(plan.first, plan.table.retention_days)
     if goes is None:
-        return f"{history} never goes: every row is kept"
-    return f"{history} goes when its last row has expired, on {goes}"
+        return f"{history} is never dropped: every row is kept"
+    return f"{history} is dropped when its last row has expired, on {goes}"
 
 
 def not_to_be_dropped(table: TableSpec) -> str:
-    """What nobody may type who has gone back from a copy by hand before."""
+    """A warning for those who have gone back from a copy by hand before."""
     return (
-        f"DROP TABLE {table} would take it along, with every row; to go back, type: {rollback_command(table)}"
+        f"DROP TABLE {table} would drop it too, with every row; to go back, type: {rollback_command(table)}"
     )
 
 
 _ATTACHING = {
-    Phase.COPYING: "{t} is the plain table, complete and in use; it is made ready to become a partition.",
+    Phase.COPYING: "{t} is the plain table, complete and in use; it is being prepared to become a partition.",
     Phase.READY: "{t} is the plain table, complete, in use, and ready to become a partition of {new}.",
-    Phase.MIGRATED: "{t} is partitioned and complete; {history}, the table that was, is a partition of it.",
+    Phase.MIGRATED: "{t} is partitioned and complete; {history}, the former table, is a partition of it.",
     Phase.FINALIZING: "{t} is partitioned and complete; what is left of the migration is being dropped.",
 }
 
 
 @dataclass(frozen=True)
 class PeriodResult:
-    """What was found when a period's copy was compared with its origin, noted rows aside.
+    """The result of comparing a period's copy with its source, noted rows aside.
 
-    ``alike`` is None when rows were counted only.
+    ``alike`` is None when rows were only counted.
     """
 
     old_rows: int
@@ -110,7 +110,7 @@ class PeriodResult:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing was found to differ."""
+        """Whether no difference was found."""
         return self.old_rows == self.new_rows and self.alike is not False
 
 
@@ -118,7 +118,7 @@ class PeriodResult:
 class Heap:
     """What the plain table gives up when it becomes a partition, and gets back from a rollback.
 
-    ``key`` is the index by which it knew its rows; ``triggers`` are those for each row; ``nullable`` tells
+    ``key`` is the index that identified its rows; ``triggers`` are its row triggers; ``nullable`` says
     whether its time column was.
     """
 
@@ -129,7 +129,7 @@ class Heap:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Heap:
-        """From what the driver has parsed."""
+        """From JSON as parsed by the driver."""
         return cls(
             key=Index(**found["key"]),
             identities=tuple(
@@ -143,8 +143,8 @@ class Heap:
 
 @dataclass(frozen=True)
 class Expected:
-    """What was foretold when a migration began: rows to be copied; bytes of the table with its indexes, and
-    of the disk and the WAL that it takes; seconds of the six steps.
+    """The estimate when a migration began: rows to be copied; bytes of the table with its indexes, of extra
+    disk and of WAL; seconds of the six steps.
     """
 
     rows: int
@@ -161,10 +161,10 @@ class Plan:
     ``cutoff`` is the oldest instant whose rows are copied, ``first`` and ``end`` bound the partitions.
     ``old_key`` are the columns that identify a row of the plain table, ``new_key`` those and the time
     column; ``renames`` the names taken over in the swap: (kind, name, aside, built as); ``sequences`` those
-    that the plain table owns; ``foreign_keys`` those that it gives up in the swap and gets back from a
-    rollback; ``functions`` the definitions of functions that stood under the names of ours; ``heap`` is what
-    only the strategy ATTACH needs: then ``first`` is the bound before which all is the old table's;
-    ``expected`` is there if a report is wanted.
+    that the plain table owns; ``foreign_keys`` those that it loses in the swap and gets back in a rollback;
+    ``functions`` the definitions of functions that had the names of ours; ``heap`` is only for the strategy
+    ATTACH: then ``first`` is the bound before which every row stays in the old table; ``expected`` is set if
+    a report is wanted.
     """
 
     table: TableSpec
@@ -211,7 +211,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Plan:
-        """The reverse of ``as_json``, from what the driver has parsed."""
+        """The reverse of ``as_json``, from JSON as parsed by the driver."""
         times = {
             when: datetime.fromisoformat(found[when]).astimezone(UTC)
             for when in ("started_at", "cutoff", "first", "end")
@@ -233,11 +233,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class State:
-    """The row. ``compared`` maps the start of each period that is filled and compared to what was found;
-    ``fence`` is the instant of the swap; ``verified`` tells that the rows noted before it were compared
-    since; ``quieted`` maps the plain table's triggers and rules, while they are switched off, to the states
-    (O, D, R, A) that they had before; ``options`` are those that the operator gave, which a resumed run
-    repeats.
+    """The row. ``compared`` maps the start of each filled and compared period to its result; ``fence`` is the
+    instant of the swap; ``verified`` says that the rows noted before it have been compared since; ``quieted``
+    maps the plain table's triggers and rules, while they are disabled, to the states (O, D, R, A) that they
+    had before; ``options`` are those that the operator gave, which a resumed run reuses.
     """
 
     run_id: uuid.UUID
@@ -256,7 +255,7 @@ class State:
         return self.plan.table
 
 
-# With these words the comment on the state's table begins, by which it is found.
+# The comment on the state's table begins with these words, and the table is found by them.
 COMMENT = "chronos: how far the migration of "
 
 _CREATE = """
@@ -272,7 +271,7 @@ CREATE TABLE {table} (
     changed_at timestamptz NOT NULL DEFAULT now(),
     options jsonb NOT NULL DEFAULT '{{}}'
 );
--- An event trigger may have given it to somebody whose state could not be trusted.
+-- An event trigger may have given it to a role whose state could not be trusted.
 ALTER TABLE {table} OWNER TO CURRENT_USER;
 COMMENT ON TABLE {table} IS {comment};
 INSERT INTO {table} (run_id, phase, plan, options) VALUES ({run_id}, {phase}, {plan}, {options})
@@ -292,8 +291,8 @@ def create_statement(state: State) -> Statement:
     )
 
 
-# What is kept in the state is run by whoever carries the migration on, so it must be their own, or that of a
-# superuser. That the owner of the table to be migrated, or of its schema, made it is not enough.
+# The run that carries the migration on executes what the state holds, so its owner must be that role or a
+# superuser. The owner of the migrated table, or of its schema, is not enough.
 _OWNER = """
 SELECT pg_get_userbyid(c.relowner), c.relkind = 'r',
        o.rolsuper OR o.rolname = current_user,
@@ -305,10 +304,10 @@ WHERE n.nspname = {schema} AND c.relname = {state}
 
 
 def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> State | None:
-    """The state of the migration of ``table``, None when there is none, or a table of the application's.
+    """The state of the migration of ``table``; None when there is none, or the table is the application's.
 
-    Raises RefusedError when what is there is no table, or belongs to somebody whom the current user must not
-    trust; a table may be read ``only_to_show`` it, whoever made it.
+    Raises RefusedError when it is not a table, or belongs to a role that the current user must not trust;
+    with ``only_to_show`` a table is read whoever owns it.
     """
     found = execute(conn, statement(_OWNER, schema=table.home, state=table.state)).one_or_none()
     if found is None:
@@ -316,9 +315,9 @@ def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> S
     owner, is_table, trusted, looks_like_one = found
     if not is_table or not (trusted or only_to_show):
         raise RefusedError(
-            f"{table.state}, where a migration of {table} keeps its state, belongs to {owner}, who may not"
-            f" tell the current user what to do; nothing was changed. Connect as {owner}, or find out what it"
-            " is"
+            f"{table.state}, where a migration of {table} keeps its state, belongs to {owner}, whom the"
+            f" current user must not trust; nothing was changed. Connect as {owner}, or find out what that"
+            " table is"
         )
     if not looks_like_one:
         return None
@@ -349,7 +348,7 @@ def read(conn: Connection, table: TableSpec, *, only_to_show: bool = False) -> S
 
 
 def claim(conn: Connection, table: TableSpec, run_id: uuid.UUID) -> None:
-    """Lock the state to the end of the transaction and make sure that it is this run's.
+    """Lock the state until the end of the transaction and make sure that it is this run's.
 
     SHARE ROW EXCLUSIVE on the state's table. Raises SupersededError when another run has taken over.
     """
@@ -385,24 +384,24 @@ def fence_statement(table: TableSpec) -> Statement:
 
 
 def verified_statement(table: TableSpec) -> Statement:
-    """Note that the keys replayed before the swap were compared after it."""
+    """Record that the keys replayed before the swap were compared after it."""
     return statement("UPDATE {table} SET verified = true", table=_name(table))
 
 
 def quieted_statement(table: TableSpec, states: dict[str, str]) -> Statement:
-    """Note in which states the plain table's triggers and rules were."""
+    """Record the former states of the plain table's triggers and rules."""
     return statement("UPDATE {table} SET quieted = {states}", table=_name(table), states=json.dumps(states))
 
 
 def options_statement(table: TableSpec, options: dict[str, Any]) -> Statement:
-    """Note the options with which the migration goes on."""
+    """Record the options that the migration carries on with."""
     return statement(
         "UPDATE {table} SET options = {options}", table=_name(table), options=json.dumps(options)
     )
 
 
 def compared_statement(table: TableSpec, period: Period, result: PeriodResult) -> Statement:
-    """Note what was found when ``period`` was compared."""
+    """Record the result of comparing ``period``."""
     return statement(
         "UPDATE {table} SET compared = compared || jsonb_build_object({start}::text, {result}::jsonb)",
         table=_name(table),
@@ -412,7 +411,7 @@ def compared_statement(table: TableSpec, period: Period, result: PeriodResult) -
 
 
 def take_over(conn: Connection, state: State) -> State:
-    """Make this run the owner; waits for the last batch of the one before, if any still runs."""
+    """Make this run the owner; waits for the previous run's last batch, if it is still running."""
     mine = replace(state, run_id=uuid.uuid4())
     execute(conn, _locked(state.table))
     execute(
@@ -425,7 +424,7 @@ def take_over(conn: Connection, state: State) -> State:
 
 
 def where(engine: Engine, table: TableSpec) -> str:
-    """Which table the application is writing, as far as can still be told."""
+    """Which table the application is writing, as far as can be determined."""
     try:
         with opened(engine) as conn, transaction(conn):
             found = read(conn, table)
@@ -437,10 +436,10 @@ def where(engine: Engine, table: TableSpec) -> str:
 
 
 def own(conn: Connection, table: TableSpec, run_id: uuid.UUID) -> State | None:
-    """The state as it is now, None when there is none, in a transaction of its own.
+    """The current state, None when there is none, in a transaction of its own.
 
-    Waits for the batch that another connection of this run may still execute. Raises
-    SupersededError when the migration is another run's by now.
+    Waits for a batch that another connection of this run may still be executing. Raises SupersededError when
+    another run has taken over.
     """
     with transaction(conn):
         found = read(conn, table)
@@ -473,7 +472,7 @@ def finalized_by_hand(conn: Connection, state: State) -> bool:
 
 
 def relkind(conn: Connection, schema: str, table: str) -> str | None:
-    """The kind of a relation: ``r`` a plain table, ``p`` a partitioned one; None: there is none."""
+    """The kind of a relation: ``r`` a plain table, ``p`` a partitioned one; None if there is none."""
     kind: str | None = execute(
         conn,
         statement(

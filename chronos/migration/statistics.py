@@ -8,7 +8,7 @@ from chronos.db import execute, name, opened, statement, transaction
 from chronos.migration.context import Migration
 from chronos.table import Period
 
-# Nobody is waited for, nobody's vacuum is called off: a partition that somebody is at is analyzed after all.
+# NOWAIT, so that no session and no vacuum is disturbed: a partition in use is simply analyzed as well.
 _LOCK = """
 DO $do$
 DECLARE
@@ -27,10 +27,10 @@ $do$
 
 
 def gather_statistics(migration: Migration, live: list[Period]) -> None:
-    """Gather those of the whole table and of its partitions of ``live``; autovacuum does the others.
+    """Gather those of the whole table and of its partitions in ``live``; autovacuum does the others.
 
-    SHARE UPDATE EXCLUSIVE on the table; before PostgreSQL 18 also, for the second or so that it takes, on the
-    other partitions: readers and writers do not notice.
+    SHARE UPDATE EXCLUSIVE on the table; before PostgreSQL 18, for a second or so, also on the other
+    partitions: readers and writers do not notice.
     """
     shape, table = migration.shape, migration.table
     with opened(migration.engine) as analyzing, opened(migration.engine) as holding:
@@ -39,8 +39,8 @@ def gather_statistics(migration: Migration, live: list[Period]) -> None:
         if can_analyze_only(analyzing) or own_autovacuum(shape):
             execute(analyzing, query)
             return
-        # ANALYZE ONLY is not there yet. What another session of ours has locked is skipped, and the sample
-        # of the whole is taken from it all the same.
+        # No ANALYZE ONLY before PostgreSQL 18. Partitions that another session of ours has locked are skipped
+        # but still sampled for the whole table.
         with transaction(holding):
             mine = {table.partition(period) for period in live}
             leaves = [p.name for p in attached(holding, table) if p.name not in mine]

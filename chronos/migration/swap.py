@@ -1,12 +1,12 @@
-"""Exchange the names: the table that was filled takes the place of the one in use, in milliseconds.
+"""Swap the names: the filled table takes the place of the one in use, in milliseconds.
 
-Two sessions do it. A locks the table in use so that writers wait and readers go on; B replays the last notes,
-which are few, and commits; A waits until no snapshot is older than that commit, takes the lock that readers
-wait for too, looks once more at what refers to the table, and changes the names. So even a REPEATABLE READ
-transaction, begun before or meanwhile, finds every row, whichever table its query meets.
+Two sessions do it. A locks the table in use so that writers wait and readers go on; B replays the last few
+notes and commits; A waits until no snapshot is older than that commit, takes the lock that readers also wait
+for, checks again what refers to the table, and changes the names. So even a REPEATABLE READ transaction,
+begun before or during the swap, finds every row, whichever table its query reaches.
 
-What is not to be had within the attempt is let go, and tried again after a pause: the notes are replayed
-meanwhile, and nobody waits.
+An attempt that cannot get all of this in time lets go and is retried after a pause; meanwhile the notes are
+replayed, and nobody waits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import replace
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.ddl import (
+    disable_statements,
     enable_statements,
     force_statements,
     foreign_key_statements,
-    loud_statements,
     partition_differences,
-    quiet_statements,
     rename,
+    restore_statements,
     rule_statements,
     sequence_statements,
     sequences_back_statements,
@@ -50,23 +50,23 @@ from chronos.migration.snapshots import Snapshot, snapshots, still_there
 from chronos.migration.state import Phase, Plan, fence_statement, phase_statement, quieted_statement
 from chronos.migration.workers import CheckStop
 
-# A transaction that is older and has a snapshot is waited for before anybody has to wait for us.
+# An older transaction with a snapshot must end before we make anybody wait.
 _OLD_S = 0.5
 _POLL_S = 0.002
 _OF_DEADLOCK_TIMEOUT = 0.95
 
 
 class _TooMuchToReplayError(Exception):
-    """More was noted while the lock was waited for than may be replayed under it."""
+    """While we waited for the lock, more was noted than may be replayed under it."""
 
 
 def swap(migration: Migration, direction: Direction, check_stop: CheckStop) -> None:
-    """Let the filled table take the place of the one in use, whatever the direction.
+    """Let the filled table take the place of the one in use, in either direction.
 
     SHARE ROW EXCLUSIVE on the table in use while the last notes are replayed, then ACCESS EXCLUSIVE on it for
     the renames, and, on the way back, SHARE ROW EXCLUSIVE on the tables that its foreign keys refer to; all
-    within the patience of the operator. The table that goes out of use keeps its keys: see ``give_up_keys``.
-    Raises LockUnavailableError, ShapeError, NotesLostError, TruncatedError; nothing has happened then.
+    within the operator's patience. The table that goes out of use keeps its keys: see ``drop_keys``.
+    Raises LockUnavailableError, ShapeError, NotesLostError, TruncatedError, with nothing changed.
     """
     table = migration.table
     with opened(migration.engine) as other:
@@ -118,28 +118,28 @@ class _Exchange:
         self.target = direction.target(self.table)
 
     def run(self) -> None:
-        """From the first look to the last rename; the caller commits."""
+        """From the first check to the last rename; the caller commits."""
         migration, conn = self.migration, self.conn
         self._require_no_old_snapshot()
         migration.claim(conn)
-        # Nobody changes the table in use while the two are compared; the application reads and writes on.
+        # No DDL on the table in use while the two are compared; the application reads and writes.
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE UPDATE EXCLUSIVE"))
         oid, versions = self._oid(), self._versions()
         self._require_alike()
-        self._ask_for_less_than_a_deadlock()
+        self._wait_less_than_deadlock_timeout()
         partitions = self.direction is Direction.BACK
         execute(conn, lock_table(self.table.home, self.in_use, "SHARE ROW EXCLUSIVE", partitions=partitions))
         if migration.needs_notes and not notes_are_taken(conn, self.table):
             raise NotesLostError(
-                f"the note triggers on {self.table} were dropped or disabled meanwhile, so what was"
-                " written is not known"
+                f"the note triggers on {self.table} were dropped or disabled, so what was written since then"
+                " is unknown"
             )
         if waiting_notes(conn, migration, self.direction, FEW + 1) > FEW:
             raise _TooMuchToReplayError
         self._replay_the_rest()
         self._wait_for_snapshots()
         self._take_the_rest_of_the_locks()
-        # GRANT takes no lock on the table, and may have come meanwhile.
+        # GRANT takes no lock on the table, so one may have happened meanwhile.
         if self._versions() != versions:
             self._require_alike()
         following = dependents(conn, oid)
@@ -154,12 +154,12 @@ class _Exchange:
         execute(conn, joined([*statements, *redirects], ";\n"))
         require_dependents(conn, following, self._oid())
         if not forward:
-            self._require_given_back()
+            self._require_restored()
 
-    def _ask_for_less_than_a_deadlock(self) -> None:
-        """From here on somebody may wait for us, and we for them: we let go before the server looks into it.
+    def _wait_less_than_deadlock_timeout(self) -> None:
+        """From here on a session may wait for us and we for it: give up before the deadlock check runs.
 
-        It looks after deadlock_timeout, and would end the transaction that has waited that long: theirs.
+        It runs after deadlock_timeout in the session that has waited that long, and would cancel it: theirs.
         """
         deadlock_s = execute(
             self.conn,
@@ -171,7 +171,7 @@ class _Exchange:
         execute(self.conn, statement("SELECT set_config('lock_timeout', {wait}, true)", wait=wait))
 
     def _require_no_old_snapshot(self) -> None:
-        """Before any lock: somebody with an old snapshot who does not use the table has to be waited for."""
+        """Before any lock: a session with an old snapshot that does not use the table must end first."""
         old = [s for s in self._snapshots() if s.seconds > _OLD_S and not s.has_lock]
         if old:
             raise BlockedError(old[0].as_conflict())
@@ -181,7 +181,7 @@ class _Exchange:
             return snapshots(self.other, self.table.home, self.in_use, self.ours)
 
     def _replay_the_rest(self) -> None:
-        """Session B: what has been noted until writers had to wait."""
+        """Session B: replay what was noted before writers had to wait."""
         while True:
             with transaction(self.other, lock_timeout_ms=max(1, round(self.attempt.left_s * 1000))):
                 notes = replay(self.other, self.migration, self.direction)
@@ -190,7 +190,7 @@ class _Exchange:
             self.migration.notes_replayed += notes
 
     def _wait_for_snapshots(self) -> None:
-        """Until nobody has one from before the last replay; who uses the table is waited for by the lock."""
+        """Wait until no snapshot predates the last replay; the lock itself waits for users of the table."""
         self.before = self._snapshots()
         while waiting := [s for s in still_there(self.before, self._snapshots()) if not s.has_lock]:
             if not self.attempt.left_s:
@@ -204,7 +204,7 @@ class _Exchange:
         if self.direction is Direction.BACK:
             locks += [lock_table(s, t, "SHARE ROW EXCLUSIVE") for s, t in self.migration.referred()]
         for lock in locks:
-            # What one lock has taken of the attempt is not there for the next.
+            # Time spent on one lock is no longer available for the next.
             left = str(max(1, round(self.attempt.left_s * 1000)))
             timeout = statement("SELECT set_config('lock_timeout', {left}, true)", left=left)
             execute(self.conn, joined([timeout, lock], ";\n"))
@@ -216,7 +216,7 @@ class _Exchange:
         return tuple(execute(self.conn, statement(_CATALOG_ROWS, oid=self._oid())).one())
 
     def _require_alike(self) -> None:
-        """Raise ShapeError unless the new table is what the plain one is now, but for what is announced."""
+        """Raise ShapeError unless the new table matches the plain one, but for announced differences."""
         if self.direction is Direction.BACK:
             return
         plan = self.migration.plan
@@ -229,8 +229,8 @@ class _Exchange:
             raise ShapeError(changed_meanwhile(plan, found))
         self.migration.shape = was
 
-    def _require_given_back(self) -> None:
-        """Raise ShapeError unless the plain table has all that is its own back and is otherwise untouched."""
+    def _require_restored(self) -> None:
+        """Raise ShapeError unless the plain table has everything back and is otherwise unchanged."""
         plan = self.migration.plan
         was, now = self.migration.shape, read_shape(self.conn, self.table, self.table.name)
         renamed = [(original, aside) for _, original, aside, _ in plan.renames]
@@ -239,12 +239,12 @@ class _Exchange:
         if set(now.sequences) != set(plan.sequences):
             found.append(f"sequences: {plan.sequences} became {now.sequences}")
         if [r.enabled for r in was.rules] != [r.enabled for r in now.rules]:
-            found.append("rules: one has changed its state")
+            found.append("rules: one was enabled or disabled")
         if found:
-            raise ShapeError(f"{plan.table} would not be the table that it was: {'; '.join(found)}")
+            raise ShapeError(f"{plan.table} would not be the table it was before: {'; '.join(found)}")
 
     def _oid(self) -> int:
-        """Of whatever has the name now."""
+        """The OID of the table that has the name now."""
         return oid_of(self.conn, self.table.home, self.in_use)
 
 
@@ -258,41 +258,39 @@ FROM pg_class c WHERE c.oid = {oid}
 def changed_meanwhile(plan: Plan, found: list[str]) -> str:
     """What to do when the table in use was changed after the other one was built."""
     return (
-        f"{plan.table} was changed since {plan.table.new} was built, from which it differs now:"
+        f"{plan.table} was changed after {plan.table.new} was built, and now differs from it:"
         f" {'; '.join(found)}."
-        f" Undo that change and carry on; or roll back, and migrate the changed table"
+        f" Undo that change and carry on; or roll back and migrate the changed table"
     )
 
 
 def _linked(shape: TableShape, plan: Plan, linked: Direction) -> list[Statement]:
-    """The table that goes out of use, the target of ``linked``, keeps its foreign keys for a while: whoever
-    writes the other one takes copies out of it, and its own triggers and rules take no notice.
+    """The table that goes out of use, the target of ``linked``, keeps its foreign keys for a while: writers
+    of the other one delete copies from it, and its own triggers and rules do not fire.
     """
     if not plan.foreign_keys:
         return []
     table = linked.target(plan.table)
     return [
         unlink_function_statement(shape, plan, linked=linked),
-        *quiet_statements(shape, name(plan.table.home, table)),
+        *disable_statements(shape, name(plan.table.home, table)),
         *force_statements(shape, name(plan.table.home, table), off=True),
     ]
 
 
-def _names_pass(
-    plan: Plan, position: Callable[[tuple[str, str, str, str]], tuple[str, str]]
-) -> list[Statement]:
+def _renamed(plan: Plan, position: Callable[[tuple[str, str, str, str]], tuple[str, str]]) -> list[Statement]:
     return [rename(plan.table.home, found[0], *position(found)) for found in plan.renames]
 
 
 def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
-    """What happens under the locks when the partitioned table takes the name."""
+    """What runs under the locks when the partitioned table takes the name."""
     table = plan.table
     home = table.home
     return [
         rename(home, "TABLE", table.name, table.old),
-        *_names_pass(plan, lambda r: (r[1], r[2])),
+        *_renamed(plan, lambda r: (r[1], r[2])),
         rename(home, "TABLE", table.new, table.name),
-        *_names_pass(plan, lambda r: (r[3], r[1])),
+        *_renamed(plan, lambda r: (r[3], r[1])),
         *_linked(shape, plan, Direction.BACK),
         *([quieted_statement(table, states_of(shape))] if plan.foreign_keys else []),
         *enable_statements(shape, name(home, table.name)),
@@ -305,21 +303,21 @@ def forward_statements(shape: TableShape, plan: Plan) -> list[Statement]:
 
 
 def back_statements(shape: TableShape, plan: Plan) -> list[Statement]:
-    """What happens under the locks when the plain table gets its name back, and all that it had given up.
+    """What runs under the locks when the plain table gets its name back, and everything it had given up.
 
-    Its foreign keys are checked afterwards; from here on they hold for what is written.
+    Its foreign keys are enforced for new writes at once, and validated afterwards.
     """
     table = plan.table
     home = table.home
     plain = name(home, table.name)
     return [
         rename(home, "TABLE", table.name, table.new),
-        *_names_pass(plan, lambda r: (r[1], r[3])),
+        *_renamed(plan, lambda r: (r[1], r[3])),
         rename(home, "TABLE", table.old, table.name),
-        *_names_pass(plan, lambda r: (r[2], r[1])),
+        *_renamed(plan, lambda r: (r[2], r[1])),
         *_linked(shape, plan, Direction.FORWARD),
         *triggers_after_the_way_back(shape),
-        *loud_statements(shape, plain),
+        *restore_statements(shape, plain),
         quieted_statement(table, {}),
         *foreign_key_statements(plan.foreign_keys, plain, not_valid=True),
         *sequences_back_statements(table, plan.sequences),

@@ -1,4 +1,4 @@
-"""How fast the copy may go: batches that shrink under load, a limit of rows a second, a limit of lag."""
+"""How fast the copy may go: batches that shrink under load, a limit on rows per second, a limit on lag."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sqlalchemy.engine import Connection
 from chronos.db import execute, statement, transaction
 from chronos.errors import RefusedError
 
-_ROUND_S = 0.2  # how long a request to stop may go unnoticed while batches run
+_ROUND_S = 0.2  # longest delay before a stop is noticed while batches run
 _SLOW_BATCH_S = 1.0
 _SMALLEST_BATCH = 50
 _POLL_S = 1.0
-_NAP_S = 0.25  # how long a request to stop may go unnoticed while nothing is copied
+_NAP_S = 0.25  # longest delay before a stop is noticed while nothing is copied
 
 
 class Lag(NamedTuple):
-    """How far a replica is behind, in seconds, and what it is called."""
+    """A replica, and how far it is behind in seconds."""
 
     replica: str
     seconds: float
@@ -30,11 +30,11 @@ class Lag(NamedTuple):
 class Throttle:
     """Says when the next batch may begin and how many rows it may have; shared by all workers.
 
-    ``batch_size`` is the most; a batch that lasts longer than a second halves it, quick ones double it
-    again. ``rate_limit`` is in rows a second over all workers. ``lag`` returns the replica that is
-    furthest behind, None without replicas; it is asked once a second, and while it is more than
-    ``max_lag`` seconds no batch begins. ``on_pause`` is told why the copy stands still, again whenever
-    that changes, and then None. Time passes by ``clock`` and ``sleep``.
+    ``batch_size`` is the maximum; a batch that takes longer than a second halves it, quick ones double it
+    again. ``rate_limit`` is in rows per second over all workers. ``lag`` returns the replica that is furthest
+    behind, None without replicas; it is called once a second, and while the lag exceeds ``max_lag`` seconds
+    no batch begins. ``on_pause`` is called with the reason for a pause, again whenever that changes, and with
+    None when it ends. ``clock`` and ``sleep`` stand in for time.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Throttle:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        # Not more at once than a second's worth, so that the limit also holds within seconds.
+        # At most a second's worth at once, so that the limit also holds over short spans.
         self._most = batch_size if rate_limit is None else max(1, min(batch_size, round(rate_limit)))
         self._size = self._most
         self._rate_limit = rate_limit
@@ -61,13 +61,13 @@ class Throttle:
         self._free_at = clock()
         self._asked_at = float("-inf")
         self.lag: Lag | None = None
-        # Batches that begin by themselves, one after another, before ``begin`` is to be asked again.
+        # How long batches may follow each other before ``begin`` must be called again.
         self.round_s = 0.0 if rate_limit else _ROUND_S
 
     def begin(self, check_stop: Callable[[], None]) -> int:
-        """Wait until a batch may begin; returns the most rows that it may have.
+        """Wait until a batch may begin; returns the maximum rows for it.
 
-        ``check_stop`` is called again and again while waiting and raises to end it.
+        ``check_stop`` is called repeatedly while waiting and raises to end it.
         """
         check_stop()
         while not self._replicas_keep_up():
@@ -81,7 +81,7 @@ class Throttle:
         return size
 
     def end(self, size: int, rows: int, seconds: float) -> None:
-        """Note that the batch which was allowed ``size`` rows had ``rows`` and lasted ``seconds``."""
+        """Record that the batch that was allowed ``size`` rows had ``rows`` and took ``seconds``."""
         with self._turn:
             self._free_at += self._seconds(rows - size)
             if seconds > _SLOW_BATCH_S:
@@ -90,9 +90,9 @@ class Throttle:
                 self._size = min(self._most, self._size * 2)
 
     def cut_short(self, size: int, check_stop: Callable[[], None]) -> None:
-        """Note that the server has cancelled a batch of ``size`` rows: none gets as large again.
+        """Record that the server cancelled a batch of ``size`` rows: later ones are smaller.
 
-        Waits a second, for it may be a lock that was waited for in vain.
+        Waits a second, as the cause may be a lock.
         """
         with self._turn:
             self._free_at -= self._seconds(size)
@@ -141,9 +141,9 @@ WHERE state IS NULL OR state IN ('streaming', 'catchup')
 class ReplicaLag:
     """Asks the server how far its replicas are behind, over a connection of its own.
 
-    The server's ``replay_lag`` is that of the last change that was replayed: it stands still on a
-    replica that has stopped replaying. So we also remember when the server had written how much, and
-    a replica is as old as the first of these marks that it has not reached.
+    The server's ``replay_lag`` is that of the last replayed change: it stays the same on a replica that has
+    stopped replaying. So we also remember how much WAL the server had written at what time, and a replica is
+    as far behind as the first of these marks that it has not reached.
     """
 
     def __init__(self, conn: Connection, clock: Callable[[], float] = time.monotonic) -> None:
@@ -154,7 +154,7 @@ class ReplicaLag:
     def __call__(self) -> Lag | None:
         """The replica that is furthest behind; None when there is none.
 
-        Raises RefusedError when the server does not tell this role how far they are.
+        Raises RefusedError when this role may not see how far they are.
         """
         with transaction(self._conn):
             replicas = execute(self._conn, statement(_REPLICAS)).all()
@@ -163,8 +163,8 @@ class ReplicaLag:
             return None
         if any(replayed is None for _, _, replayed, _, _ in replicas):
             raise RefusedError(
-                "the server does not tell this role how far its replicas are; nothing was changed."
-                " GRANT pg_read_all_stats to it, or leave --max-replica-lag out"
+                "this role may not see how far the replicas are behind; nothing was changed."
+                " GRANT pg_read_all_stats to it, or omit --max-replica-lag"
             )
         written, slowest = replicas[0][4], min(replayed for _, _, replayed, _, _ in replicas)
         while self._marks and self._marks[0][0] <= slowest:

@@ -1,4 +1,4 @@
-"""Several connections work through a list, each taking the next item when it is done with one."""
+"""Several connections work through a list, each taking the next item when it finishes one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def work_through(
     work: Callable[[Connection, T, CheckStop], None],
     check_stop: CheckStop,
 ) -> None:
-    """``work`` on every item, in order, ``workers`` at a time, each over a connection of its own.
+    """Run ``work`` on every item, in order, ``workers`` at a time, each over a connection of its own.
 
-    ``work`` is given a ``check_stop`` that also raises when another worker has failed. The first failure
-    stops every worker at its next look, and is raised when all have stopped.
+    ``work`` gets a ``check_stop`` that also raises when another worker has failed. The first failure stops
+    every worker at its next check, and is raised when all have stopped.
     """
     queue = list(items)
     turn = threading.Lock()
@@ -54,10 +54,10 @@ def work_through(
         futures = [pool.submit(run) for _ in range(max(1, workers))]
         try:
             wait(futures)
-        except BaseException:  # Ctrl-C, in a program that leaves it to Python: none may go on unseen
+        except BaseException:  # Ctrl-C, if the program leaves it to Python: no worker may go on
             failed.set()
             raise
-    # All have ended here. What one of them met first is why the others stopped.
+    # All have ended. The first real error is why the others stopped.
     errors = [error for future in futures if (error := future.exception())]
     errors.sort(key=lambda error: isinstance(error, StopRequestedError))
     if errors:

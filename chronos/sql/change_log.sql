@@ -1,9 +1,9 @@
--- The notes of a migration: keys of rows that were written in the table in use, so that the other table
--- can be brought to the same. Before the swap that is the plain table, whose every write is noted; after
--- it the partitioned one, where @noted_function@ says which times are.
+-- The notes of a migration: keys of rows written in the table in use, so that the other table can be brought
+-- up to date. Before the swap that is the plain table, where every write is noted; after it the partitioned
+-- one, where @noted_function@ says which times are noted.
 --
--- chronos_origin is 'o' for what was written in the plain table and 'n' for the partitioned one;
--- chronos_truncated marks a TRUNCATE, which has no key.
+-- chronos_origin is 'o' for writes to the plain table and 'n' for the partitioned one; chronos_truncated marks
+-- a TRUNCATE, which has no key.
 
 CREATE TABLE @changes@ AS
     SELECT @#columns@ FROM @table@ WITH NO DATA;
@@ -14,23 +14,23 @@ ALTER TABLE @changes@
 COMMENT ON TABLE @changes@ IS
     'chronos: keys of rows written while the migration can still go either way; finalize and rollback remove it';
 
--- Finds a TRUNCATE, and a row without a time, among any number of notes; it costs the others nothing.
+-- Finds a TRUNCATE, or a row without a time, among any number of notes; other notes are not in it.
 CREATE INDEX ON @changes@ (chronos_truncated) WHERE @column@ IS NULL;
 
--- A publication of all tables has this one in it; without a key it could not be emptied then.
+-- A publication of all tables includes this one, and without a replica identity DELETE would fail.
 ALTER TABLE @changes@ REPLICA IDENTITY FULL;
 
--- The keys whose notes were replayed before the swap: they are compared once more.
+-- The keys whose notes were replayed before the swap, to be compared again.
 CREATE TABLE @replayed@ AS
     SELECT @#columns@ FROM @table@ WITH NO DATA;
 
 COMMENT ON TABLE @replayed@ IS
-    'chronos: keys whose notes were replayed, to be compared once more; finalize and rollback remove it';
+    'chronos: keys whose notes were replayed, to be compared again; finalize and rollback remove it';
 
 ALTER TABLE @replayed@ REPLICA IDENTITY FULL;
 
--- Writes down the key of each row that is written. SECURITY DEFINER: a role that may write the table need not be
--- allowed to write its notes.
+-- Notes the key of each row that is written. SECURITY DEFINER: a role that may write the table needs no
+-- privilege on its notes.
 CREATE FUNCTION @note_function@()
 RETURNS trigger
 LANGUAGE plpgsql
@@ -42,7 +42,7 @@ BEGIN
         INSERT INTO @schema@.@changes@ (chronos_origin, chronos_truncated) VALUES (TG_ARGV[0]::"char", true);
         RETURN NULL;
     END IF;
-    -- Nobody has written what @unlink_function@ takes out of the table that has gone out of use.
+    -- What @unlink_function@ deletes from the table no longer in use was not written by hand.
     IF TG_TABLE_NAME = @'old'@ AND pg_trigger_depth() > 1 THEN
         RETURN NULL;
     END IF;
@@ -58,9 +58,9 @@ $$;
 
 REVOKE ALL ON FUNCTION @note_function@() FROM PUBLIC;
 
--- A REPEATABLE READ transaction that is older than the swap, and has waited for it, does not see the rows that
--- were replayed last: its UPDATE or DELETE would pass them by without a word. It has to be repeated, as such
--- transactions must be prepared for. The arguments are the phases that a later one sees.
+-- A REPEATABLE READ transaction that is older than the swap and has waited for it does not see the rows that
+-- were replayed last: its UPDATE or DELETE would silently miss them. So it must be retried, which such
+-- transactions must be prepared for. The arguments are the phases that a later transaction sees.
 CREATE FUNCTION @snapshot_function@()
 RETURNS trigger
 LANGUAGE plpgsql
@@ -70,8 +70,8 @@ AS $$
 BEGIN
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
        AND NOT EXISTS (SELECT FROM @schema@.@state@ AS s WHERE s.phase = ANY (TG_ARGV)) THEN
-        RAISE EXCEPTION 'could not serialize access: % was exchanged after this transaction began', TG_TABLE_NAME
-            USING ERRCODE = 'serialization_failure', HINT = 'Repeat the transaction.';
+        RAISE EXCEPTION 'could not serialize access: % was swapped after this transaction began', TG_TABLE_NAME
+            USING ERRCODE = 'serialization_failure', HINT = 'Retry the transaction.';
     END IF;
     RETURN NULL;
 END
@@ -79,10 +79,10 @@ $$;
 
 REVOKE ALL ON FUNCTION @snapshot_function@() FROM PUBLIC;
 
--- Which times are noted in the partitioned table: none before the swap; all of them after it, until the notes
--- from before were compared; then those up to the swap; and all of them again on the way back. To replace this
--- function takes a millisecond under the lock of the swap, to make the triggers of all partitions would take
--- ten. The server writes its body into the triggers' conditions.
+-- Which times are noted in the partitioned table: none before the swap; all of them after it, until the earlier
+-- notes are compared; then those up to the swap; and all of them again on the way back. Replacing this function
+-- takes a millisecond under the lock of the swap; creating the triggers on all partitions would take ten. The
+-- server inlines its body into the triggers' conditions.
 CREATE FUNCTION @noted_function@(written @#time_type@)
 RETURNS boolean
 LANGUAGE sql

@@ -1,29 +1,28 @@
--- The functions that keep tables in partitions: a pair that does the work, shared by all tables of a schema,
--- and for each table a pair of one-line wrappers. They are callable by anyone who owns the table. For
--- webhook_log:
+-- The functions that maintain partitions: a pair that does the work, shared by all tables of a schema, and for
+-- each table a pair of one-line wrappers, callable by the owner of the table. For webhook_log:
 --
 --     SELECT create_future_webhook_log_partitions(30);   -- from now through 30 days ahead
---     SELECT drop_old_webhook_log_partitions(15);        -- whatever is older than 15 days
+--     SELECT drop_old_webhook_log_partitions(15);        -- everything older than 15 days
 --
--- With grace_days the second detaches what is older, and drops it that many days later, if it has expired by
--- then, too. The number stands in the text of the wrapper, so nobody who calls it can forget it; a setting of the
--- function would take a superuser. The comment of a detached table says when it goes. Nothing but that comment
--- makes it ours, and only for as long as nobody changes the comment or the table.
+-- With grace_days the second detaches what is older, and drops it that many days later if it has still expired
+-- then. The number is in the body of the wrapper, so no caller can forget it; a setting of the function would
+-- need a superuser. The comment of a detached table says when it will be dropped. Only that comment makes it
+-- ours, and only as long as nobody changes the comment or the table.
 --
--- What both have in common. A day is a UTC day, whatever the zone of the server, and however much time one
--- partition holds. What exists is read from the catalog's bounds, never from a name. Neither waits more than
--- 200 ms for a lock, so that nobody queues behind it for longer; then it raises lock_not_available and has
--- changed nothing, and the remedy is to call it again. Two callers at once: the second is refused the same
--- way. Every name is written with its schema, and nothing but pg_catalog is on the search path: no operator
--- or function that somebody has put elsewhere can be taken for the server's own.
+-- What both have in common. A day is a UTC day, whatever the time zone of the server and however much time a
+-- partition holds. What exists is read from the catalog's bounds, never from names. Neither waits more than 200 ms
+-- for a lock, so nobody queues behind it for longer; then it raises lock_not_available with nothing changed, and
+-- you call it again. If two callers come at once, the second is refused the same way. Every name is written with
+-- its schema, and only pg_catalog is on the search path: no operator or function elsewhere can be taken for the
+-- server's own.
 --
--- Whose code runs. All of it runs with the rights of the owner of the table, so whoever owns the shared pair could
--- make the owner of every table in the schema run anything. shared_functions_check.sql, which comes first, says
--- who that may be. The wrappers know the shared pair by its identity, not by its name (BEGIN ATOMIC): no
--- other function can take its place, and it cannot be dropped while a wrapper calls it.
+-- Whose code runs. All of it runs with the privileges of the owner of the table, so the owner of the shared pair
+-- could make the owner of every table in the schema run anything. shared_functions_check.sql, which comes first,
+-- says who that may be. The wrappers refer to the shared pair by OID, not by name (BEGIN ATOMIC): no other
+-- function can take its place, and it cannot be dropped while a wrapper calls it.
 
--- An older version with another result or other argument names cannot be replaced in place. What a role has put
--- there that cannot act as the owner goes as well: with it go the grants that this role has given on it.
+-- An older version with another result or other argument names cannot be replaced in place. A function owned by a
+-- role that cannot act as the owner is also dropped, and with it the grants that this role gave on it.
 DO $chronos$
 DECLARE
     older pg_catalog.oid;
@@ -45,9 +44,9 @@ BEGIN
 END
 $chronos$;
 
--- The shared pair is made, or brought to this version, by whoever may: a superuser, or its owner. It goes to
--- the owner of the schema, who can replace anything in it anyhow; else to the owner of the table. A superuser's
--- table takes it for a superuser, who keeps it.
+-- The shared pair is created, or updated to this version, by a superuser or its owner. It is given to the owner of
+-- the schema, who can replace anything in it anyway; else to the owner of the table. If the table belongs to a
+-- superuser, so does the pair, and it stays with that superuser.
 DO $install$
 DECLARE
     home     CONSTANT oid := (SELECT n.nspowner FROM pg_namespace n WHERE n.nspname = @'schema'@);
@@ -68,7 +67,7 @@ BEGIN
     LEFT JOIN pg_proc p ON p.oid IN (to_regprocedure(@'create_shared'@), to_regprocedure(@'drop_shared'@))
     LEFT JOIN pg_roles s ON s.oid = p.proowner
     WHERE o.rolname = @'owner'@;
-    -- What somebody else has put there goes, whatever version it says it is.
+    -- A pair of an untrusted owner is replaced, whatever version it claims to be.
     IF standing.ours AND (coalesce(standing.version, 0) <= @#version@ OR NOT standing.trusted) THEN
         EXECUTE $shared$
 
@@ -92,16 +91,16 @@ DECLARE
     upper     timestamp;
     first     timestamp;      -- where the current period begins
     last      timestamp;      -- where the days ahead end
-    sibling   oid;            -- the newest partition: the new ones are made in its likeness
-    covered   tsmultirange;   -- all that has its place already
+    sibling   oid;            -- the newest partition: the new ones are built like it
+    covered   tsmultirange;   -- the time that existing partitions cover
     leaf      text;
     shown     text;           -- the period of a new partition, for people
     qualified text;
     setting   text;
     privilege record;
-    attach    text[] := '{}'; -- the statements that put the new partitions in their place
+    attach    text[] := '{}'; -- the statements that attach the new partitions
 BEGIN
-    -- Citus lets one transaction change several tables when it goes to their shards one after another.
+    -- With Citus one transaction can change several tables only if it visits their shards one after another.
     PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true)
     WHERE current_setting('citus.multi_shard_modify_mode', true) IS NOT NULL;
     IF days_ahead IS NULL OR days_ahead < 0 THEN
@@ -165,8 +164,8 @@ BEGIN
                       HINT = format('Rename or drop %s, then call again. No partition was created.', qualified);
         END IF;
 
-        -- Made beside the parent and attached afterwards: SHARE UPDATE EXCLUSIVE on the parent lets
-        -- everybody read and write on, where PARTITION OF would stop them.
+        -- Created on its own and attached afterwards: SHARE UPDATE EXCLUSIVE on the parent lets reads and
+        -- writes go on, where PARTITION OF would block them.
         EXECUTE format('CREATE TABLE %s (LIKE %s INCLUDING ALL EXCLUDING IDENTITY) TABLESPACE %I', qualified, parent,
                        (SELECT s.spcname
                         FROM pg_tablespace s
@@ -191,7 +190,7 @@ BEGIN
                            (SELECT CASE relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END
                             FROM pg_class WHERE oid = sibling));
         END IF;
-        -- A column hands down neither of these. (Servers keep other things among the options, too.)
+        -- LIKE copies neither of these. (Servers keep other things among the options, too.)
         FOR setting IN
             SELECT format('ALTER COLUMN %I SET STATISTICS %s', a.attname, a.attstattarget)
             FROM pg_attribute a
@@ -204,7 +203,7 @@ BEGIN
         LOOP
             EXECUTE format('ALTER TABLE %s %s', qualified, setting);
         END LOOP;
-        -- The caller's default privileges have no place here, those of the other partitions have.
+        -- Not the caller's default privileges, but those of the other partitions.
         FOR setting IN
             SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(x.grantee)) END
             FROM pg_class c, aclexplode(c.relacl) x
@@ -227,18 +226,18 @@ BEGIN
         RETURN NEXT leaf;
     END LOOP;
 
-    -- Last, because each locks the table that a foreign key refers to, against writes, until all is done.
+    -- Last, because each blocks writes to the tables that foreign keys refer to until the end.
     FOREACH setting IN ARRAY attach LOOP
         EXECUTE setting;
     END LOOP;
 END
 $chronos$;
 
--- Drops the partitions whose last instant lies before the day that is retention_days before as_of, and returns
--- their names. With grace_days, which the wrapper hands over, it detaches these, and drops the ones that it
--- detached so many days ago. A plain DETACH, for the partition is locked already, and it commits together with
--- the comment that says when the table goes. CONCURRENTLY would have to wait for every older transaction,
--- cannot run in a function, refuses a default partition, and leaves a half detached one when it is cut off.
+-- Drops the partitions that end before the day that is retention_days before as_of, and returns their names.
+-- With grace_days, which the wrapper passes, it detaches these, and drops the ones that it detached that many
+-- days ago. A plain DETACH, as the partition is already locked, and it commits together with the comment that says
+-- when the table will be dropped. CONCURRENTLY would wait for every older transaction, cannot run in a function,
+-- refuses a default partition, and leaves a half-detached one when interrupted.
 CREATE OR REPLACE FUNCTION @schema@.chronos_drop_partitions(
     schema_name text, table_name text, retention_days integer, as_of timestamptz, grace_days integer DEFAULT 0
 )
@@ -251,8 +250,8 @@ SET datestyle = 'ISO'
 SET standard_conforming_strings = on
 AS $chronos$
 DECLARE
-    -- Every lock is held to the end of the call: a month at a time keeps the wait of the others short
-    -- and the lock table of the server far from full. What is left over goes with the next call.
+    -- Every lock is held to the end of the call: a month at a time keeps waits short and the server's lock
+    -- table far from full. The rest is dropped by the next call.
     most      CONSTANT integer := 31;
     parent    CONSTANT regclass := to_regclass(format('%I.%I', schema_name, table_name));
     today     CONSTANT date := (as_of AT TIME ZONE 'UTC')::date;
@@ -263,10 +262,10 @@ DECLARE
     migration record;
     leaf      record;
     key       name;             -- a foreign key of a detached table
-    wait      text := '';       -- NOWAIT once a partition has cost us the whole of lock_timeout
+    wait      text := '';       -- NOWAIT once a partition has used up the whole lock_timeout
     doomed    text[] := '{}';   -- locked, qualified and quoted
     contended text[] := '{}';   -- somebody is using these
-    needed    text[] := '{}';   -- something else in the database hangs on these
+    needed    text[] := '{}';   -- other objects depend on these
     done      boolean := false; -- something was dropped or detached
     detail    text;
 BEGIN
@@ -285,16 +284,16 @@ BEGIN
             USING ERRCODE = 'lock_not_available';
     END IF;
 
-    -- Nobody attaches, detaches or re-bounds a partition while this is held; everybody reads and writes.
+    -- While this is held nobody attaches or detaches a partition; reads and writes go on.
     EXECUTE format('LOCK TABLE ONLY %I.%I IN SHARE UPDATE EXCLUSIVE MODE', schema_name, table_name);
     IF to_regclass(format('%I.%I', schema_name, table_name)) IS DISTINCT FROM parent THEN
-        RAISE EXCEPTION '% was exchanged while its lock was waited for; call again later', table_name
+        RAISE EXCEPTION '% was swapped while this call waited for its lock; call again later', table_name
             USING ERRCODE = 'lock_not_available';
     END IF;
 
-    -- A way back begins under a lock that excludes the one above, so the phase read here holds to the end of
-    -- the call. What somebody else has put under this name is neither ours nor safe to be read: a view or a
-    -- policy could call anything, with the rights of whoever calls this function.
+    -- A way back begins under a lock that conflicts with the one above, so the phase read here holds to the end
+    -- of the call. Somebody else's object of this name is neither ours nor safe to read: a view or a policy could
+    -- call anything, with the privileges of the caller of this function.
     SELECT s.oid INTO state
     FROM pg_class s JOIN pg_class t ON t.oid = parent
     WHERE s.oid = to_regclass(format('%I.%I', schema_name, table_name || '_migration'))
@@ -303,8 +302,8 @@ BEGIN
            WHERE a.attrelid = s.oid AND a.attname IN ('phase', 'verified')) = 2;
     IF state IS NOT NULL THEN
         IF snapshot THEN
-            RAISE EXCEPTION 'the migration of % is not over: partitions are dropped in READ COMMITTED transactions '
-                'only', table_name
+            RAISE EXCEPTION 'the migration of % is not finished: until then partitions are dropped only in READ '
+                'COMMITTED transactions', table_name
                 USING ERRCODE = 'invalid_transaction_state';
         END IF;
         BEGIN
@@ -314,17 +313,17 @@ BEGIN
                 RAISE NOTICE '% is on its way back to the plain table; no partition was dropped', table_name;
                 RETURN;
             ELSIF migration.phase = 'migrated' AND NOT migration.verified THEN
-                RAISE NOTICE 'what was written to % shortly before the swap is not compared yet; no partition was '
+                RAISE NOTICE 'rows written to % shortly before the swap are not compared yet; no partition was '
                     'dropped', table_name;
                 RETURN;
             END IF;
         EXCEPTION WHEN undefined_table THEN
-            NULL;  -- the migration has been finalized at this moment
+            NULL;  -- the migration was finalized just now
         END;
     END IF;
 
-    -- Citus locks the parent on every node when one of its leaves is locked: the parent's comes first there,
-    -- and no leaf is waited for while everybody waits for us. Nor does a node wait longer for a shard.
+    -- Citus locks the parent on every node when one of its partitions is locked. So the parent comes first there,
+    -- and we wait for no partition while everybody waits for us, nor does a node wait longer for a shard.
     IF citus THEN
         wait := 'NOWAIT';
         PERFORM set_config('citus.propagate_set_commands', 'local', true);
@@ -333,14 +332,13 @@ BEGIN
     END IF;
 
     -- Expired: the upper bound, which is exclusive, is not after the start of the oldest day to keep.
-    -- The partition that reaches furthest into the future stays in any case: a table without any
-    -- refuses every insert.
-    -- A detached table is due on the day that its comment says, if it has expired by then, too. It is still
-    -- ours as long as the table and its comment were last changed together, by the same (sub)transaction,
-    -- which is the one that detached it: whoever attaches it again, or changes either, keeps it. An old
-    -- snapshot does not tell that. A dump restored in one transaction changes both together as well, but makes
-    -- another table than the one that the comment names; ALTER TABLE ... INHERIT changes neither.
-    -- What a view needs comes last: it must not take the place of others in every call.
+    -- The partition that reaches furthest into the future always stays: a table without any rejects every insert.
+    -- A detached table is due on the day in its comment, if it has expired by then. It is still ours as long as
+    -- the table and its comment were last changed by the same (sub)transaction, the one that detached it: attach it
+    -- again, or change either, and it stays. An old snapshot cannot show that. A dump restored in one transaction
+    -- also changes both together, but creates another table than the one that the comment names; ALTER TABLE ...
+    -- INHERIT changes neither.
+    -- Partitions that a view needs come last: they must not use up the places of others in every call.
     FOR leaf IN
         SELECT p.relid, p.name, p.qualified, NULL::xid AS detached_by, p.upper_bound, p.viewed
         FROM (SELECT c.oid AS relid,
@@ -385,8 +383,8 @@ BEGIN
             RAISE NOTICE 'more partitions have expired than one call drops (%); call again', most;
             EXIT;
         END IF;
-        -- The partition before its parent: whoever still reads it is waited for while all the
-        -- others go on, and the lock that stops everybody comes last and is given back first.
+        -- The partition before its parent: we wait for its readers while everybody else goes on, and the lock
+        -- that blocks everybody is taken last and for the shortest time.
         BEGIN
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE %s', leaf.qualified, wait);
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
@@ -400,7 +398,7 @@ BEGIN
                 FROM pg_class c, pg_class t WHERE c.oid = leaf.relid AND t.oid = parent);
             CONTINUE;
         END;
-        -- Whoever was waited for may have renamed it, and given its name to another table.
+        -- The session that we waited for may have renamed it and given its name to another table.
         CONTINUE WHEN to_regclass(leaf.qualified) IS DISTINCT FROM leaf.relid;
         IF leaf.detached_by IS NULL OR EXISTS (
             SELECT FROM pg_description d JOIN pg_class c ON c.oid = d.objoid AND c.xmin = d.xmin
@@ -424,8 +422,8 @@ BEGIN
         BEGIN
             IF leaf.waits THEN
                 EXECUTE format('ALTER TABLE %I.%I DETACH PARTITION %s', schema_name, table_name, leaf.qualified);
-                -- They would keep the rows that they refer to from being deleted. ATTACH brings them back.
-                -- Citus cannot drop them: their names on the shards are not those that it looks for.
+                -- They would keep the rows that they refer to from being deleted. ATTACH restores them.
+                -- Citus cannot drop them, as it looks for other names on the shards.
                 FOR key IN SELECT conname FROM pg_constraint
                            WHERE conrelid = leaf.relid AND contype = 'f' AND NOT citus LOOP
                     EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', leaf.qualified, key);
@@ -445,12 +443,12 @@ BEGIN
         END;
     END LOOP;
 
-    -- An error would undo what has been dropped, so there is one only when that is nothing.
+    -- An error would undo the drops, so raise one only if there were none.
     IF contended <> '{}' AND NOT done THEN
-        RAISE EXCEPTION 'cannot drop expired partitions, somebody is using them: %', array_to_string(contended, ', ')
+        RAISE EXCEPTION 'cannot drop expired partitions, they are in use: %', array_to_string(contended, ', ')
             USING ERRCODE = 'lock_not_available', HINT = 'Nothing was dropped; call again later.';
     ELSIF contended <> '{}' THEN
-        RAISE WARNING 'somebody is using these expired partitions, they stay until the next call: %',
+        RAISE WARNING 'these expired partitions are in use and stay until the next call: %',
             array_to_string(contended, ', ');
     END IF;
     IF needed <> '{}' AND NOT done THEN
@@ -463,12 +461,12 @@ BEGIN
 END
 $chronos$;
 
--- Whoever calls a wrapper calls these. They give nobody a right that he does not have.
+-- The owner of each table calls these through its wrappers. They give nobody additional privileges.
 GRANT EXECUTE ON FUNCTION @#create_shared@, @#drop_shared@ TO PUBLIC;
 
 COMMENT ON FUNCTION @#create_shared@ IS
     'chronos @#version@: creates the partitions of a table that are missing from as_of (UTC) through days_ahead '
-    'days later, one each hour, day, week or month; create_future_..._partitions of the table calls it';
+    'days later, one per hour, day, week or month; create_future_..._partitions of the table calls it';
 COMMENT ON FUNCTION @#drop_shared@ IS
     'chronos @#version@: drops the partitions of a table that end before the day that is retention_days before '
     'as_of (UTC), or detaches them now and drops them grace_days days later; drop_old_..._partitions of '
@@ -480,7 +478,7 @@ COMMENT ON FUNCTION @#drop_shared@ IS
         END LOOP;
     END IF;
 
-    -- The function that drops reads the state of the migration, which may belong to the operator.
+    -- The drop function reads the state of the migration, which may belong to the operator.
     SELECT c.oid INTO state
     FROM pg_class c
     WHERE c.oid = to_regclass(format('%I.%I', @'schema'@, @'state'@)) AND c.relkind = 'r'
@@ -491,9 +489,8 @@ COMMENT ON FUNCTION @#drop_shared@ IS
 END
 $install$;
 
--- The wrappers of this table. They run with the rights of its owner, whoever calls: a role that is to do the
--- nightly upkeep and nothing else needs EXECUTE on both and USAGE on the schema. All that it can choose is a
--- number of days.
+-- The wrappers of this table. They run with the privileges of its owner, whoever calls: a role for the nightly
+-- upkeep alone needs EXECUTE on both and USAGE on the schema. All that it can choose is a number of days.
 CREATE OR REPLACE FUNCTION @schema@.@create_function@(days_ahead integer)
 RETURNS SETOF text
 LANGUAGE sql
@@ -518,12 +515,12 @@ REVOKE ALL ON FUNCTION @schema@.@create_function@(integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION @schema@.@drop_function@(integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION @schema@.@create_function@(integer) IS
-    'chronos @#version@: creates the partitions (one a @#every@) that are missing from now (UTC) through days_ahead '
+    'chronos @#version@: creates the partitions (one per @#every@) that are missing from now (UTC) through days_ahead '
     'days from now, gaps included; returns their names. SHARE UPDATE EXCLUSIVE on the table: reads and writes go '
     'on. Raises lock_not_available after 200 ms without a lock, having changed nothing.';
 COMMENT ON FUNCTION @schema@.@drop_function@(integer) IS
     'chronos @#version@: drops the partitions that end before the day that is retention_days old (UTC), at most 31 '
-    'in a call, never the newest, and none while a migration is on its way back or not compared to its end; '
-    'returns their names. With grace_days (here @#grace_days@; 0: none) it detaches them now, and drops them so many '
+    'per call, never the newest, and none while a migration is being rolled back or not fully compared; '
+    'returns their names. With grace_days (here @#grace_days@; 0: none) it detaches them now, and drops them that many '
     'days later. ACCESS EXCLUSIVE on the table for milliseconds. Raises lock_not_available after 200 ms'
     ' without a lock, having changed nothing.';

@@ -1,12 +1,12 @@
--- What the nightly jobs did, for status and for people: a row for each run of a job with a table of this schema.
+-- What the nightly jobs did, for status and for people: a row for each run of a job on a table of this schema.
 --
 --     SELECT night, job, table_name, result, report FROM chronos_reports ORDER BY reported DESC;
 --
--- It is made by the first run that may, beside the functions, and belongs to whom these belong: to the owner of
--- the schema where the current user can act as that role, else to the owner of the table. origin is the database
--- that the row was written in: one that a dump brought along does not count where it is restored.
+-- The first run that may create it does so, beside the functions, and it has the same owner as these: the owner
+-- of the schema if the current user can act as that role, else the owner of the table. origin is the database in
+-- which the row was written: rows from a dump do not count where it is restored.
 
--- Before the first expression: a function in the schema of the table may fit better than the server's own.
+-- Before the first expression: a function in the table's schema may be a better match than the server's own.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 DO $chronos$
@@ -30,14 +30,14 @@ BEGIN
             PRIMARY KEY (job, table_name, run)
         );
         COMMENT ON TABLE @schema@.chronos_reports IS
-            'chronos: what the jobs did that create and drop partitions, for 35 days';
+            'chronos: what the jobs that create and drop partitions did, kept for 35 days';
         REVOKE ALL ON @schema@.chronos_reports FROM PUBLIC;
         EXECUTE format('ALTER TABLE %s OWNER TO %I', reports,
                        CASE WHEN pg_has_role(home, 'USAGE')
                                  AND NOT (SELECT o.rolsuper FROM pg_roles o WHERE o.rolname = @'owner'@)
                             THEN pg_get_userbyid(home) ELSE @'owner'@ END);
     END IF;
-    -- Whoever owns another table of the schema keeps its reports here as well.
+    -- The owners of other tables in the schema keep their reports here too.
     IF pg_has_role((SELECT c.relowner FROM pg_class c WHERE c.oid = to_regclass(reports)), 'USAGE')
        AND NOT has_table_privilege(@'owner'@, reports, 'SELECT')
     THEN

@@ -1,9 +1,9 @@
 -- Whose functions the wrappers of @#table@ may call: those of a role that the owner of the table must trust
--- anyhow. That is a superuser, the owner of the schema, who can replace any function in it, the owner of the
--- table, and whoever can act as one of them. Anybody else could make the owner of the table run anything. A
--- superuser trusts superusers alone: who owns the schema, or the database, would become one by a table of his.
--- Raises insufficient_privilege when the pair belongs to somebody else, or is older and cannot be replaced.
--- Installations in one schema wait for each other until the transaction ends.
+-- anyway. That is a superuser, the owner of the schema (who can replace any function in it), the owner of the
+-- table, or a role that can act as one of them. Any other role could make the owner of the table run anything. A
+-- superuser trusts only superusers: otherwise a superuser's table would make the owner of its schema or database
+-- a superuser. Raises insufficient_privilege when the pair belongs to another role, or is older and cannot be
+-- replaced. Installations in one schema wait for each other until the transaction ends.
 DO $chronos$
 DECLARE
     standing record;
@@ -26,7 +26,7 @@ BEGIN
             USING ERRCODE = 'insufficient_privilege';
     END IF;
     IF standing.version < @#version@ AND NOT standing.ours THEN
-        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % are of '
+        RAISE EXCEPTION 'the functions chronos_create_partitions and chronos_drop_partitions of schema % are '
             'version % and belong to %; let that role or a superuser install version @#version@: '
             'python -m chronos upgrade-functions',
             @'schema'@, standing.version, standing.owner

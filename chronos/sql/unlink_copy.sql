@@ -1,9 +1,9 @@
--- While the table that is not in use has foreign keys (@#linked@), a row that is deleted, or gets another key or
--- another reference, must not be left in it until its note is replayed: it would keep the application from
--- deleting what the row has referred to. So its copy goes first, before the row itself, for what the application
--- has in its own triggers and WITH queries may count on it. A note is taken as well: whatever becomes of the row.
+-- While the table not in use has foreign keys (@#linked@), the copy of a row that is deleted, or that gets another
+-- key or reference, must not stay there until its note is replayed: it would keep the application from deleting
+-- what the row referred to. So the copy is deleted first, before the row itself, as the application's own triggers
+-- and WITH queries may rely on that. A note is taken too, whatever happens to the row.
 --
--- Nothing happens while there is no such table, or somebody has dropped it.
+-- Nothing happens while there is no such table, or once somebody has dropped it.
 CREATE OR REPLACE FUNCTION @unlink_function@()
 RETURNS trigger
 LANGUAGE plpgsql
