@@ -437,7 +437,7 @@ def test_a_rollback_that_starts_meanwhile_is_noticed(database: str, cur: cursor)
 
 def test_a_snapshot_that_may_be_older_than_the_rollback_is_refused(cur: cursor) -> None:
     run(cur, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT now()")
-    with pytest.raises(errors.InvalidTransactionState, match="READ COMMITTED transactions only"):
+    with pytest.raises(errors.InvalidTransactionState, match="only in READ COMMITTED transactions"):
         drop(cur, 15)
     run(cur, "ROLLBACK; DROP TABLE webhook_log_migration")
     run(cur, "BEGIN ISOLATION LEVEL REPEATABLE READ")

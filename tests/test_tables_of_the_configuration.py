@@ -208,7 +208,7 @@ def test_several_tables_are_listed_when_none_is_named(database: str, configure: 
     upgraded = chronos(database, "upgrade-functions", env=env)
     assert upgraded.returncode == 0
     assert (
-        "public.create_future_audit_partitions and public.drop_old_audit_partitions are current"
+        "public.create_future_audit_partitions and public.drop_old_audit_partitions are already current"
         in upgraded.stdout
     )
     assert "public.events is a plain table, and gets its functions when it is migrated" in upgraded.stdout
@@ -410,7 +410,7 @@ def test_hand_made_partitions_of_other_widths_do_not_contradict_the_interval(
         " CREATE TABLE odd PARTITION OF events FOR VALUES FROM ('2026-01-01+00') TO ('2026-02-11+00')",
     )
     env = configure(listed(TableSpec("events", column="at", every=Interval.WEEK)))
-    assert "are current" not in (done := chronos(database, "upgrade-functions", env=env)).stdout
+    assert "are already current" not in (done := chronos(database, "upgrade-functions", env=env)).stdout
     assert done.returncode == 0, done.stderr
     query(
         database, "CREATE TABLE w PARTITION OF events FOR VALUES FROM ('2025-10-06+00') TO ('2025-10-13+00')"
@@ -733,7 +733,7 @@ def test_a_name_is_parsed_as_sql_parses_it(text: str, schema: str | None, name: 
 
 @pytest.mark.parametrize("text", ["", "a.b.c", 'a"b', "1st", "a b", '""'])
 def test_an_invalid_name_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no name of a table"):
+    with pytest.raises(ValueError, match="not a table name"):
         TableSpec.named(text)
 
 

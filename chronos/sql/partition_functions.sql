@@ -264,7 +264,7 @@ DECLARE
     key       name;             -- a foreign key of a detached table
     wait      text := '';       -- NOWAIT once a partition has used up the whole lock_timeout
     doomed    text[] := '{}';   -- locked, qualified and quoted
-    contended text[] := '{}';   -- somebody is using these
+    contended text[] := '{}';   -- these are in use
     needed    text[] := '{}';   -- other objects depend on these
     done      boolean := false; -- something was dropped or detached
     detail    text;
