@@ -366,7 +366,8 @@ class _Attempt:
             ).one_or_none() or (None, False)
         if owner is None:
             raise _NotReadyError(
-                f"the function {function} is not installed; migrate first: {commands.migrate(table)}"
+                f"the function {function} is not installed; migrate first: {commands.migrate(table)}; if a"
+                f" migration is under way already: {commands.status(table)}"
             )
         if not trusted:
             raise RefusedError(

@@ -49,9 +49,11 @@ def status(url: str, redis_url: str) -> Status:
     return collect(Settings(database_url=SecretStr(url), redis_url=SecretStr(redis_url)))
 
 
-def drop(url: str, as_of: datetime) -> list[str]:
+def drop(url: str, as_of: datetime, grace_days: int = 0) -> list[str]:
     """The partitions that the drop function, called at that time, drops."""
-    rows = query(url, "SELECT chronos_drop_partitions('public', 'webhook_log', 15, %s)", as_of)
+    rows = query(
+        url, "SELECT chronos_drop_partitions('public', 'webhook_log', 15, %s, %s)", as_of, grace_days
+    )
     return [row[0] for row in rows]
 
 
@@ -207,6 +209,28 @@ def test_status_shows_its_size_and_when_it_will_be_dropped(database: str, redis_
     as_json = json.loads(chronos(database, "status", "--json", env={"REDIS_URL": redis_url}).stdout)
     assert as_json["healthy"]
     assert as_json["partition_list"][-1]["name"] == "webhook_log_history"
+
+
+def test_while_it_waits_detached_rollback_says_how_to_attach_it_and_then_works(database: str) -> None:
+    attach(database)
+    kept = digest(database)
+    query(database, "SELECT create_future_webhook_log_partitions(60)")
+    assert drop(database, planned_bound(database) + timedelta(days=15), grace_days=7) == []
+    assert digest(database)[0] == 0
+
+    refused = chronos(database, *ROLLBACK)
+
+    assert refused.returncode == 2
+    assert "[history-gone]" in refused.stderr
+    query(database, refused.stderr.partition("attach it first: ")[2].partition(";")[0])
+    assert digest(database) == kept
+    done = chronos(database, *ROLLBACK)
+    assert done.returncode == 0, done.stderr
+    assert digest(database) == kept
+    foreign_keys = (
+        "SELECT count(*) FROM pg_constraint WHERE conrelid = 'webhook_log'::regclass AND contype = 'f'"
+    )
+    assert value(database, foreign_keys) == 1
 
 
 @pytest.mark.parametrize("finalized", [False, True])

@@ -24,7 +24,7 @@ from chronos.migration.changes import emptied_by_hand, notes_are_taken, truncate
 from chronos.migration.checks import Finding, citus_table
 from chronos.migration.context import match, names
 from chronos.migration.state import Phase, Plan, State
-from chronos.table import Period, TableSpec
+from chronos.table import Period, TableSpec, quoted
 
 _SHOWN = 3
 # Rows beyond the bound of an attached table that may be moved back while everybody waits: half a second.
@@ -125,11 +125,16 @@ def _of_an_attached_table(conn: Connection, found: State, shape: TableShape) -> 
     table, plan = found.table, found.plan
     bound = shape.instant(plan.first)
     if not any(p.name == table.history for p in attached(conn, table)):
-        yield Obstacle(
-            "history-gone",
-            f"{table.history}, the former table, is no longer a partition of {table}: retention dropped it,"
-            f" or somebody detached it, and there is no way back; finish with: {finalize_command(table)}",
+        why = (
+            f"is no longer a partition of {table}: retention dropped it, or somebody detached it, and there is"
+            f" no way back; finish with: {finalize_command(table)}"
         )
+        if any(one.name == table.history for one in detached(conn, table)):
+            why = (
+                f"is detached and waits for its drop; attach it first: ALTER TABLE {table} ATTACH PARTITION"
+                f" {quoted(table.history)} FOR VALUES FROM (MINVALUE) TO ('{plan.first}');"
+            )
+        yield Obstacle("history-gone", f"{table.history}, the former table, {why}")
     beyond = rows_beyond(conn, table, bound)
     if beyond and table.column not in plan.old_key and (repeated := _repeated_beyond(conn, plan, bound)):
         yield _repeated(plan, "the plain table", repeated)
