@@ -126,8 +126,8 @@ def _of_an_attached_table(conn: Connection, found: State, shape: TableShape) -> 
     bound = shape.instant(plan.first)
     if not any(p.name == table.history for p in attached(conn, table)):
         why = (
-            f"is no longer a partition of {table}: retention dropped it, or somebody detached it, and there is"
-            f" no way back; finish with: {finalize_command(table)}"
+            f"is no longer a partition of {table}: retention dropped it, or somebody detached it; there"
+            f" is no way back; finish with: {finalize_command(table)}"
         )
         if any(one.name == table.history for one in detached(conn, table)):
             why = (
