@@ -27,8 +27,7 @@ from sqlalchemy.engine import Engine, make_url
 
 from bench.stage import WRITERS, WRITES_A_SECOND
 
-# Ages of rows, in whole days: those that are counted by day, those that may be deleted, all that are compared
-# at the end.
+# Ages of rows, in whole days: those counted by day, those that may be deleted, all those compared at the end.
 COUNTED_DAYS = range(1, 10)
 DELETED_DAYS = range(10, 13)
 COMPARED_DAYS = 13
@@ -155,7 +154,7 @@ def watched(engine: Engine, day: datetime) -> Iterator[Account]:
 
 
 def _live(url: str, day: datetime, orders: Pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process; the pipe then ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the measuring process handles Ctrl-C and ends the pipe
     application = _Application(url, day)
     application.start()
     orders.send(None)

@@ -137,7 +137,7 @@ def _by_psycopg2(engine: Engine, seconds: float) -> list[float]:
 
 
 def _server_seconds(engine: Engine) -> float:
-    """The median of three runs: ``_LOOP_ROWS`` inserts, a statement each, in one transaction."""
+    """The median of three runs: ``_LOOP_ROWS`` single-row inserts, in one transaction."""
     costs = []
     with _session(engine) as session, session.cursor() as cur:
         for _ in range(3):

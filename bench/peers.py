@@ -41,8 +41,8 @@ SELECT pg_database_size(current_database()),
 class Run:
     """One run of a tool: its rows, the bytes it wrote, and what the application saw.
 
-    ``seconds`` are those of all its commands, ``whole_s`` those until the partitioned table was in use with
-    every row in place.
+    ``seconds`` is for all its commands, ``whole_s`` until the partitioned table was in use with every row in
+    place.
     """
 
     rows: int

@@ -1,8 +1,8 @@
 """``python -m bench.scale --rows N``: the whole migration of the largest table that chronos is for.
 
-The rows are narrow, about 200 bytes with their indexes: what is measured is their number, not their width.
-It can be stopped at any time, with Ctrl-C or kill: the next call resumes where this one stopped, on the same
-server, and ``--discard`` throws away what is there.
+The rows are narrow, about 200 bytes with their indexes: their number matters here, not their width. It can be
+stopped at any time, with Ctrl-C or kill: the next call resumes where this one stopped, on the same server,
+and ``--discard`` throws away what is there.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ ALTER TABLE webhook_log ADD CONSTRAINT webhook_log_webhook_endpoint_id_fkey
 
 @dataclass
 class Progress:
-    """What is remembered between calls, in a file."""
+    """What is kept in a file between calls."""
 
     rows: int
     strategy: str
@@ -107,7 +107,7 @@ class Progress:
 @click.option("--discard", is_flag=True, help="Stop the server of an interrupted run, and forget the run.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 def main(rows: int, strategy: str, discard: bool, output: Path) -> None:
-    """Make ROWS narrow rows and migrate them under a live application; says first how much disk it needs."""
+    """Make ROWS narrow rows and migrate them under a live application; first says how much disk it needs."""
     progress = _found(PLACE)
     if discard:
         if progress:

@@ -26,7 +26,7 @@ from chronos.demo.rows import create_webhook_log
 from chronos.demo.writer import LiveWriter
 
 # A small production server's settings; everything else is PostgreSQL's default, above all fsync and
-# synchronous_commit, which are on. No checkpoint falls into a measurement: each starts with one.
+# synchronous_commit, which are on. No checkpoint hits a measurement: each starts with one.
 SETTINGS: ServerSettings = {
     "shared_buffers": "1GB",
     "max_wal_size": "16GB",
@@ -73,7 +73,7 @@ class Sample:
 
 
 class Stage:
-    """A server on which databases may be created; ``clean`` drops those that are left."""
+    """A server where databases may be created; ``clean`` drops those that are left."""
 
     def __init__(self, url: str) -> None:
         self._url = make_url(url)
@@ -83,7 +83,7 @@ class Stage:
     def template(self, rows: int, days: float, *, narrow: bool = False) -> str:
         """The name of a database with ``rows`` rows in webhook_log, created on first use.
 
-        Rows have about 1.1 kB, ``narrow`` ones about 200 bytes.
+        Rows are about 1.1 kB, ``narrow`` ones about 200 bytes.
         """
         name = f"chronos_bench_{os.getpid()}_{rows}{'_narrow' if narrow else ''}"
         if name not in self._made:
@@ -236,7 +236,7 @@ def live_application(engine: Engine) -> Iterator[Waits]:
 
 
 def _application(url: str, orders: Pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the measuring process; the pipe then ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the measuring process handles Ctrl-C and ends the pipe
     with _Reader(url) as reader, LiveWriter(url, threads=WRITERS, rate=WRITES_A_SECOND) as writer:
         writer.catch_up()
         warm = len(writer.commits)

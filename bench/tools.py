@@ -31,9 +31,8 @@ class Tool:
     """One way to partition webhook_log.
 
     ``missing`` says in one line how to install what the tool lacks, None if it lacks nothing; ``prepare``
-    runs once for a database; ``migrate`` does the work and returns what it had to do twice, if anything.
-    Tools with ``swaps`` have every row in place when the partitioned table takes the name, others when they
-    finish.
+    runs once per database; ``migrate`` does the work and returns what it had to do twice, if anything. Tools
+    with ``swaps`` have every row in place when the partitioned table takes the name, others when they finish.
     """
 
     name: str
@@ -278,7 +277,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def _url(engine: Engine) -> str:
-    """The URL in the form that tools not written in Python read."""
+    """The URL as tools not written in Python read it."""
     return engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 

@@ -1,4 +1,4 @@
-"""The ways that are compared: how to fill the partitions, and how to remove a day."""
+"""The ways compared: how to fill the partitions, and how to remove a day."""
 
 from __future__ import annotations
 

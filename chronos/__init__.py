@@ -1,7 +1,7 @@
 """chronos: turn a big live PostgreSQL table into native partitions, in place, and keep it partitioned.
 
 For programs: ``from chronos import migrate, rollback, status``; see docs/API.md. The modules behind these
-names are imported when one of them is first used.
+names are imported on first use.
 """
 
 from importlib import import_module

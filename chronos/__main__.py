@@ -4,9 +4,9 @@ import sys
 
 
 def run() -> None:
-    """Run the command line; returns only by SystemExit."""
+    """Run the command line; always ends in SystemExit."""
     try:
-        from chronos.cli import main  # imported here, so that Ctrl-C meanwhile gives no traceback
+        from chronos.cli import main  # imported here so Ctrl-C while loading gives no traceback
 
         main()
     except KeyboardInterrupt:  # during startup; once started, each verb handles it

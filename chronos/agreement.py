@@ -18,9 +18,9 @@ from chronos.table import TableSpec, quoted
 def as_it_is(conn: Connection, table: TableSpec) -> TableSpec:
     """``table`` with the column and interval of its partitions or, while it is plain, of its migration.
 
-    Where neither is known, ``table`` is returned unchanged. The configured interval counts as long as any of
-    the newest few partitions has it. Call it inside ``db.transaction``; it takes ACCESS SHARE on the state of
-    the migration, if the role may read that.
+    If neither is known, ``table`` is returned unchanged. The configured interval wins while any of the newest
+    few partitions has it. Call it inside ``db.transaction``; it takes ACCESS SHARE on the state of the
+    migration, if the role may read that.
     """
     column, widths = scheme(conn, table)
     if column is not None:

@@ -1,13 +1,13 @@
 """Alert people once when a problem appears and once when it is gone, through a command of their own.
 
-/bin/sh runs CHRONOS_ALERT_COMMAND, as cron runs a line of a crontab, and it gets JSON on its standard input:
-what has appeared, what is gone, and every current problem. None of this is part of the command, so nothing
-needs quoting. After TIMEOUT_S seconds the command is killed, with every process it has started. If it fails,
-the run that called it goes on, and the alert is sent again after the next run.
+/bin/sh runs CHRONOS_ALERT_COMMAND, as cron runs a crontab line, and it gets JSON on its standard input: what
+is new, what is gone, and every current problem. None of this is part of the command, so nothing needs
+quoting. After TIMEOUT_S seconds the command is killed, with every process it has started. If it fails, the
+run that called it goes on, and the alert is sent again after the next run.
 
-The last alert is stored with the reports (reports.py), one row for each table. A problem is still the same
-while only its numbers, dates, partition names and reasons change: "the runway is 5 days" is not sent again
-when it is 4.
+The last alert is stored with the reports (reports.py), one row for each table. A problem counts as the same
+if only its numbers, dates, partition names and reasons change: "the runway is 5 days" is not sent again when
+it is 4.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Found:
 
 
 def tell(settings: Settings, failed: str | None = None) -> None:
-    """Check every table, and run the command if a problem has appeared or is gone. Raises nothing.
+    """Check every table, and run the command if a problem has appeared or is gone. Never raises.
 
     ``failed`` says why the last run failed, in case the database cannot be reached. Takes an advisory lock,
     so that two runs do not send the same alert.
@@ -78,7 +78,7 @@ def tell(settings: Settings, failed: str | None = None) -> None:
         return
     try:
         _tell(settings, failed)
-    except Exception as error:  # an alert never harms the upkeep
+    except Exception as error:  # an alert must not break upkeep
         logger.error("the alert could not be sent: %s: %s", type(error).__name__, one_line(error))
 
 

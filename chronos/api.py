@@ -1,7 +1,7 @@
 """The verbs as functions, for programs; the command line calls these same functions.
 
-Nothing is printed, no signal handler is installed, and nobody is asked: the call is the consent. Failures are
-raised as the errors in errors.py. Each function may be called from any thread.
+Nothing is printed, no signal handler is installed, and there is no prompt: the call is the consent. Failures
+are raised as the errors in errors.py. Each function may be called from any thread.
 """
 
 from __future__ import annotations
@@ -74,36 +74,36 @@ def migrate(
     output: Callable[[str], object] | Output | None = None,
     stop: threading.Event | None = None,
 ) -> MigrationResult:
-    """Turn a table into partitions under live writes, or continue where an earlier run stopped.
+    """Partition a table under live writes, or continue where an earlier run stopped.
 
-    Returns when the names have changed and every row has been compared; with ``hold``, just before the names
-    change. Takes as long as the copy.
+    Returns after the swap, once every row has been compared; with ``hold``, just before the swap. Takes as
+    long as the copy.
 
     - ``table``: as written in SQL, ``webhook_log`` or ``audit."Order Events"``; None: the only one that
       ``chronos.toml`` lists.
     - ``url``: ``postgresql://...``; None: ``DATABASE_URL``.
-    - ``column``, ``every``, ``retention_days``, ``ahead_days``: the time column, the interval of a partition,
-      the days to keep and the days to create ahead, for a table that no configuration lists. Defaults: every
-      row is kept, in daily partitions, created 30 days ahead. They cannot contradict a configuration.
+    - ``column``, ``every``, ``retention_days``, ``ahead_days``: the time column, the partition interval, the
+      days to keep and the days to create ahead, for a table that no configuration lists. Defaults: every row
+      is kept, in daily partitions, created 30 days ahead. They cannot contradict a configuration.
     - ``strategy``: ``copy`` the rows into partitions, or ``attach`` the table as one partition with all rows.
     - ``resume``: continue what was stopped or held; options below that are None keep their earlier values.
-    - ``hold``: stop before the names change, with everything else done.
-    - ``batch_size``: rows per transaction of the copy, 1,000. ``workers``: partitions filled at a time, 2.
+    - ``hold``: stop before the swap, with everything else done.
+    - ``batch_size``: rows per copy transaction, 1,000. ``workers``: partitions filled at a time, 2.
     - ``verify``: compare contents (``full``, the default) or only row ``counts``.
-    - ``rate_limit``: how many rows to copy per second at most, all workers together.
+    - ``rate_limit``: the most rows to copy per second, all workers together.
     - ``max_replica_lag``: seconds; the copy pauses while any replica is further behind.
-    - ``max_lock_wait``: seconds that others may have to wait behind one of our lock attempts, 1.
+    - ``max_lock_wait``: seconds that others may wait behind one of our lock attempts, 1.
     - ``accept_duplicates``: replication slots whose readers may get copied rows twice.
     - ``report``: a file, ``.json`` or ``.html``, that records what was done, even when the run fails.
-    - ``confirm``: called with a text on what is about to be done, before anything is changed; unless it
+    - ``confirm``: called with a text that says what will be done, before anything is changed; unless it
       returns True, the call raises RefusedError. None: the call is the consent.
     - ``output``: called with each line that the command line would print, from any thread. If it raises, the
       error is logged and it is not called again; the migration goes on.
     - ``stop``: set it, from any thread, to stop at the next batch.
 
     Locks on the table: ACCESS SHARE while rows are copied, SHARE ROW EXCLUSIVE for an instant at the start,
-    ACCESS EXCLUSIVE for milliseconds when the names change; the strong ones in attempts of 0.1 s, later of up
-    to ``max_lock_wait``.
+    ACCESS EXCLUSIVE for milliseconds at the swap; the strong ones wait 0.1 s per try, later up to
+    ``max_lock_wait``.
 
     Raises RefusedError (a blocker or a wrong option: nothing was changed), InterruptedRunError (stopped or
     cut off; nothing is lost, call again with ``resume``, or call ``rollback``), ChronosError (failed, and the
@@ -165,15 +165,15 @@ def rollback(
 ) -> RollbackResult:
     """Go back to the plain table, from any phase of a migration until ``finalize``.
 
-    Every insert, update, delete and TRUNCATE since the swap is carried over. ``force`` goes back without what
-    the refusal says can be given up. ``table``, ``url``, ``confirm``, ``output`` and ``stop`` are as in
+    Every insert, update, delete and TRUNCATE since the swap is carried over. ``force`` gives up what the
+    refusal says can be given up. ``table``, ``url``, ``confirm``, ``output`` and ``stop`` are as in
     ``migrate``.
 
-    Locks: ACCESS EXCLUSIVE on both tables for milliseconds, when the names change, and briefly on the tables
-    that foreign keys refer to; each in attempts of 0.1 to 1 s.
+    Locks: ACCESS EXCLUSIVE on both tables for milliseconds, when they swap names, and briefly on the tables
+    that foreign keys refer to; each waits 0.1 to 1 s per try.
 
-    Raises RefusedError (no migration, or something stands in the way: nothing was changed),
-    InterruptedRunError (cut off; call it again) or NeedsPersonError.
+    Raises RefusedError (no migration, or something blocks it: nothing was changed), InterruptedRunError (cut
+    off; call it again) or NeedsPersonError.
     """
     with typed_errors():
         work = session(Verb.ROLLBACK, table, url)
@@ -208,7 +208,7 @@ def finalize(
     that nothing depends on that table. After ``attach`` nothing is dropped. ``table``, ``url``, ``confirm``,
     ``output`` and ``stop`` are as in ``migrate``.
 
-    Locks: ACCESS EXCLUSIVE on the table in use for an instant, in attempts of 0.1 to 1 s, and on the old one.
+    Locks: ACCESS EXCLUSIVE briefly on the table in use, waiting 0.1 to 1 s per try, and on the old one.
 
     Raises RefusedError (nothing was changed) or InterruptedRunError (cut off; call it again).
     """
@@ -230,8 +230,7 @@ def finalize(
 def status(table: str | None = None, *, url: str | URL | None = None) -> Status:
     """Report on one table: its state, partitions, gaps, runway, sizes, jobs and problems.
 
-    ``table`` and ``url`` are as in ``migrate``. Locks: ACCESS SHARE, with a wait of at most 1 s. Changes
-    nothing.
+    ``table`` and ``url`` are as in ``migrate``. Locks: ACCESS SHARE, waiting at most 1 s. Changes nothing.
 
     Raises CannotTellError (the server does not answer), RefusedError (there is no such table) or
     ChronosError (it is locked).
@@ -263,14 +262,14 @@ def upkeep(
 ) -> UpkeepResult:
     """Create the partitions for the days ahead and drop expired ones, once, for every listed table.
 
-    Does what the two nightly jobs do, without Celery or Redis; safe to run alongside them and itself. What is
-    in use is tried again for ``retry_for`` seconds, both jobs together; set ``stop`` to end that. What it did
-    is logged to ``chronos.jobs``, and ``CHRONOS_ALERT_COMMAND`` is run if a problem has appeared or is gone.
+    Does what the two nightly jobs do, without Celery or Redis; safe to run alongside them and itself.
+    Anything in use is retried for ``retry_for`` seconds, both jobs together; set ``stop`` to end that. Logs
+    what it did to ``chronos.jobs``, and runs ``CHRONOS_ALERT_COMMAND`` if a problem has appeared or is gone.
 
     Locks: ACCESS EXCLUSIVE on an expired partition and on its table, each with a wait of at most 0.2 s and
     held for one short transaction.
 
-    What goes wrong with a table is in the result. Raises RefusedError (the configuration cannot be read) or
+    Per-table failures are in the result. Raises RefusedError (the configuration cannot be read) or
     InterruptedRunError (``stop`` was set; finished work stays).
     """
     from chronos import alerts, jobs
@@ -299,7 +298,7 @@ def upkeep(
 def upgrade_functions(table: str | None = None, *, url: str | URL | None = None) -> list[str]:
     """Install this version's two SQL functions, for one table or for every listed one.
 
-    Safe at any time. Returns a line for each table. Locks: none on a table. Raises RefusedError.
+    Safe at any time. Returns one line per table. Locks: none on a table. Raises RefusedError.
     """
     with typed_errors():
         settings = settings_for(url)
@@ -341,7 +340,7 @@ def session(
 
 
 def settings_for(url: str | URL | None) -> Settings:
-    """The settings of this process, with ``url`` as the database where one is given. Raises RefusedError."""
+    """The settings of this process, with ``url`` as the database if one is given. Raises RefusedError."""
     settings = get_settings()
     if url is None:
         return settings
@@ -355,7 +354,7 @@ def typed_errors(
     kind: type[ChronosError] = ChronosError,
     text: str = "{}; nothing was changed",
 ) -> Iterator[None]:
-    """Turn a driver error that is raised before anything has begun into a ``kind``."""
+    """Turn a driver error raised before anything has begun into a ``kind``."""
     try:
         yield
     except DBAPIError as error:
@@ -363,7 +362,7 @@ def typed_errors(
 
 
 def _what_to_check(error: DBAPIError) -> str:
-    """Where to look for the cause of an error of the server or the driver."""
+    """Where to look for the cause of a server or driver error."""
     if sqlstate(error) == errorcodes.INSUFFICIENT_PRIVILEGE:
         return f"What a role needs: {commands.PROGRAM} explain {errorcodes.INSUFFICIENT_PRIVILEGE}"
     return "Check the server and the database URL"

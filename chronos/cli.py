@@ -53,7 +53,7 @@ def _say(error: str) -> None:
 
 
 def _to_stderr(text: str) -> None:
-    """Print on stderr if that is possible; if not, the exit code still counts and the work goes on."""
+    """Print on stderr if possible; if not, the exit code still counts and the work goes on."""
     with suppress(OSError, ValueError):
         click.echo(text, err=True)
 
@@ -72,7 +72,7 @@ def _errors_as_lines() -> Iterator[None]:
             words.append(f"[{id_}]")
         _say(" ".join(words))
         sys.exit(error.exit_code)
-    except Exception as error:  # a bug of ours: still one line
+    except Exception as error:  # our bug: still one line
         _say(
             f"unexpected {type(error).__name__}: {one_line(error)}."
             f" To see the state of the tables: {commands.status()}"
@@ -95,7 +95,7 @@ def _verb() -> Iterator[tuple[Output, threading.Event]]:
             if first:
                 stopping = "Stopping at the next batch..."
                 if output.console.is_terminal:
-                    output.line(stopping)  # above the bar, not into it
+                    output.line(stopping)  # above the bar, not in it
                 else:
                     _to_stderr(stopping)
 
@@ -104,7 +104,7 @@ def _verb() -> Iterator[tuple[Output, threading.Event]]:
 
 
 def _other_options() -> list[str]:
-    """The typed options with which to start a migration, except those that describe the table."""
+    """The options typed to start a migration, except those that describe the table."""
     apart = {"resume", *(field.name for field in fields(Description))}
     context = click.get_current_context()
     words: list[str] = []
@@ -149,7 +149,7 @@ def _ask(word: str) -> bool:
         with handled(signal.default_int_handler):
             click.echo(f"Type {word} to continue: ", nl=False)
             answer = sys.stdin.readline()
-            not_echoed = not sys.stdin.isatty()  # neither the input nor its end of line is on the screen
+            not_echoed = not sys.stdin.isatty()  # the input and its newline are not on the screen
     except (KeyboardInterrupt, OSError):  # OSError: the terminal is gone
         answer, not_echoed = "", True
     if not_echoed:
@@ -161,7 +161,7 @@ def _ask(word: str) -> bool:
 
 
 def _confirmed_by(word: str, *, yes: bool) -> Callable[[str], bool] | None:
-    """A function that asks for consent to what is on the screen by then; None with --yes."""
+    """A function that asks for consent to what is then on the screen; None with --yes."""
     return None if yes else lambda _: _ask(word)
 
 
@@ -609,5 +609,5 @@ def _say_others(others: Sequence[Other]) -> None:
 
 
 def main(arguments: list[str] | None = None, **extra: Any) -> None:
-    """Run the command line; returns only by SystemExit."""
+    """Run the command line; always ends in SystemExit."""
     cli.main(args=arguments, prog_name=commands.PROGRAM, **extra)

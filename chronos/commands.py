@@ -1,6 +1,6 @@
 """The commands that messages tell the operator to type, in one place.
 
-A command names its table, quoted for the shell, unless it is the only one that is configured.
+A command names its table, quoted for the shell, unless that is the only one configured.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _verb(verb: str, table: TableSpec) -> str:
 
 
 def _only(table: TableSpec) -> bool:
-    """Whether TABLE may be left out: it is the only one that is configured."""
+    """Whether TABLE may be left out: it is the only one configured."""
     return len(_configured()) == 1 and _listed(table)
 
 

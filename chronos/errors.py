@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit code that the command line returns for it.
+"""What can go wrong, and the exit code that the command line returns for each.
 
 A message is one line: what happened, what state the tables are in, what to type next.
 """
@@ -34,7 +34,7 @@ class RefusedError(ChronosError):
 
 
 class UndescribedError(RefusedError):
-    """The time column of the table is not known: nothing was changed.
+    """The table's time column is not known: nothing was changed.
 
     The message ends with the command that names it.
     """
@@ -75,13 +75,13 @@ class SupersededError(ChronosError):
 
 
 class ShapeError(ChronosError):
-    """The table that would replace another one no longer matches it."""
+    """The replacement table no longer matches the one it replaces."""
 
     id = "table-changed"
 
 
 class NotesLostError(ChronosError):
-    """The note triggers were off for a while, so what was written meanwhile is not known."""
+    """The note triggers were off for a while, so the writes made then are unknown."""
 
     id = "notes-disabled"
 

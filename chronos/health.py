@@ -58,8 +58,8 @@ _READY_LONG = timedelta(days=7)
 _MANY_NOTES = 1_000_000
 # Phases in which a migration may stay while nobody is working on it.
 _AT_REST = (Phase.READY, Phase.MIGRATED)
-# A table that will become a partition rejects rows from its bound on. Less than a day before that, it is too
-# late to resume.
+# A table that will become a partition rejects rows at and past its bound. With less than a day left, it is
+# too late to resume.
 _BOUND_SOON = timedelta(days=3)
 _TOO_LATE = timedelta(days=1)
 
@@ -94,16 +94,15 @@ class TableSize:
 class Status:
     """Everything known about a table; times are UTC, ``now`` is the database server's.
 
-    ``functions`` maps the installed SQL functions to their version, ``stray`` says where rows are that no
-    drop will remove. ``notes_waiting`` counts the notes of a migration that is ready, up to a million.
-    ``detached`` are the former partitions that wait to be dropped, ``grace_days`` is how long the function
-    leaves a partition detached. ``in_citus`` is the kind of Citus table it is; sizes then include all nodes.
-    ``at_work`` is who is running the migration now. ``refused_from`` is the time from which a table that will
-    become a partition rejects rows. ``jobs`` is what the nightly jobs did with this table, None when that is
-    unknown; ``listed`` says whether they maintain it, ``by_celery`` whether Celery runs them, or cron with
-    `upkeep`. ``contradictions`` are what the configuration gets wrong; ``table`` has the real column and
-    interval. ``notices`` say what you may type next, ``problems`` what you must; the latter is empty when all
-    is well.
+    ``functions`` maps the installed SQL functions to their version, ``stray`` locates rows that no drop will
+    remove. ``notes_waiting`` counts the notes of a migration that is ready, up to a million. ``detached`` are
+    the former partitions waiting to be dropped, ``grace_days`` is how long the function leaves a partition
+    detached. ``in_citus`` is the kind of Citus table it is; sizes then include all nodes. ``at_work`` is who
+    is running the migration now. ``refused_from`` is the time from which a table that will become a partition
+    rejects rows. ``jobs`` is what the nightly jobs did with this table, None when that is unknown; ``listed``
+    says whether they maintain it, ``by_celery`` whether Celery runs them, or cron with `upkeep`.
+    ``contradictions`` are what the configuration gets wrong; ``table`` has the real column and interval.
+    ``notices`` say what you may type next, ``problems`` what you must (empty when all is well).
     """
 
     server: str
@@ -187,12 +186,12 @@ class Status:
 
     @property
     def runway_days(self) -> int:
-        """For how many days after today inserts have a partition."""
+        """How many days after today have a partition for inserts."""
         return runway(self.partitions, self.table, self.now)
 
     @property
     def copied(self) -> tuple[int, int] | None:
-        """How many periods are copied and compared, and of how many; None when no migration is copying."""
+        """How many periods are copied and compared, out of how many; None when no migration is copying."""
         migration = self.migration
         if migration is None or migration.phase not in (Phase.BUILT, Phase.COPYING):
             return None
@@ -368,9 +367,9 @@ def collect(
     """Inspect the database, and Redis if there is one, for problems; ``clock`` is this machine's.
 
     ``table`` defaults to the first in the settings; ``listed`` says whether the jobs maintain it. Takes only
-    ACCESS SHARE on the tables, with a wait of at most 1 s. Redis may be down. Raises ChronosError when the
-    table is locked, RefusedError when it does not exist, lacks its time column or no database is set,
-    DBAPIError when the server cannot be reached.
+    ACCESS SHARE on the tables, waiting at most 1 s. Redis may be down. Raises ChronosError when the table is
+    locked, RefusedError when it does not exist, lacks its time column or no database is set, DBAPIError when
+    the server cannot be reached.
     """
     return _collect(settings, table or settings.tables[0], listed, clock, _leases(settings))
 
@@ -390,7 +389,7 @@ def collect_all(settings: Settings) -> list[Status | Unknown]:
     return found
 
 
-# The comment distinguishes the state of a migration from a table that only has such a name.
+# The comment distinguishes the state of a migration from another table with such a name.
 _STATES = """
 SELECT n.nspname, c.relname, has_table_privilege(c.oid, 'SELECT') AND has_schema_privilege(n.oid, 'USAGE')
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -583,21 +582,21 @@ def _notes_waiting(conn: Connection, table: TableSpec, migration: State) -> int 
 
 
 def _refused_from(conn: Connection, migration: State) -> datetime | None:
-    """From when a table that will become a partition rejects rows, by its CHECK; None without a CHECK."""
+    """When the CHECK of a table that will become a partition starts rejecting rows; None without one."""
     if not migration.plan.attaches or check_is_valid(conn, migration.table, migration.table.name) is None:
         return None
     return migration.plan.first
 
 
 def _stray(conn: Connection, table: TableSpec, partitions: Iterable[Partition], today: date) -> Iterator[str]:
-    """Where rows are that retention should have removed, or that no period's partition has. ACCESS SHARE."""
+    """Locate rows that retention should have removed, or that no period's partition has. ACCESS SHARE."""
     partitions = list(partitions)
     going = {p.name for p in expired(partitions, today, table.retention_days)}
     for partition in partitions:
         if partition.detach_pending or partition.name in going:
             continue
         if partition.name == table.history and partition.lower is None:
-            continue  # it goes as a whole, when its last row has expired
+            continue  # dropped whole, once its last row has expired
         leaf = name(partition.schema, partition.name)
         is_default = partition.lower is None and partition.upper is None
         if table.retention_days is not None:
@@ -704,7 +703,7 @@ def _half_done(status: Status, migration: State) -> Iterator[str]:
 
 
 def _refusal(status: Status) -> str:
-    """From when inserts fail into a table that will become a partition."""
+    """When a table that will become a partition starts rejecting rows."""
     assert status.refused_from is not None
     when = f"{status.refused_from:%Y-%m-%d %H:%M} UTC"
     since = f"since {when}" if status.refused_from <= status.now else f"from {when} on"
@@ -768,7 +767,7 @@ def _detached_problems(status: Status, last_drop: date) -> Iterator[str]:
 
 
 def _detached_too_early(status: Status) -> Iterator[str]:
-    """What a shorter retention than the current one has detached: its rows are missing."""
+    """What an earlier, shorter retention has detached: its rows are missing."""
     table = status.table
     early = [
         d
@@ -817,7 +816,7 @@ def _partition_problems(status: Status, settings: Settings) -> Iterator[str]:
     overdue = droppable(status.partitions, last_drop.date(), table.retention_days)
     if overdue:
         drop = f"Drop them: SELECT {_qualified(table, table.drop_function)}({table.retention_days});"
-        if grace_disagrees(table, status.grace_days):  # it would drop instead of detach, or the reverse
+        if grace_disagrees(table, status.grace_days):  # it would drop instead of detach, or vice versa
             drop = "Bring the function up to date first"
         yield f"expired and still there: {_some([p.name for p in overdue])}. {drop}"
     yield from _dropped_too_early(status)
@@ -851,7 +850,7 @@ def _dropped_too_early(status: Status) -> Iterator[str]:
 
 
 def _has_run(job: Job, status: Status, settings: Settings) -> datetime:
-    """When ``job`` last had to start and must have finished by now; cron gets a day."""
+    """The last start of ``job`` that must have finished by now; cron gets a day."""
     if status.by_celery:
         return last_due(job, settings, status.now - _JOB_TAKES)
     return status.now - _JOB_OVERDUE
@@ -889,12 +888,12 @@ def _some(things: list[Any]) -> str:
 
 
 def _qualified(table: TableSpec, relation: str) -> str:
-    """A name in the schema of ``table``, as SQL wants it written."""
+    """A name in the schema of ``table``, quoted for SQL."""
     return f"{quoted(table.home)}.{quoted(relation)}"
 
 
 def show(status: Status | Unknown, console: Console | None = None) -> None:
-    """Print the status for people: it fits 80 columns, and has colours only where they are wanted."""
+    """Print the status for people, in 80 columns, and in colour only where wanted."""
     console = console or Console(highlight=False, soft_wrap=False)
     if isinstance(status, Status):
         _Page(console, status).print()
@@ -915,7 +914,7 @@ class _Page:
         self.box = box.SIMPLE_HEAD if unicode else None
 
     def copy_progress(self, copied: int, periods: int) -> None:
-        """How far the copy is, since when, who is working on it, and what readers see meanwhile."""
+        """The copy's progress, its start, who is working on it, and what readers see meanwhile."""
         assert self.status.migration is not None
         since = self.status.migration.plan.started_at
         by = self.status.at_work
@@ -967,7 +966,7 @@ class _Page:
             self.line("\nhealthy", "bold green")
 
     def items(self, texts: tuple[str, ...], style: str = "") -> None:
-        """A dash before each; on a terminal each command on a line of its own."""
+        """A dash before each; on a terminal each command on its own line."""
         for item in texts:
             text = f"- {item}"
             if self.console.is_terminal:
@@ -984,7 +983,7 @@ class _Page:
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def table(self, table: Table) -> None:
-        """A table below an empty line."""
+        """A table after a blank line."""
         if table.box is None:
             self.line("")
         self.console.print(table)
@@ -1016,7 +1015,7 @@ class _Page:
         self.table(table)
 
     def is_empty_and_ahead(self, p: Partition) -> bool:
-        """Whether the page needs no row for this partition alone."""
+        """Whether this partition needs no row of its own."""
         return p.lower is not None and p.lower.date() > self.status.today and p.rows_estimate == 0
 
     def label(self, p: Partition) -> str:

@@ -5,9 +5,9 @@ So a job goes on when its lease is lost or Redis does not answer. The rules of t
 
 1. The key is the job's name. Its value says who holds it, for people (`GET create_future_partitions_job`).
 2. It expires TTL_S seconds after it was last renewed. A thread renews it three times in that time while the
-   holder's process lives, so the lease of a killed worker is soon gone.
+   holder's process is alive, so a killed worker's lease soon expires.
 3. It is renewed and released only while the key still has this exact value (redis-py's Lock). A lease that
-   somebody else holds, or that a person has set by hand, is never touched.
+   somebody else holds, or that was set by hand, is never touched.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def keep_lease(client: redis.Redis, key: str, *, ttl_s: float = TTL_S) -> Iterat
             try:
                 lock.reacquire()
             except LockError:
-                return  # it is gone or another's, for good
+                return  # gone or another's, for good
             except redis.RedisError:
                 continue  # Redis may be back before it has expired
 

@@ -1,16 +1,16 @@
-"""What a nightly job does, from the request for it to its report; Celery is in worker.py.
+"""What a nightly job does, from request to report; Celery is in worker.py.
 
-Attempts follow each other until everything is done, an hour has passed, or something fails that waiting does
-not fix. An attempt takes every table in the settings in turn, even when the one before has failed: it calls
-the table's SQL function in transactions of bounded size. The outcome is the result of the task, a line in the
-log and, for each table, a report in the database (reports.py), which `status` shows.
+Attempts repeat until everything is done, an hour has passed, or something fails that waiting cannot fix. An
+attempt takes every table in the settings in turn, even if the one before failed: it calls the table's SQL
+function in transactions of bounded size. The outcome is the result of the task, a line in the log and, for
+each table, a report in the database (reports.py), which `status` shows.
 
 `upkeep` does both jobs in the same way, once, for cron and without Celery or Redis. It is safe alongside them
 and itself: the functions take a lock in PostgreSQL, and the second caller tries again.
 
 A night is done once, however many messages ask for it: two beats send two, a worker that was down finds one
 for each night it missed, and a broker may deliver one again. The reports say for which tables the night is
-done, and a message of the schedule skips those. What a person or cron asks for always runs.
+done, and a scheduled message skips those. What a person or cron asks for always runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 # Seconds between two attempts: 18 attempts in 54 minutes, so that a job is finished before the next starts.
 PAUSES_S = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, *[300.0] * 9)
 
-# Days created in one transaction: until it ends, nobody can write to the table that a foreign key refers to.
+# Days created in one transaction: until it ends, the table that a foreign key refers to accepts no writes.
 _STEP_DAYS = {Interval.HOUR: 1, Interval.DAY: 7, Interval.WEEK: 49, Interval.MONTH: 210}
 
 # A worker's clock may be behind that of the beat whose message it answers.
@@ -67,7 +67,7 @@ _LOCK_TIMEOUT_MS = 500
 
 @dataclass(frozen=True)
 class Job:
-    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, the SQL function of a table it calls.
+    """A nightly job: its name (task, lease), its hour in BEAT_TIMEZONE, the SQL function it calls per table.
 
     ``did`` is what the function has done to the partitions whose names it returns.
     """
@@ -117,8 +117,8 @@ class TryAgainError(ChronosError):
 class _Turn:
     """The outcome for one table in an attempt: ``table`` is its name in the configuration.
 
-    ``undone`` names the partitions still to do, None when they are not known. ``located`` is the table where
-    it was found, and only then its report is stored; ``refused`` says that nothing was begun.
+    ``undone`` names the partitions still to do, None when they are not known. ``located`` is the table once
+    found, and only then is its report stored; ``refused`` says that nothing was begun.
     """
 
     table: str
@@ -139,7 +139,7 @@ class _AlreadyHandledError(Exception):
 
 
 class _UnfinishedError(Exception):
-    """Something is in the way that may be gone later; ``undone`` names the partitions still to do."""
+    """Something is in the way but may clear later; ``undone`` names the partitions still to do."""
 
     def __init__(self, reason: str, undone: list[str]) -> None:
         super().__init__(reason)
@@ -147,7 +147,7 @@ class _UnfinishedError(Exception):
 
 
 def last_due(job: Job, settings: Settings, now: datetime) -> datetime:
-    """When the schedule last asked for the job: the latest of its hours that is not after ``now``."""
+    """When the schedule last asked for the job: the latest of its hours up to ``now``."""
     today = now.astimezone(ZoneInfo(settings.beat_timezone)).date()
     due = _due(job, settings, today)
     return due if due <= now else _due(job, settings, today - timedelta(days=1))
@@ -191,9 +191,9 @@ def attempt(job: Job, settings: Settings, message: Message, pause_s: float | Non
 
 
 def upkeep(settings: Settings, retry_for_s: float, pause: Callable[[float], bool]) -> dict[str, Report]:
-    """Do both jobs for every table, once, without a lease. Returns the report of each job by its name.
+    """Do both jobs for every table, once, without a lease. Returns each job's report by its name.
 
-    What is in use is tried again until ``retry_for_s`` seconds have passed; ``pause`` waits for the given
+    Anything in use is retried until ``retry_for_s`` seconds have passed; ``pause`` waits for the given
     seconds and returns True to stop. Locks as ``attempt``. Raises InterruptedRunError when ``pause`` returns
     True.
     """
@@ -227,7 +227,7 @@ def _attempt(job: Job, settings: Settings, message: Message, pause_s: float | No
 
 
 def _already_handled(earlier: list[Report], night: date) -> str | None:
-    """Why a message of the schedule may skip a table, by the reports of other runs; None: it may not."""
+    """Why a scheduled message may skip a table, by the reports of other runs; None: it may not."""
     for report in earlier:
         if report["status"] == "done":
             return f"already done for the night of {night}, at {report['started']}"
@@ -239,7 +239,7 @@ def _already_handled(earlier: list[Report], night: date) -> str | None:
     return None
 
 
-# It runs with the rights of its caller.
+# It runs with its caller's privileges.
 _FUNCTION = """
 SELECT pg_get_userbyid(p.proowner), pg_has_role(p.proowner, c.relowner, 'MEMBER')
 FROM pg_proc p, pg_class c
@@ -284,7 +284,7 @@ class _Attempt:
         return [turn for turn in self.turns if turn.status == status]
 
     def _reasons(self, *turns: _Turn) -> str:
-        """Each reason once, with its table where there are several."""
+        """Each reason once, with its table if there are several."""
         several = len(self.turns) > 1
         return "; ".join(
             dict.fromkeys(f"{turn.table}: {turn.reason}" if several else str(turn.reason) for turn in turns)
@@ -385,7 +385,7 @@ class _Attempt:
             yield from self._drops(conn, table, table.retention_days)
 
     def _drops(self, conn: Connection, table: TableSpec, days: int) -> Iterator[list[str]]:
-        """Call again as long as a call drops something, or detaches something to be dropped later."""
+        """Repeat while a call drops something, or detaches something to be dropped later."""
         waiting: list[str] | None = None if table.grace_days else []
         while True:
             names, before = self._call(conn, table, days), waiting

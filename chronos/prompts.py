@@ -1,4 +1,4 @@
-"""What a person is shown before a verb begins: where it will work, on which table, and what it will do."""
+"""What the operator sees before a verb begins: where it will work, on which table, and what it will do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def going_back(url: URL, found: State, settings: Settings, *, by_hand: bool) -> 
 
 
 def finalizing(engine: Engine, found: State, settings: Settings, *, old_is_there: bool) -> str:
-    """Before a finalize. ACCESS SHARE on both tables, with a wait of at most 1 s."""
+    """Before a finalize. ACCESS SHARE on both tables, waiting at most 1 s."""
     what = _what_finalize_drops(engine, found, old_is_there=old_is_there)
     return f"{_head(engine.url, found.table, settings=settings)}\n{what}"
 
@@ -69,7 +69,7 @@ def _lock_wait(seconds: float) -> str:
 
 
 def _weighed(engine: Engine, table: TableSpec) -> tuple[datetime, dict[str, tuple[int, int]]] | None:
-    """What ``weigh`` finds, under ACCESS SHARE with a wait of at most 1 s; None: a table is locked."""
+    """What ``weigh`` finds, under ACCESS SHARE, waiting at most 1 s; None: a table is locked."""
     with opened(engine) as conn:
         try:
             with transaction(conn, lock_timeout_ms=1_000):
@@ -155,7 +155,7 @@ def _what_finalize_drops(engine: Engine, found: State, *, old_is_there: bool) ->
 
 
 def _old_and_new(engine: Engine, found: State) -> str:
-    """How much both tables hold, and how long ago the names changed."""
+    """How much both tables hold, and how long ago the swap was."""
     weighed = _weighed(engine, found.table)
     if weighed is None:
         return "The sizes are unknown: somebody has locked one of the tables."

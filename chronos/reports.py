@@ -1,9 +1,9 @@
 """What the nightly jobs did, stored in the database: one small table in each schema, see sql/reports.sql.
 
-The Celery worker and `upkeep` write the same reports, `status` reads them, and they tell which nights are
-done. A row counts only in the database in which it was written: rows that came with a dump are not shown
-where it is restored. The owner of the table can put triggers on it, so it is used only when it belongs to a
-role whose functions the jobs call anyway.
+The Celery worker and `upkeep` write the same reports, `status` reads them, and they say which nights are
+done. A row counts only in the database where it was written: rows restored from a dump are not shown. The
+owner of the table can put triggers on it, so it is used only when it belongs to a role whose functions the
+jobs call anyway.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class History:
-    """What a job did with one table: its last report, when it last did everything, and in how many nights
+    """What a job did with one table: its last report, when it last did everything, and on how many nights
     since then it did not.
     """
 
@@ -59,7 +59,7 @@ class History:
     contended_nights: int = 0
 
 
-# No owner whom the table's owner need not trust, and no view or policy: they could call anything.
+# Only an owner the table's owner must trust, and no view or policy: any other could call anything.
 _STANDING = """
 SELECT pg_get_userbyid(c.relowner),
        c.relkind = 'r' AND NOT c.relrowsecurity AND starts_with(obj_description(c.oid, 'pg_class'), {ours})
@@ -200,7 +200,7 @@ def _reports(conn: Connection, table: TableSpec, job: str, which: Statement) -> 
 
 
 def keep(conn: Connection, table: TableSpec, kept: Kept, *, make: bool = True) -> None:
-    """Store a report of a located ``table``, replace that of the same run, and delete those of a month ago.
+    """Store a report of a located ``table``, replace that of the same run, and delete those a month old.
 
     ``make``: create the table of reports if there is none. Call it inside ``db.transaction``; ROW EXCLUSIVE
     on the reports. Raises UntrustedError, or DBAPIError when the role may not write.
@@ -269,5 +269,5 @@ $do$"""
 
 
 def drop_unused_statement(table: TableSpec) -> Statement:
-    """Delete the reports of a table that is plain again; drop them all if it was the last of its schema."""
+    """Delete the reports of a table that is plain again; drop them all if it was the last in its schema."""
     return statement(_DROP_UNUSED, schema=table.home, reports=NAME, table=table.name, ours=_COMMENT)

@@ -25,8 +25,8 @@ class MigrationResult:
     period to the result of its comparison. ``seconds`` is how long this run took, ``steps`` each step with
     its seconds (0: an earlier run did it). ``swap_seconds`` is the longest that writers can have waited in
     the swap (None: an earlier run did it, or none yet), ``longest_lock_seconds`` the longest that anybody can
-    have waited behind a lock of ours. ``wal_bytes`` is what the whole server wrote meanwhile, None if that is
-    unknown. ``report`` is the file that was written, None without one. ``listed`` says whether a
+    have waited behind one of our locks. ``wal_bytes`` is what the whole server wrote meanwhile, None if that
+    is unknown. ``report`` is the file that was written, None without one. ``listed`` says whether a
     configuration lists the table, so that the nightly jobs maintain it.
     """
 
@@ -50,9 +50,9 @@ class MigrationResult:
 class RollbackResult:
     """What ``rollback`` did: the table is the plain one again.
 
-    ``rows_carried`` counts the rows written since the swap that were carried over, without those that were
-    noted and replayed; ``by_hand`` says that somebody had already put the plain table back, and only what was
-    left of the migration was dropped.
+    ``rows_carried`` counts the rows written since the swap that were carried over, excluding those noted and
+    replayed; ``by_hand`` says that somebody had already put the plain table back, and only what was left of
+    the migration was dropped.
     """
 
     table: TableSpec

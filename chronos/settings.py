@@ -166,7 +166,7 @@ class Settings(BaseSettings):
     def listed_in(self) -> Path | None:
         """The file that lists the tables; None when there is none, and ``tables`` is webhook_log alone.
 
-        Raises RefusedError when CHRONOS_CONFIG names one that is not there.
+        Raises RefusedError when CHRONOS_CONFIG names a missing file.
         """
         path = self.chronos_config or Path(CONFIGURATION)
         if path.is_file():
@@ -188,7 +188,7 @@ class Settings(BaseSettings):
 
     @property
     def webhook_log(self) -> TableSpec:
-        """The table that counts without a file, as the environment describes it."""
+        """The table to use without a file, as the environment describes it."""
         return replace(WEBHOOK_LOG, **{what: getattr(self, name.lower()) for what, name in VARIABLES.items()})
 
     @property
@@ -240,7 +240,7 @@ def postgres_url(text: str, variable: str = "DATABASE_URL") -> URL:
 def get_settings() -> Settings:
     """Settings of this process, read on first use.
 
-    Raises RefusedError that names the variable at fault, without its value, or the file and its key.
+    Raises RefusedError, naming the variable at fault without its value, or the file and its key.
     """
     try:
         settings = Settings()

@@ -48,7 +48,7 @@ class Description:
     def require_agreement(
         self, table: TableSpec, source: str, remedy: Callable[[str, object], str] | None = None
     ) -> None:
-        """Raise RefusedError when it contradicts ``table``, as ``source`` describes that.
+        """Raise RefusedError when it contradicts what ``source`` says of ``table``.
 
         ``remedy`` says how to make ``source`` agree, given a key and the value that was typed for it.
         """
@@ -152,7 +152,7 @@ def _in_no_file(
 ) -> TableSpec:
     """The table that ``verb`` works with when neither a file nor a migration describes ``table``."""
     if verb in (Verb.ROLLBACK, Verb.FINALIZE):
-        return table  # they find that there is no migration of it, and say so
+        return table  # they find no migration of it, and say so
     if states.relkind(conn, table.home, table.name) == "p":
         column, widths = scheme(conn, table)
         if column is None or not widths:
@@ -210,7 +210,7 @@ WHERE attrelid = to_regclass(format('%I.%I', {schema}, {table})) AND attnum > 0 
 
 
 def _migrate_command(conn: Connection, table: TableSpec, described: Description) -> str:
-    """The command that migrates a table whose time column was not given; if it has only one, with that."""
+    """The command that migrates a table whose time column was not given; names it if there is only one."""
     columns = execute(conn, statement(_TIME_COLUMNS, schema=table.home, table=table.name)).scalars().all()
     given: dict[str, object] = {
         "column": columns[0] if len(columns) == 1 else "COLUMN",

@@ -54,7 +54,7 @@ _OPTIONS: dict[str, Any] = {
     "max_retries": len(jobs.PAUSES_S) + 3,
     # A run that hangs is ended, and its lease with it, before the next night.
     "time_limit": 1800,
-    # A process that was killed leaves its lease behind; the next attempt comes when that has expired.
+    # A process that was killed leaves its lease behind; the next attempt comes once it has expired.
     "retry_on_worker_lost": True,
     "default_retry_delay": TTL_S + 5,
 }
@@ -78,14 +78,14 @@ def drop_old_partitions_job(
     pauses: Sequence[float] = jobs.PAUSES_S,
     earlier: jobs.Report | None = None,
 ) -> jobs.Report:
-    """Drop the partitions whose retention is over, for every table."""
+    """Drop the partitions that are past retention, for every table."""
     return _attempt(self, jobs.DROP, nightly, pauses, earlier)
 
 
 def _attempt(
     task: Task[Any, Any], job: jobs.Job, nightly: bool, pauses: Sequence[float], earlier: jobs.Report | None
 ) -> jobs.Report:
-    """One attempt and, after a pause (``pauses``, in seconds, less up to a fifth), the next."""
+    """One attempt and, after a pause (``pauses``, in seconds, minus up to 20%), the next."""
     settings = get_settings()
     telemetry.configure(settings, service_name="chronos-worker")
     retries = task.request.retries

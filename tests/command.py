@@ -1,7 +1,7 @@
 """Run the real command line in its own process, as an operator does.
 
-Most runs are forked from a process that has everything imported: starting Python again for each of hundreds
-would take longer than the runs themselves. Runs for which the start itself matters start Python.
+Most runs are forked from a process that has everything imported: starting Python hundreds of times would take
+longer than the runs themselves. Runs for which the start itself matters start Python.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def chronos(
 def started(
     url: str, *arguments: str, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start the same in a new Python, without waiting; what still runs after the block is killed."""
+    """Start the same in a new Python, without waiting; killed after the block if still running."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "chronos", *arguments],
         env={**chronos_environment(url), **(env or {})},

@@ -1,8 +1,8 @@
 """What the tests run on: real servers, started for the run or named by the environment.
 
-TEST_DATABASE_URL names a PostgreSQL server where the tests may create databases, REDIS_URL a Redis server
-in which they take one empty database. Without them embedded servers are used (PG_BIN and REDIS_SERVER
-choose their binaries). A missing server fails the tests: nothing is skipped.
+TEST_DATABASE_URL names a PostgreSQL server where the tests may create databases, REDIS_URL a Redis server on
+which they take one empty database. Without them embedded servers are used (PG_BIN and REDIS_SERVER choose
+their binaries). A missing server fails the tests: nothing is skipped.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def pg_bin() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server on which databases may be created."""
+    """The URL of a PostgreSQL server where databases may be created."""
     if not _TEST_DATABASE_URL:
         with EmbeddedPostgres(SERVER_SETTINGS) as server:
             yield server.url

@@ -7,8 +7,8 @@
     assert not application.compare(url)
 
 `load` creates a webhook_log, `fill` fills the table of any other `Schema`. Two thirds of the rows are never
-touched again, so that readers know how many there are; the others, and all rows that the application inserts
-itself, belong to the application.
+touched again, so readers know how many there are; the others, and all rows that the application itself
+inserts, belong to it.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def any_uuid(chance: random.Random) -> str:
 
 
 def any_bigint(chance: random.Random) -> int:
-    """A number far beyond any that a sequence gives out, and practically unique."""
+    """A number far beyond any from a sequence, and practically unique."""
     return chance.randrange(10**9, 10**18)
 
 
@@ -429,7 +429,7 @@ class _Ledger:
 
 
 class _MissedError(Exception):
-    """A statement did not hit the rows that exist."""
+    """A statement missed rows that exist."""
 
 
 class _Client:
@@ -549,7 +549,7 @@ class _Client:
             self.longest_s, self.slowest = seconds, self._doing
 
     def _was_committed(self, xid: str) -> bool:
-        """Whether a transaction that was cut off in COMMIT was committed, according to the server."""
+        """Whether a transaction cut off during COMMIT was committed, according to the server."""
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline:
             self._session = self._connect_again()
@@ -769,9 +769,9 @@ class Application:
     """Connections that insert, update, re-date, delete and upsert rows of their own while a block runs.
 
     ``rate`` is the number of transactions a second, over all ``threads``. Each connection knows its rows: a
-    statement by key that does not hit its row is an error, like every error from the server. A lost
-    connection is reopened; unless ``reconnect`` says that this is expected, it is an error too. A transaction
-    that was cut off in its COMMIT is looked up.
+    statement by key that misses its row is an error, like every error from the server. A lost connection is
+    reopened; unless ``reconnect`` says that this is expected, it is an error too. A transaction cut off
+    during its COMMIT is looked up.
     """
 
     def __init__(
@@ -838,7 +838,7 @@ class Application:
         return sum(len(client.published) for client in self._clients)
 
     def newest(self, each: int = 10) -> list[Key]:
-        """The last of those, by key, including the newest of all."""
+        """Keys of each connection's last ``each`` of those rows."""
         return [key for client in self._clients for key in client.published[-each:]]
 
     def rows(self) -> dict[Key, Row]:

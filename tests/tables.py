@@ -110,7 +110,7 @@ def exists(url: str, table: str) -> bool:
 
 
 def planned(url: str, what: str) -> datetime:
-    """An instant that the migration's plan fixed: ``started_at``, ``cutoff``, ``first`` or ``end``."""
+    """An instant fixed by the migration's plan: ``started_at``, ``cutoff``, ``first`` or ``end``."""
     found = value(url, "SELECT (plan ->> %s)::timestamptz FROM webhook_log_migration", what)
     assert isinstance(found, datetime)
     return found
@@ -156,7 +156,7 @@ def gate_in_the_copy(url: str, days: int = 10) -> int:
 
 
 def gate_before_the_last_word(url: str) -> None:
-    """Put a gate between the swap and the record that rows written before it were compared after it."""
+    """Put a gate after the swap, before the record that earlier writes have since been compared."""
     query(
         url,
         _GATE + "CREATE TRIGGER gate BEFORE UPDATE ON webhook_log_migration FOR EACH ROW"

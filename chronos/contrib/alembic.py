@@ -125,7 +125,7 @@ class Filter:
     def include_name(
         self, name: str | None, type_: NameFilterType, parent_names: NameFilterParentNames
     ) -> bool:
-        """Alembic's ``include_name``: whether to reflect what has this name."""
+        """Alembic's ``include_name``: whether to reflect this name."""
         return self._includes(type_, parent_names.get("schema_name"), name)
 
     def include_object(
@@ -150,7 +150,7 @@ def _current() -> Filter:
     """The filter of the current run of Alembic."""
     try:
         run = context.get_context()
-    except (AttributeError, NameError):  # Alembic's way to say that nothing is running
+    except (AttributeError, NameError):  # Alembic's way of saying it is not running
         run = None
     if run is None or run.connection is None:
         raise RefusedError(
@@ -164,7 +164,7 @@ def _current() -> Filter:
 
 
 def include_name(name: str | None, type_: NameFilterType, parent_names: NameFilterParentNames) -> bool:
-    """For ``context.configure(include_name=...)``: whether Alembic should reflect what has this name.
+    """For ``context.configure(include_name=...)``: whether Alembic should reflect this name.
 
     Locks and errors as in ``made_by_chronos``; raises RefusedError outside ``env.py``.
     """

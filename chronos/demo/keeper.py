@@ -1,9 +1,9 @@
 """Own one server and its temporary directory, and remove both as soon as the parent is gone.
 
-embedded.py runs this file as a program, with only the standard library. A request is one line of
-JSON on stdin, `[method, argument, ...]`, and its answer one line on stdout. The end of stdin means
-that the parent is gone, even by `kill -9`. This process creates the directory, and the server and
-initdb are its children, so they have an owner at all times.
+embedded.py runs this file as a program, with only the standard library. A request is one line of JSON on
+stdin, `[method, argument, ...]`, and its answer one line on stdout. EOF on stdin means that the parent is
+gone, even after `kill -9`. This process creates the directory, and the server and initdb are its children, so
+they always have an owner.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Keeper:
 
     def __init__(self, directory: Path, account: dict[str, Any], last_signal: int) -> None:
         self._directory = directory
-        self._account = account  # Popen's arguments that drop root's rights, or none
+        self._account = account  # Popen's arguments that drop root, or none
         self._last_signal = last_signal
         self._server: subprocess.Popen[bytes] | None = None
         self.outlives_parent = False
 
     def run(self, command: list[str]) -> tuple[int, str]:
-        """Run a command to its end: its exit status and what it printed."""
+        """Run a command to the end; returns its exit status and output."""
         try:
             done = subprocess.run(
                 command,
@@ -70,7 +70,7 @@ class Keeper:
         return self._server is not None and self._server.poll() is None
 
     def stop(self, first_signal: int) -> None:
-        """Stop the server and wait for its end."""
+        """Stop the server; wait for it to exit."""
         for number in (first_signal, self._last_signal, signal.SIGKILL):
             if self._server is not None and self.running():
                 self._server.send_signal(number)

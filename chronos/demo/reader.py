@@ -1,4 +1,4 @@
-"""An application that repeatedly counts rows that nobody changes, and records what it saw."""
+"""An application that repeatedly counts rows that never change, and records what it saw."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class CountingReader:
     """While a ``with`` block runs, counts the rows from ``since`` on that existed when it began.
 
     ``reads`` is the number of counts, ``short`` how many of them missed a row, ``longest_s`` the longest in
-    seconds, ``errors`` what the server refused. Nobody may change these rows, and every row that is added
-    must have a higher id.
+    seconds, ``errors`` what the server refused. These rows must not change, and every row added must have a
+    higher id.
     """
 
     def __init__(self, url: URL, since: datetime, schema: str = "public") -> None:

@@ -68,8 +68,8 @@ def demo(
     ``confirm`` gets the server's URL and what preflight found, and raises RefusedError to cancel. With
     ``keep`` the server keeps running at the end, and the last lines say how to use it and how to stop it.
     Otherwise, and whenever something goes wrong, no process and no file is left behind. Raises
-    InterruptedRunError when stopped by a signal, ChronosError when the application met an error or a
-    row is not where it should be.
+    InterruptedRunError when stopped by a signal, ChronosError when the application hit an error or a row is
+    not where it should be.
     """
     telemetry.configure(Settings.model_construct(logfire_token=None))  # nothing here is worth sending
     try:
@@ -94,7 +94,7 @@ def demo(
             if keep:
                 _say_how_to_go_on(server, output, strategy)
     except KeyboardInterrupt:
-        # If the signal came while a library was running code by exec, Python would end by the signal and
+        # If the signal came while a library was running code with exec, Python would die of the signal and
         # ignore the exit code, unless exec has run again since.
         exec("")
         if output.console.is_terminal:
@@ -294,7 +294,7 @@ def _say_what_becomes_of_the_table(engine: Engine, output: Output) -> None:
 
 
 def _require_every_row(engine: Engine, writer: LiveWriter, run: _Run, output: Output) -> None:
-    """Check again that every row is there that the server reported as stored."""
+    """Check again that every row the server reported as stored is there."""
     with engine.connect() as conn:
         presence = writer.check(conn)
     problems: dict[str, list[Any]] = {

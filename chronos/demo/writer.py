@@ -53,8 +53,8 @@ class Failure:
 class Presence:
     """How a table differs from what the server confirmed: all is well when the three are empty.
 
-    ``lost`` are commits that are not in the table, ``twice`` the markers of those that are in it more
-    than once, ``repeated_ids`` the ids that more than one row has, whoever wrote it.
+    ``lost`` are commits that are not in the table, ``twice`` the markers of those that are in it more than
+    once, ``repeated_ids`` the ids that more than one row has, whoever wrote them.
     """
 
     lost: list[Commit]
@@ -65,11 +65,11 @@ class Presence:
 class LiveWriter:
     """Connections that insert row after row, each in its own transaction, while a ``with`` block runs.
 
-    ``rate`` is the number of inserts a second over all ``threads`` connections (None: as fast as
-    possible); inserts missed during a stall are not made up for. ``past_share`` of the rows (0 to 1) are
-    from one day to ``past_days`` days old. Every other connection uses a prepared statement, as some
-    drivers do by themselves. A connection that the server cuts counts as an error and stays closed; with
-    ``reconnect`` it is opened again instead, however long that takes.
+    ``rate`` is the number of inserts a second over all ``threads`` connections (None: as fast as possible);
+    inserts missed during a stall are not made up for. ``past_share`` of the rows (0 to 1) are from one day to
+    ``past_days`` days old. Every other connection uses a prepared statement, as some drivers do by
+    themselves. A connection that the server cuts counts as an error and stays closed; with ``reconnect`` it
+    is reopened instead, however long that takes.
 
     The records can be read at any time: ``commits``; ``errors``; and, with ``reconnect``, ``in_doubt``
     (cut off during COMMIT: the row may be stored or not) and ``cut_off`` (before COMMIT: not stored).
@@ -104,7 +104,7 @@ class LiveWriter:
         self._stopping = threading.Event()
 
     def start(self) -> None:
-        """Connect and begin to insert; raises the driver's error if that is not possible."""
+        """Connect and begin to insert; raises the driver's error if it cannot."""
         with connect_engine(self._url).connect() as conn, transaction(conn):
             self._payloads = execute(
                 conn,
@@ -194,7 +194,7 @@ class LiveWriter:
         }
         session: connection = psycopg2.connect(**parameters)
         with session, session.cursor() as cursor:
-            # Values in a `timestamp` column are UTC, whatever the zone of the server.
+            # Values in a `timestamp` column are UTC, whatever the server's time zone.
             cursor.execute("SET TIME ZONE 'UTC'")
             if _prepares(number):
                 cursor.execute(f"PREPARE log_delivery AS {self._insert([f'${n}' for n in range(1, 10)])}")

@@ -68,8 +68,8 @@ class Proxy:
     """Forwards connections to the server of ``url``, and records every statement of all connections.
 
     ``act`` is called once, with the proxy: before the statement numbered ``at`` (from 1) is forwarded, or
-    when the given point is passed for the given time (from 1). ``hold`` is called with each statement, which
-    is sent when it returns.
+    when a point is passed for the nth time: (point, n). ``hold`` is called with each statement, which is sent
+    when it returns.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 Every statement that a command sends, over any of its connections, is a point at which its process may die.
 The statements of an undisturbed run are listed; of those that repeat the same work for each period only the
-first and the last count, and of several reads in a row only the first. Each point is then tried for real,
-through the command line, with a live writer: once to resume, once to roll back.
+first and last count, and of consecutive reads only the first. Each point is then tried for real, through the
+command line, with a live writer: once to resume, once to roll back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = 300
 DAYS = 5
 RETENTION_DAYS = 3
 DAYS_AHEAD = 7
-# A table that becomes a partition covers those of a whole week.
+# A table that becomes a partition covers a whole week of them.
 DAYS_AHEAD_OF_ATTACH = 15
 MIGRATE = ("migrate", "--yes", "--workers", "1", "--batch-size", "25")
 ATTACH = ("migrate", "--yes", "--strategy", "attach")
@@ -101,7 +101,7 @@ class Stage:
     trace: Trace = field(default_factory=Trace)
 
     def copy(self, source: str) -> str:
-        """A new database with everything in ``source``, to which no session may be connected."""
+        """A new copy of ``source``, which must have no sessions connected."""
         url = self.make_database()
         query(self.server, f"DROP DATABASE {make_url(url).database}")
         database = make_url(source).database
@@ -185,7 +185,7 @@ LANDMARKS = (
 
 
 def once_a_step(trace: Trace) -> list[Moment]:
-    """One moment in each stage of the work, and the one right after the names have changed."""
+    """One moment in each stage of the work, and the one right after the swap."""
     found = {}
     for landmark in LANDMARKS:
         numbers = [n for n, point in enumerate(trace.points) if point and re.search(landmark, point.next)]
@@ -237,7 +237,7 @@ STOPS_WRITERS = re.compile(r'LOCK TABLE( ONLY)? \S+\."webhook_log" IN SHARE ROW 
 
 
 def assert_rows(url: str, writers: list[LiveWriter]) -> None:
-    """Each acknowledged commit is there, once, and nothing else is."""
+    """Each acknowledged commit is there once, and nothing else."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as conn:
         for writer in writers:
@@ -288,7 +288,7 @@ def assert_plain(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
 
 
 def go_on(url: str, stage: Stage, writers: list[LiveWriter]) -> None:
-    """Resume, or start again if nothing was begun, while the application writes."""
+    """Resume, or start again if nothing had begun, while the application writes."""
     state = state_of(url)
     with writing(url, seed=2) as writer:
         writer.catch_up()
@@ -367,7 +367,7 @@ def test_a_migration_killed_before_any_statement_resumes_or_rolls_back(
 def test_a_rollback_killed_before_any_statement_can_be_repeated(
     stage: Stage, chunk: int, chunks: int
 ) -> None:
-    """The rollback is killed as well, and run again."""
+    """The rollback is killed too, and run again."""
     migrated = stage.copy(stage.template)
     with writing(migrated, rate=300) as first:
         code, output = stage.runner.run(migrated, *stage.migrate)
@@ -440,7 +440,7 @@ def test_finalize_killed_before_any_statement_can_be_repeated(stage: Stage) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stop_in_any_step_is_resumable_or_finishes(stage: Stage, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM, twice, in each step: exit 3 with both commands, or it finishes if it was close."""
+    """Ctrl-C and SIGTERM, twice, in each step: exit 3 with both commands, or it finishes if nearly done."""
 
     def stop_twice(proxy: Proxy) -> None:
         for _ in range(2):
@@ -478,7 +478,7 @@ def test_lost_connections_roll_back_or_leave_it_resumable(stage: Stage, fault: s
         act = cut if fault == "cut" else terminate
         url, writer, code, output = disturb(stage, stage.template, MIGRATE, moment, act)
         assert code in (1, 3) or (code == 0 and "MIGRATION COMPLETED" in output), output
-        # Before the names change it rolls back by itself, afterwards it does not.
+        # Before the swap it rolls back by itself, afterwards it does not.
         assert code != 1 or RENAMED not in moment[0].done
         if code == 1:
             assert "rolled back" in output
@@ -527,7 +527,7 @@ def test_a_server_stopped_in_any_step_leaves_it_resumable(own_postgres: OwnPostg
 
 
 def test_a_server_restart_during_the_copy_keeps_what_is_copied(own_postgres: OwnPostgres) -> None:
-    """A lost connection is exit 3, whether the server is back by then or not, and one command resumes."""
+    """A lost connection means exit 3, whether or not the server is back, and one command resumes."""
     server = own_postgres()
     runner = Runner()
     template = server.create_database("filled")

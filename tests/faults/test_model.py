@@ -1,10 +1,10 @@
-"""A migration that is killed again and again, under an application that knows what each of its rows must be.
+"""A migration killed again and again, under an application that knows what each of its rows must be.
 
 Each round has its own table, migrated by a randomly chosen strategy. The command is killed at random moments,
 then resumed or rolled back at random, until it has been killed often enough; then it is brought to one of its
 two ends, and the table is compared row by row with the model. The moments are statements, counted by the
-proxy: half are any statement, half are drawn from the distinct ones, because a build, a replay, a comparison
-or a swap sends few statements and the copy sends many.
+proxy: half are drawn from all, half from the distinct ones, because a build, a replay, a comparison or a swap
+sends few statements and the copy sends many.
 
 ``CHRONOS_MODEL_ROUNDS=100 pytest -m faults tests/faults/test_model.py -s`` runs more than the usual six
 rounds; ``-s`` shows what was killed where.
@@ -38,7 +38,7 @@ ROUNDS = int(os.environ.get("CHRONOS_MODEL_ROUNDS", "6"))
 ROWS = 1_500
 DAYS = 17
 KILLS = 8
-# The most commands that a round may need, to notice one that never ends.
+# The most commands that a round may need, to catch one that never ends.
 COMMANDS = 40
 
 TABLES: list[tuple[KeyType, TimestampType]] = [
