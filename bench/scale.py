@@ -26,8 +26,9 @@ from sqlalchemy.exc import OperationalError
 from bench.report import RESULTS, say, table, write_part
 from bench.stage import SETTINGS, Stage, live_application
 from bench.tools import ToolError, chronos
-from chronos.db import connect_engine
+from chronos.db import connect_engine, execute
 from chronos.demo.embedded import EmbeddedPostgres
+from chronos.demo.rows import tables_statement
 
 TITLE = "At the largest size"
 PLACE = Path(".run") / "bench-scale.json"
@@ -37,22 +38,6 @@ _ROWS_A_STATEMENT = 250_000
 _ROW_B = 210  # of the table with its indexes, as measured
 _WAL_B = 16 * 2**30  # max_wal_size
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS webhook_endpoint (id bigserial PRIMARY KEY, url text NOT NULL);
-INSERT INTO webhook_endpoint (url) SELECT 'https://example.com/hooks/' || n FROM generate_series(1, 40) AS n
-WHERE NOT EXISTS (SELECT FROM webhook_endpoint);
-CREATE TABLE IF NOT EXISTS webhook_log (
-    id bigserial NOT NULL,
-    request_headers jsonb,
-    request_body jsonb,
-    response_headers jsonb,
-    response_body jsonb,
-    status text NOT NULL,
-    status_code integer,
-    "timestamp" timestamptz NOT NULL,
-    webhook_endpoint_id bigint
-)
-"""
 # {first} to {last} of {rows}, spread evenly over the days before {now}.
 _FILL = """
 INSERT INTO webhook_log (id, request_body, status, status_code, "timestamp", webhook_endpoint_id)
@@ -82,7 +67,6 @@ class Progress:
     now: str
     url: str = ""
     stop: str = ""
-    made_s: float = 0.0
     filled: int = 0
     indexed: bool = False
     calls: int = 0
@@ -182,16 +166,15 @@ def _make(conn: Connection, progress: Progress) -> None:
     rows = progress.rows
     if progress.indexed:
         return
-    _each(conn, _TABLES)
+    if conn.exec_driver_sql("SELECT to_regclass('webhook_log') IS NULL").scalar_one():
+        execute(conn, tables_statement())
     last = int(conn.exec_driver_sql("SELECT coalesce(max(id), 0) FROM webhook_log").scalar_one())
     progress.filled = max(progress.filled, last)
     while progress.filled < rows:
-        started = time.monotonic()
         first, progress.filled = progress.filled + 1, min(progress.filled + _ROWS_A_STATEMENT, rows)
         conn.exec_driver_sql(
             _FILL.format(now=progress.now, rows=rows, days=_DAYS, first=first, last=progress.filled)
         )
-        progress.made_s += time.monotonic() - started
         progress.save(PLACE)
         if progress.filled % (20 * _ROWS_A_STATEMENT) == 0:
             say(f"made {progress.filled:,} of {rows:,} rows")

@@ -138,7 +138,6 @@ def migrate(
     with typed_errors():
         work = session(Verb.RESUME if resume else Verb.MIGRATE, table, url, described)
         work.require_agreement()
-        operator = _operator(output, stop, Patience(longest_s=options.max_lock_wait))
 
         def begins(found: Survey) -> None:
             lock_wait = options.max_lock_wait
@@ -147,10 +146,8 @@ def migrate(
         def goes_on(found: State, with_options: Options) -> None:
             _ask(operator, confirm, prompts.resuming(work.engine, found, with_options, work.settings))
 
-        try:
+        with _operator(output, stop, Patience(longest_s=options.max_lock_wait)) as operator:
             done = run_migration(work.engine, work.table, options, operator, begins, goes_on)
-        finally:
-            operator.output.close()
     return replace(done, listed=work.listed)
 
 
@@ -177,21 +174,12 @@ def rollback(
     """
     with typed_errors():
         work = session(Verb.ROLLBACK, table, url)
-        operator = _operator(output, stop)
 
         def goes_back(found: State, by_hand: bool) -> None:
             _ask(operator, confirm, prompts.going_back(work.url, found, work.settings, by_hand=by_hand))
 
-        try:
-            return undo(
-                work.engine,
-                work.table,
-                operator,
-                goes_back,
-                force=force,
-            )
-        finally:
-            operator.output.close()
+        with _operator(output, stop) as operator:
+            return undo(work.engine, work.table, operator, goes_back, force=force)
 
 
 def finalize(
@@ -214,16 +202,13 @@ def finalize(
     """
     with typed_errors():
         work = session(Verb.FINALIZE, table, url)
-        operator = _operator(output, stop)
 
         def confirmed(found: State, old_is_there: bool) -> None:
             text = prompts.finalizing(work.engine, found, work.settings, old_is_there=old_is_there)
             _ask(operator, confirm, text)
 
-        try:
+        with _operator(output, stop) as operator:
             done = finish(work.engine, work.table, operator, confirmed)
-        finally:
-            operator.output.close()
     return replace(done, listed=work.listed)
 
 
@@ -374,11 +359,12 @@ def _ask(operator: Operator, confirm: Callable[[str], bool] | None, text: str) -
         raise RefusedError("it was not confirmed; nothing was changed")
 
 
+@contextmanager
 def _operator(
     output: Callable[[str], object] | Output | None,
     stop: threading.Event | None,
     patience: Patience | None = None,
-) -> Operator:
+) -> Iterator[Operator]:
     if not isinstance(output, Output):
         file = io.StringIO() if output is None else _Lines(output)
         # This is not a terminal, whatever the environment says about terminals and colours.
@@ -387,7 +373,10 @@ def _operator(
             soft_wrap=True, width=100, emoji=False,
         )  # fmt: skip
         output = Output(console)
-    return Operator(output, stop or threading.Event(), patience or Patience())
+    try:
+        yield Operator(output, stop or threading.Event(), patience or Patience())
+    finally:
+        output.close()
 
 
 class _Lines(io.StringIO):

@@ -211,7 +211,7 @@ def test_status_shows_its_size_and_when_it_will_be_dropped(database: str, redis_
     assert as_json["partition_list"][-1]["name"] == "webhook_log_history"
 
 
-def test_while_it_waits_detached_rollback_says_how_to_attach_it_and_then_works(database: str) -> None:
+def test_rollback_of_a_detached_history_names_the_attach_and_works_after_it(database: str) -> None:
     attach(database)
     kept = digest(database)
     query(database, "SELECT create_future_webhook_log_partitions(60)")

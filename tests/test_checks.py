@@ -481,7 +481,7 @@ _VIA_ROOT = "WITH (publish_via_partition_root = true)"
 def slot(url: str, plugin: str) -> Iterator[str]:
     """A logical replication slot in the database."""
     name: str = value(url, "SELECT 'chronos_' || oid FROM pg_database WHERE datname = current_database()")
-    # Newer minor versions have a list of the libraries that may be plugins.
+    # Newer minor versions only accept the plugin libraries on a list.
     allowed = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = 'output_plugin_libraries';"
     create = "SELECT pg_create_logical_replication_slot(%s, %s)"
     query(url, f"{allowed} {create}", f'"{plugin}"', name, plugin)

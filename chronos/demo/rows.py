@@ -148,6 +148,20 @@ def payloads(seed: int = 1) -> Statement:
     return statement(_PAYLOADS, seed=seed, payloads=PAYLOADS)
 
 
+def tables_statement(
+    schema: str = "public", key_type: KeyType = "serial", timestamp_type: TimestampType = "timestamptz"
+) -> Statement:
+    """Create both tables: webhook_endpoint with its rows, webhook_log without rows, keys or indexes."""
+    return statement(
+        _CREATE_TABLES,
+        endpoint=name(schema, ENDPOINT_TABLE),
+        endpoints=ENDPOINTS,
+        log=name(schema, WEBHOOK_LOG.name),
+        key_type=sql.SQL(_KEY_TYPES[key_type]),
+        timestamp_type=sql.SQL(timestamp_type),
+    )
+
+
 def create_webhook_log(
     engine: Engine,
     rows: int,
@@ -172,17 +186,7 @@ def create_webhook_log(
     waves = 2 * math.pi * max(1, round(days / _WAVE_DAYS))
     with engine.connect() as conn:
         with transaction(conn):
-            execute(
-                conn,
-                statement(
-                    _CREATE_TABLES,
-                    endpoint=endpoint,
-                    endpoints=ENDPOINTS,
-                    log=log,
-                    key_type=sql.SQL(_KEY_TYPES[key_type]),
-                    timestamp_type=sql.SQL(timestamp_type),
-                ),
-            )
+            execute(conn, tables_statement(schema, key_type, timestamp_type))
             execute(
                 conn,
                 statement(
