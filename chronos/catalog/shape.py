@@ -609,9 +609,11 @@ def differences(
             continue
         one, other = getattr(was, field.name), getattr(now, field.name)
         if field.name == "grants":
-            given, gives = ({str(one) for all_of in it for one in all_of.apart()} for it in (one, other))
-            found += [f"grants: {grant} is missing" for grant in given - gives]
-            found += [f"grants: {grant} is new" for grant in gives - given]
+            before, after = (
+                {str(part) for grant in grants for part in grant.apart()} for grants in (one, other)
+            )
+            found += [f"grants: {grant} is missing" for grant in sorted(before - after)]
+            found += [f"grants: {grant} is new" for grant in sorted(after - before)]
             continue
         if not isinstance(one, tuple) or field.name == "options":
             if one != other:

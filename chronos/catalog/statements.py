@@ -26,6 +26,13 @@ def statistics_view(conn: Connection) -> sql.Identifier | None:
     return found[0] if found else None
 
 
+def readable_statistics(conn: Connection) -> sql.Identifier | None:
+    """The same view; None if the current user may not read it, or the server has not loaded the library."""
+    found = _owned(conn, "pg_stat_statements", "pg_stat_statements")
+    loaded = statement("SELECT current_setting('pg_stat_statements.max', true) IS NOT NULL")
+    return found[0] if found and found[1] and execute(conn, loaded).scalar_one() else None
+
+
 def scheduled_jobs(conn: Connection) -> sql.Identifier | None:
     """The table of pg_cron's jobs with its schema; None if there is none that may be read. No lock."""
     found = _owned(conn, "pg_cron", "job")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Connection
 
 from chronos.catalog.shape import TableShape
-from chronos.catalog.statements import statistics_view
-from chronos.db import execute, render, statement
+from chronos.catalog.statements import readable_statistics
+from chronos.db import execute, statement
 
 _SHOWN = 60
 
@@ -35,12 +35,6 @@ WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY 1
 """
 
-# Unless the library was loaded at server start, the view cannot be read.
-_READABLE = """
-SELECT has_table_privilege({view}::text, 'SELECT')
-       AND current_setting('pg_stat_statements.max', true) IS NOT NULL
-"""
-
 
 @dataclass(frozen=True)
 class Text:
@@ -58,8 +52,8 @@ def texts(conn: Connection, shape: TableShape) -> list[Text]:
         for function, source in execute(conn, statement(_FUNCTIONS, table=table)).all()
         for part in _without_comments(source).split(";")
     ]
-    view = statistics_view(conn)
-    if view is not None and execute(conn, statement(_READABLE, view=render(conn, view))).scalar_one():
+    view = readable_statistics(conn)
+    if view is not None:
         for (query,) in execute(conn, statement(_STATEMENTS, view=view, table=table)).all():
             text = " ".join(_without_comments(query).split())
             shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
